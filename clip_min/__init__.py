@@ -1,0 +1,37 @@
+"""CLIP (Radford et al., 2021), rewritten from scratch in plain PyTorch.
+
+import clip_min
+clip = clip_min.load("ViT-B/16")
+pixels = clip_min.crop(image, clip.config.image_size)                 # uint8 (3, 224, 224)
+logits = clip(clip_min.normalize(pixels)[None], clip_min.tokenize(["a cat", "a dog"]))  # (1, 2)
+"""
+
+from clip_min.errors import UserError
+from clip_min.model import CLIP, CONFIGS, CLIPConfig
+from clip_min.preprocess import crop, normalize
+from clip_min.prompts import PromptTree
+from clip_min.tokenizer import tokenize
+
+
+def __getattr__(name: str):
+    # Late, so that `python -m clip_min.weights` does not find its own module imported already.
+    if name in ("load", "save"):
+        from clip_min import weights
+
+        return getattr(weights, name)
+    raise AttributeError(f"module 'clip_min' has no attribute {name!r}")
+
+
+__version__ = "0.1.0"
+__all__ = [
+    "CLIP",
+    "CONFIGS",
+    "CLIPConfig",
+    "PromptTree",
+    "UserError",
+    "crop",
+    "load",
+    "normalize",
+    "save",
+    "tokenize",
+]

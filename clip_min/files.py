@@ -1,0 +1,66 @@
+"""Files that are written whole or not at all, and never with pickle."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clip_min.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[str]:
+    """Write to the temporary name this yields; on success it becomes `path`, synced to disk.
+
+    On any failure (a full disk, a kill) the earlier file stays as it was.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The ending stays, because savers of pictures choose the format by it.
+        descriptor, temporary = tempfile.mkstemp(path.suffix, f".{path.stem[:40]}.", path.parent)
+        os.close(descriptor)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: could not be written ({error}); free space or choose another place; "
+            "any earlier file is intact"
+        ) from None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def write_safetensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    with replacing(path) as temporary:
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata
+        )
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and the strings of its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); get it again") from None

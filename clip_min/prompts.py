@@ -1,0 +1,119 @@
+"""PromptTree: many prompts through the text tower as one sequence, computing nothing twice.
+
+CLIP's text tower is causal: a token sees only the tokens before it. Two things follow, exactly.
+What comes after a prompt's end-of-text token cannot matter, so the padding to 77 tokens need not be
+computed. And two prompts that begin alike have equal hidden states as far as they agree, so the
+common beginning needs to be computed once. Written as a tree, in which every path from the root
+to an [end] is a prompt,
+
+    "a photo of a rose."       [start] - a - photo - of - a -+- rose - . - [end]
+    "a photo of a red rose."                                 +- red - rose - . - [end]
+
+these two prompts are 12 tokens instead of 2 x 77. The nodes are laid out as one sequence, each with
+its true position in its prompt, and the attention mask lets a node see itself and its ancestors:
+precisely the tokens it would see if its prompt stood alone.
+
+Attention cost grows with the square of a sequence, so a large tree is cut into chunks of
+`chunk_tokens`, each a tree of its own; the total then stays linear in the number of prompts.
+
+Prompt learning (CoOp, CoCoOp) puts learned vectors in place of some token embeddings. `slots` says
+where: it has the shape of the tokens, -1 where the token's own embedding stands and m where row m
+of the context stands. Prompts that share slots share nodes, as with tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class PromptTree(nn.Module):
+    """K prompts, ready to be encoded any number of times.
+
+    tokens (K, L): rows as the tokenizer gives them; each ends at its largest id, the end-of-text
+        token, and what follows is ignored.
+    slots (L,) or (K, L), optional: -1, or the row of the context that replaces the embedding.
+    chunk_tokens: nodes in one sequence, at most (a single longer prompt still gets a chunk).
+    """
+
+    def __init__(self, tokens: Tensor, slots: Tensor | None = None, chunk_tokens: int = 256):
+        super().__init__()
+        if tokens.dim() != 2 or len(tokens) == 0:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; a tree needs (K, L), at least one prompt"
+            )
+        slots = torch.full_like(tokens, -1) if slots is None else slots.expand_as(tokens)
+        ends = tokens.argmax(dim=-1).tolist()
+        prompts = [
+            tuple(zip(row[: end + 1], slot[: end + 1], strict=True))
+            for row, slot, end in zip(tokens.tolist(), slots.tolist(), ends, strict=True)
+        ]  # a prompt: its (token, slot) pairs, the last one being the end
+        # Neighbours in sorted order share the longest beginnings, so every chunk makes the most
+        # of them; `unsort` puts the features back into the caller's order.
+        order = sorted(range(len(prompts)), key=prompts.__getitem__)
+        self.register_buffer("unsort", torch.tensor(order).argsort(), persistent=False)  # (K,)
+        self.context_rows = int(slots.max()) + 1
+        self.chunks = nn.ModuleList()
+        nodes: dict[tuple, int] = {}  # a node is the beginning that leads to it -> its place
+        reads: list[int] = []
+        for prompt in (prompts[i] for i in order):
+            path = [prompt[: n + 1] for n in range(len(prompt))]
+            if nodes and len(nodes) + sum(node not in nodes for node in path) > chunk_tokens:
+                self.chunks.append(_Chunk(nodes, reads))
+                nodes, reads = {}, []
+            for node in path:
+                nodes.setdefault(node, len(nodes))
+            reads.append(nodes[prompt])
+        self.chunks.append(_Chunk(nodes, reads))
+
+    def __len__(self) -> int:
+        """The number of tokens computed, where padded prompts would take K x 77."""
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    def forward(self, text, context: Tensor | None = None) -> Tensor:
+        """Encode all prompts with the text tower `text` -> features (K, E), not normalised.
+
+        context (M, D) replaces the embeddings where `slots` says so. With a context per image,
+        (B, M, D), the features are (B, K, E). Without one, every token keeps its own embedding.
+        """
+        if context is not None and context.shape[-2] != self.context_rows:
+            raise ValueError(
+                f"context has {context.shape[-2]} rows, but the slots of this tree name "
+                f"{self.context_rows}"
+            )
+        features = torch.cat([chunk(text, context) for chunk in self.chunks], dim=-2)
+        return features.index_select(-2, self.unsort)
+
+
+class _Chunk(nn.Module):
+    """One tree as one sequence: T nodes, R of them the ends of prompts."""
+
+    def __init__(self, nodes: dict[tuple, int], reads: list[int]):
+        super().__init__()
+        tokens, slots = zip(*(node[-1] for node in nodes), strict=True)
+        sees = torch.eye(len(nodes), dtype=torch.bool)
+        for node, place in nodes.items():  # parents stand before their children
+            if node[:-1]:
+                sees[place] |= sees[nodes[node[:-1]]]
+        for name, value in {
+            "tokens": torch.tensor(tokens),  # (T,)
+            "slots": torch.tensor(slots),  # (T,)
+            "positions": torch.tensor([len(node) - 1 for node in nodes]),  # (T,) in its own prompt
+            "sees": sees,  # (T, T) row: who looks; column: at whom
+            "reads": torch.tensor(reads),  # (R,)
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, text, context: Tensor | None) -> Tensor:
+        """-> features (R, E), or (B, R, E) with a context per image."""
+        x = text.token_embedding(self.tokens)  # (T, D)
+        if context is not None:
+            x = x.expand(*context.shape[:-2], -1, -1)  # (..., T, D)
+            place = torch.arange(len(self.slots), device=x.device)
+            place = torch.where(self.slots < 0, place, len(place) + self.slots)  # (T,)
+            x = torch.cat([x, context.to(x.dtype)], dim=-2)  # (..., T + M, D)
+            x = x.index_select(-2, place)  # (..., T, D)
+        x = x + text.positional_embedding[self.positions].to(x.dtype)
+        mask = torch.zeros_like(self.sees, dtype=x.dtype).masked_fill(~self.sees, -torch.inf)
+        batch = x if x.dim() == 3 else x.unsqueeze(0)  # (B or 1, T, D)
+        batch = text.transformer(batch, mask, self.reads)  # (B or 1, R, D)
+        features = text.ln_final(batch) @ text.text_projection  # (B or 1, R, E)
+        return features if x.dim() == 3 else features[0]

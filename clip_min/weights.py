@@ -1,0 +1,299 @@
+"""Weights: where a CLIP comes from, and how its tensors are named there.
+
+    load("demo")               the small CLIP that ships with this package
+    load("ViT-B/16")           OpenAI's weights from the Hugging Face hub, cached where it caches
+    load("ViT-B-16.pt")        OpenAI's own file: TorchScript archive or state dict, sha256 checked
+    load("model.safetensors")  OpenAI's, Hugging Face's or open_clip's names, told by the keys
+
+    python -m clip_min.weights convert IN OUT.safetensors
+
+Loading is strict: a missing, unexpected or misshapen tensor is an error that names it. Nothing is
+ever unpickled: `.pt` state dicts go through `torch.load(weights_only=True)`, which admits tensors
+and plain containers alone, and TorchScript archives through TorchScript's own reader.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_min.errors import UserError
+from clip_min.files import read_safetensors, write_safetensors
+from clip_min.model import CLIP, CONFIGS, CLIPConfig
+
+DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
+
+# OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them.
+HUB_FILE = "open_clip_model.safetensors"
+HUB_REPOS = {
+    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
+    "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
+    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",
+    "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
+}
+
+# sha256 of OpenAI's files, as published in their download addresses.
+OPENAI_SHA256 = {
+    "ViT-B-32.pt": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B-16.pt": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L-14.pt": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+
+# -------------------------------------------------------------------------------------------- load
+
+
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> CLIP:
+    """A CLIP with weights, in eval mode. `name_or_path`: see the top of this file."""
+    state, config = read(name_or_path)
+    with torch.device("meta"):  # shapes only: no time or memory for an initialisation
+        clip = CLIP(config)
+    expected = clip.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:20]) + (
+            f"; and {len(problems) - 20} more" * (len(problems) > 20)
+        )
+        raise UserError(f"{name_or_path}: not the weights of one CLIP (ViT): {shown}")
+    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    clip.load_state_dict(state, assign=True)
+    return clip.eval()
+
+
+def save(clip: CLIP, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a CLIP as safetensors under our names, its sizes in the header; whole or not at all."""
+    state = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
+    write_safetensors(path, state, {"clip_min": json.dumps(asdict(clip.config))})
+
+
+def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
+    """The tensors of a model under our names, and the sizes they imply."""
+    path = _locate(str(name_or_path))
+    metadata = {}
+    if path.suffix == ".safetensors":
+        state, metadata = read_safetensors(path)
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        state = _read_torch(path)
+    else:
+        raise UserError(f"{path}: weights are .safetensors, .pt, .pth or .bin, not {path.suffix!r}")
+    try:
+        state = to_our_names(state)
+        config = infer_config(state)
+    except KeyError as missing:
+        raise UserError(
+            f"{path}: not a CLIP (ViT) in OpenAI's, Hugging Face's or open_clip's naming: "
+            f"no tensor {missing}"
+        ) from None
+    if "clip_min" in metadata:  # the number of heads leaves no trace in the tensors' shapes
+        saved = json.loads(metadata["clip_min"])
+        config = replace(config, vision_heads=saved["vision_heads"], text_heads=saved["text_heads"])
+    return state, config
+
+
+def fingerprint(clip: CLIP) -> str:
+    """A short sha256 of all weights: tells whether an adapter meets the model it was made for."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------- where it comes from
+
+
+def _locate(name: str) -> Path:
+    """The local file behind a name or path; OpenAI's names are fetched from the hub."""
+    if name == "demo":
+        return DEMO
+    if name in HUB_REPOS:
+        return _download(name)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        known = ", ".join(["demo", *HUB_REPOS])
+        raise UserError(f"{name}: neither a weights file nor a known model; models are {known}")
+    return path
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo = HUB_REPOS[name]
+    advice = f"or give a file: --model path/to/{name.replace('/', '-')}.pt"
+    try:
+        return Path(hf_hub_download(repo, HUB_FILE))
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{name}: {repo} is not in the hub's cache and the hub cannot be reached; connect once "
+            f"to download it, {advice}"
+        ) from None
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: the hub refused {repo}/{HUB_FILE} ({reason}); {advice}") from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    """OpenAI's TorchScript archive, or a state dict, possibly inside a training checkpoint."""
+    expected = OPENAI_SHA256.get(path.name)
+    if expected is not None:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise UserError(
+                f"{path}: sha256 is {found[:16]}…, but OpenAI's {path.name} has {expected[:16]}…; "
+                "download it again (or rename the file, if these are weights of your own)"
+            )
+    try:
+        if _is_torchscript(path):
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a state dict of plain tensors ({reason})") from None
+    if isinstance(state, dict) and "state_dict" in state:
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{path}: holds {type(state).__name__}, expected a dictionary of tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+# ------------------------------------------------------------------------------------------- names
+
+# Hugging Face -> ours: an ordered list of (pattern, replacement), applied to the whole name.
+_FROM_HUGGING_FACE = [
+    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),  # their spelling
+    (r"^vision_model\.post_layernorm", "visual.ln_post"),
+    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
+    (r"^visual_projection\.weight", "visual.proj"),
+    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
+    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^text_model\.final_layer_norm", "ln_final"),
+    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
+    (r"^text_projection\.weight", "text_projection"),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+    (r"\.layer_norm1\.", ".ln_1."),
+    (r"\.layer_norm2\.", ".ln_2."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+]
+# Tensors some files carry that are not weights: sizes, the causal mask, position counters.
+_NOT_WEIGHTS = re.compile(
+    r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$"
+)
+
+
+def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename (and, for Hugging Face, fuse and transpose) a CLIP's tensors to our names."""
+    state = {name: t for name, t in state.items() if not _NOT_WEIGHTS.search(name)}
+    if "vision_model.embeddings.class_embedding" in state:
+        return _from_hugging_face(state)
+    return {  # OpenAI's names; open_clip's are the same, or have the text tower under "text."
+        re.sub(r"attn\.in_proj_", "attn.in_proj.", name.removeprefix("text.")): tensor
+        for name, tensor in state.items()
+    }
+
+
+def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours = {}
+    for name, tensor in state.items():
+        if re.search(r"\.self_attn\.[kv]_proj\.", name):
+            continue  # fused with its q_proj
+        if ".self_attn.q_proj." in name:
+            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            name = name.replace(".self_attn.q_proj.", ".attn.in_proj.")  # (3D, D), (3D,)
+        for pattern, replacement in _FROM_HUGGING_FACE:
+            name = re.sub(pattern, replacement, name)
+        if name in ("visual.proj", "text_projection"):
+            tensor = tensor.T  # theirs is a Linear, (E, D); OpenAI's a matrix, (D, E)
+        ours[name] = tensor
+    return ours
+
+
+def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
+    """The sizes of a CLIP, read off its tensors (our names). Heads: 64 wide, as OpenAI's are."""
+
+    def layers(prefix: str) -> int:
+        blocks = {n.removeprefix(prefix).split(".")[0] for n in state if n.startswith(prefix)}
+        return len(blocks)
+
+    vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
+    grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    text_width, embed_dim = state["text_projection"].shape
+    return CLIPConfig(
+        embed_dim=embed_dim,
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        vision_width=vision_width,
+        vision_layers=layers("visual.transformer.resblocks."),
+        vision_heads=max(1, vision_width // 64),
+        text_width=text_width,
+        text_layers=layers("transformer.resblocks."),
+        text_heads=max(1, text_width // 64),
+        context_length=len(state["positional_embedding"]),
+        vocab_size=len(state["token_embedding.weight"]),
+    )
+
+
+def model_name(config: CLIPConfig) -> str:
+    """The name of a known size ("ViT-B/16"), or "custom"."""
+    return next((name for name, known in CONFIGS.items() if known == config), "custom")
+
+
+# ----------------------------------------------------------------------------------------- convert
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_min.weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="any supported file -> safetensors, our names")
+    convert.add_argument("source", metavar="IN", help="a name, .pt or .safetensors")
+    convert.add_argument("target", metavar="OUT.safetensors")
+    arguments = parser.parse_args(argv)
+    try:
+        if not arguments.target.endswith(".safetensors"):
+            raise UserError(f"{arguments.target}: the output is a .safetensors file; name it so")
+        clip = load(arguments.source)
+        save(clip, arguments.target)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    count = sum(parameter.numel() for parameter in clip.parameters())
+    print(f"{arguments.target}: {model_name(clip.config)}, {count:,} parameters, float32")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
