@@ -1,0 +1,121 @@
+"""Test a trained run again, test zero-shot CLIP, or classify pictures of your own.
+
+python eval.py --run runs/demo/demo/lora-s10-seed1            the table training printed
+python eval.py --run DIR --image a.jpg b.jpg                  top 5 classes with probabilities
+python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
+python eval.py --method zero_shot --dataset demo              CLIP as it is
+"""
+
+import sys
+from pathlib import Path
+
+from clip_min import UserError, crop, normalize, weights
+from fewshot.experiment import Experiment, evaluate, nearest, run_script
+from fewshot.flags import Parser, add_flags, pick
+from fewshot.images import open_image
+from fewshot.report import table
+from fewshot.run import Run
+from methods import METHODS, Settings
+
+
+def main() -> None:
+    given = parse(sys.argv[1:])
+    if "run" in given:
+        run = Run.open(Path(given["run"]))
+        moved = {key: given[key] for key in ("device", "data_root", "model") if key in given}
+        try:
+            experiment = Experiment(**{**run.config["experiment"], "device": "", **moved})
+            method_class = METHODS[nearest("method", run.config["method"], METHODS)]
+            settings = method_class.Settings(**run.config["settings"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
+    else:
+        nearest("--method", given["method"], ["zero_shot"])
+        run, method_class, settings = None, METHODS["zero_shot"], Settings()
+        experiment = Experiment(**pick(Experiment, given))
+    if "image" in given:
+        classify(run, method_class, settings, experiment, given)
+    else:
+        test(run, method_class, settings, experiment)
+
+
+def test(run: Run | None, method_class, settings, experiment: Experiment) -> None:
+    """Print the table of zero-shot CLIP and of the run."""
+    clip, task = experiment.load()
+    for note in task.notes:
+        print(f"note: {note}")
+    unadapted = METHODS["zero_shot"](clip, task.classnames, experiment.template, Settings())
+    rows = {"zero-shot": evaluate(unadapted, task)}
+    if run is not None:
+        check_model(run, clip)
+        method = method_class(clip, task.classnames, experiment.template, settings)
+        method.load_adapter(run.load_adapter())
+        rows[run.config["method"]] = evaluate(method, task)
+    print(table(rows))
+
+
+def classify(run: Run | None, method_class, settings, experiment: Experiment, given: dict) -> None:
+    """Print the five likeliest classes of each picture."""
+    clip = weights.load(experiment.model, experiment.device)
+    if run is None:
+        learned, known = [], []
+    else:
+        check_model(run, clip)
+        parts = run.config["classnames"]
+        learned = parts.get("base") or parts["all"]
+        known = [name for names in parts.values() for name in names]
+    if "classes" in given:
+        known = [name.strip() for name in given["classes"].split(",") if name.strip()]
+    if not known:
+        raise UserError('--image: say which classes to choose from: --classes "rose,tulip"')
+    method = method_class(
+        clip, learned or known, experiment.template or "a photo of a {}.", settings
+    )
+    if run is not None:
+        method.load_adapter(run.load_adapter())
+    if method.names_unseen or "classes" in given:
+        method = method.for_classes(known)
+    images = [crop(open_image(Path(path)), clip.config.image_size) for path in given["image"]]
+    for path, pixels in zip(given["image"], images, strict=True):
+        with method.inference():
+            x = normalize(pixels[None].to(clip.device))  # (1, 3, n, n)
+            x = clip.encode_image(x) if method.input == "features" else x
+            best = method(x)[0].softmax(-1).topk(min(5, len(method.classnames)))
+        print(path)
+        for probability, i in zip(*best, strict=True):
+            print(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
+
+
+def check_model(run: Run, clip) -> None:
+    found, made = weights.fingerprint(clip), run.config["fingerprint"]
+    if found != made:
+        raise UserError(
+            f"{run.path}: was trained on {run.config['model']} with fingerprint {made}, but the "
+            f"model here has {found}; give the right one with --model"
+        )
+
+
+def parse(argv: list[str]) -> dict:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
+    parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
+    parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures to classify")
+    add_flags(parser.add_argument_group("experiment"), Experiment)
+    # --classes means names here when there are pictures to classify, so choices are checked below.
+    classes = next(a for a in parser._actions if a.dest == "classes")
+    classes.choices, classes.metavar = None, "NAMES"
+    classes.help = 'with --image: names to choose from, "a,b,c"; else base-novel or all'
+    given = parser.parse(argv)
+    if ("run" in given) == ("method" in given):
+        raise UserError("give either --run DIR or --method zero_shot; see --help")
+    if "run" in given and (
+        extra := set(given) - {"run", "image", "classes", "device", "data_root", "model"}
+    ):
+        raise UserError(f"--{extra.pop().replace('_', '-')}: a run knows its own; leave it out")
+    if "classes" in given and "image" not in given:
+        nearest("--classes", given["classes"], ["base-novel", "all"])
+    return given
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,131 @@
+"""One experiment from its settings: what train.py runs and eval.py rebuilds."""
+
+import difflib
+import os
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from clip_min import CLIP, UserError, weights
+from fewshot import datasets
+from fewshot.images import CACHE
+from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
+from fewshot.task import Task, make_task
+
+
+@dataclass
+class Experiment:
+    """Everything but the method and its settings; each field is a flag of train.py."""
+
+    dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
+    data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
+    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file"] = ""
+    shots: Annotated[int, "training images of a class, S"] = 10
+    seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
+    classes: Annotated[
+        Literal["base-novel", "all"], "learn half of the classes and test both halves, or all"
+    ] = "base-novel"
+    template: Annotated[str, "text with {} for the class name; default: the data set's own"] = ""
+    skip_bad_images: Annotated[bool, "leave out unreadable images, and list them"] = False
+    device: Annotated[str, "cpu, cuda, cuda:1, …; default: cuda if there is one"] = ""
+
+    def __post_init__(self):
+        if self.dataset in datasets.DATASETS:
+            self.model = self.model or datasets.DATASETS[self.dataset].model
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.shots < 1:
+            raise UserError(f"--shots {self.shots}: expected 1 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: expected 0 or more")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--device {self.device}: cannot be used ({reason}); try cpu") from None
+
+    def load(self, cache: Path | None = CACHE) -> tuple[CLIP, Task]:
+        """The model, and the task as it sees it; fills in `template` if it was left open."""
+        root = Path(self.data_root).expanduser() if self.data_root else None
+        dataset = datasets.load(self.dataset, root, self.seed)
+        self.template = self.template or dataset.template
+        clip = weights.load(self.model, self.device)
+        size = clip.config.image_size
+        device = torch.device(self.device)
+        task = make_task(
+            dataset, self.shots, self.seed, self.classes, size, device, self.skip_bad_images, cache
+        )
+        return clip, task
+
+    def folder(self, method: str) -> Path:
+        """Where a run belongs: DATASET/MODEL/METHOD-sSHOTS-seedSEED."""
+        data = Path(self.data_root).name if self.dataset == "folder" else self.dataset
+        data = data if self.classes == "base-novel" else f"{data}-all"
+        model = Path(self.model).stem if Path(self.model).suffix else self.model.replace("/", "-")
+        return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
+
+    def config(self) -> dict:
+        return asdict(self)
+
+
+def nearest(flag: str, value: str, known) -> str:
+    """Look up a name given by a user: `value` if it is known, else an error with the nearest."""
+    if value in known:
+        return value
+    near = difflib.get_close_matches(value, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    raise UserError(f"{flag} {value}: unknown; {hint}")
+
+
+def evaluate(method, task: Task) -> dict:
+    """Score a method on every test part -> {"base", "novel", "hm", "all", "parts"}, in percent.
+
+    Where a method cannot name the novel classes, novel and hm are None.
+    """
+    scores = {"base": None, "novel": None, "hm": None, "all": None, "parts": {}}
+    for part, test in task.tests.items():
+        if part == "novel" and not method.names_unseen:
+            continue
+        known = method if part != "novel" else method.for_classes(test.classnames)
+        logits, labels = predict(known, test.batches), test.batches.labels.cpu()
+        recall, f1 = per_class(logits, labels)
+        scores[part] = accuracy(logits, labels)
+        scores["parts"][part] = {
+            "images": len(labels),
+            "top1": scores[part],
+            "top5": accuracy(logits, labels, top=5),
+            "macro_f1": f1.mean().item(),
+            "classes": {
+                name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}
+                for name, r, f in zip(test.classnames, recall, f1, strict=True)
+            },
+        }
+    if scores["novel"] is not None:
+        scores["hm"] = harmonic_mean(scores["base"], scores["novel"])
+    return scores
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held, in MB (of the GPU, if it computes there)."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("\ninterrupted; add --resume to the same command to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,66 @@
+"""Command-line flags made from settings: a dataclass field is a flag, its annotation the help.
+
+lr: Annotated[float, "peak learning rate of AdamW"] = 2e-4     ->  --lr FLOAT
+"""
+
+import argparse
+import difflib
+import typing
+from dataclasses import fields
+
+from clip_min import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are ours: one line that names the nearest valid flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse(self, argv: list[str]) -> dict:
+        """-> the flags that were given, by field name; an unknown one is an error."""
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown argument {flag}; {hint}")
+        return {key: value for key, value in vars(found).items() if value is not None}
+
+
+def add_flags(group, settings: type, shown: dict | None = None) -> None:
+    """A flag for every field of the dataclass `settings`; none is required.
+
+    A flag not given is absent from `Parser.parse`, so that a recipe can fill it in. `shown`: the
+    defaults to print, where they are not the dataclass's own.
+    """
+    hints = typing.get_type_hints(settings, include_extras=True)
+    for field in fields(settings):
+        kind, help = typing.get_args(hints[field.name])
+        default = (shown or {}).get(field.name, field.default)
+        options = {"help": help + ("" if default is False or default == "" else f" [{default}]")}
+        if typing.get_origin(kind) is typing.Literal:
+            options |= {"choices": typing.get_args(kind)}
+        elif kind is bool:
+            options |= {"action": argparse.BooleanOptionalAction}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        options["help"] = options["help"].replace("%", "%%")
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=None, **options)
+
+
+def pick(settings: type, given: dict) -> dict:
+    """The entries of `given` that are fields of `settings`."""
+    names = {field.name for field in fields(settings)}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def describe(settings) -> str:
+    """Settings in one line: "lr 0.0002, epochs 15, …"."""
+    values = ((field.name, getattr(settings, field.name)) for field in fields(settings))
+    return ", ".join(f"{name} {value}" for name, value in values) or "none"

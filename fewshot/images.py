@@ -1,0 +1,164 @@
+"""Labelled pictures: as files, as uint8 pixels, as what a method reads.
+
+A JPEG is decoded and resized once. The uint8 crop that comes out is exactly what CLIP's
+normalisation reads, so keeping it loses nothing; it is kept in memory for the run and in a cache
+file for the next one.
+"""
+
+import contextlib
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as tv
+from tqdm import tqdm
+
+from clip_min import CLIP, UserError, crop, normalize
+from clip_min.files import read_safetensors, write_safetensors
+
+CACHE = Path(os.environ.get("CLIP_MIN_CACHE", Path.home() / ".cache" / "clip_min"))
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """N labelled pictures, not yet read: image files, or uint8 images (N, 3, h, w)."""
+
+    source: list[Path] | Tensor
+    labels: Tensor  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: Tensor) -> "Pictures":
+        """The pictures with the numbers `chosen`, in that order."""
+        if isinstance(self.source, Tensor):
+            return Pictures(self.source[chosen], self.labels[chosen])
+        return Pictures([self.source[i] for i in chosen.tolist()], self.labels[chosen])
+
+    def open(self, i: int) -> Image.Image:
+        if isinstance(self.source, Tensor):
+            return tv.to_pil_image(self.source[i])
+        return open_image(self.source[i])
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture, decoded to its last byte; an unreadable one is an error that names it."""
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    # Pillow's decoders raise these, and more kinds for damaged files than it documents.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path}: cannot be read as an image ({error}); replace or remove it, or pass "
+            "--skip-bad-images"
+        ) from None
+
+
+class Batches:
+    """N labelled pictures in memory, ready to be fed to a method.
+
+    pixels (N, 3, n, n) uint8 crops; labels (N,).
+    """
+
+    def __init__(self, pictures: Pictures, pixels: Tensor, device: torch.device):
+        self.pictures, self.pixels, self.device = pictures, pixels, device
+        self.labels = pictures.labels.to(device)
+        self._features = self._originals = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shots(self) -> int:
+        """Pictures in the largest class."""
+        return int(self.labels.bincount().max())
+
+    def images(self, chosen: Tensor, augment: str = "none") -> Tensor:
+        """What the image tower reads: (B, 3, n, n), normalised, on the device."""
+        pixels = self.pixels[chosen] if augment == "none" else self._crop_flip(chosen)
+        return normalize(pixels.to(self.device))
+
+    def features(self, clip: CLIP, batch_size: int = 64) -> Tensor:
+        """Image features (N, E), not normalised, under the frozen image tower; computed once."""
+        if self._features is None:
+            with torch.no_grad():
+                parts = torch.arange(len(self)).split(batch_size)
+                parts = tqdm(parts, "image features", leave=False, disable=None)
+                self._features = torch.cat([clip.encode_image(self.images(p)) for p in parts])
+        return self._features
+
+    def _crop_flip(self, chosen: Tensor) -> Tensor:
+        """A fresh random crop of each picture, from 8 to 100 % of its area, flipped half the time.
+
+        Drawn from torch's global generator.
+        """
+        if self._originals is None:  # decoded once, uncropped
+            self._originals = [self.pictures.open(i).convert("RGB") for i in range(len(self))]
+        size = self.pixels.shape[-1]
+        cut = RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)
+        crops = torch.stack([tv.pil_to_tensor(cut(self._originals[i])) for i in chosen.tolist()])
+        flip = torch.rand(len(crops)) < 0.5  # (B,)
+        return torch.where(flip[:, None, None, None], crops.flip(-1), crops)  # (B, 3, n, n)
+
+
+def read(
+    pictures: Pictures, size: int, skip_bad: bool = False, cache: Path | None = CACHE
+) -> tuple[Pictures, Tensor, list[str]]:
+    """Decode and crop -> (the readable pictures, uint8 (N, 3, size, size), what was skipped).
+
+    An unreadable file is an error, or, with `skip_bad`, left out and listed. `cache` is the folder
+    that keeps the pixels for the next run (None: nowhere); a damaged cache file is rebuilt.
+    """
+    if isinstance(pictures.source, Tensor) and pictures.source.shape[-2:] == (size, size):
+        return pictures, pictures.source, []
+    if not isinstance(pictures.source, Tensor) and cache is not None:
+        kept = cache / "pixels" / f"{_key(pictures.source, size)}.safetensors"
+        with contextlib.suppress(UserError, KeyError):  # not there, or damaged: read the pictures
+            pixels = read_safetensors(kept)[0]["pixels"]
+            if pixels.shape == (len(pictures), 3, size, size):
+                return pictures, pixels, []
+    else:
+        kept = None
+
+    def attempt(i: int) -> Tensor | UserError:
+        try:
+            return crop(pictures.open(i), size)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow works outside Python's lock
+        numbers = range(len(pictures))
+        hide = None if len(pictures) > 200 else True  # None: only where there is a terminal
+        results = list(
+            tqdm(pool.map(attempt, numbers), "reading", len(numbers), leave=False, disable=hide)
+        )
+    errors = [result for result in results if isinstance(result, UserError)]
+    if errors and not skip_bad:
+        more = f" (and {len(errors) - 1} more files)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}")
+    good = torch.tensor([i for i in numbers if not isinstance(results[i], UserError)])
+    if len(good) == 0:
+        raise UserError(f"none of {len(pictures)} image files can be read, as: {errors[0]}")
+    pixels = torch.stack([results[i] for i in good.tolist()])  # (N, 3, size, size)
+    if kept is not None and not errors:
+        with contextlib.suppress(
+            UserError
+        ):  # without a cache the next run takes longer, that is all
+            write_safetensors(kept, {"pixels": pixels})
+    return pictures[good], pixels, [str(error).split(": cannot")[0] for error in errors]
+
+
+def _key(paths: list[Path], size: int) -> str:
+    """Names the pixels of these files: it changes when a file, the size or Pillow changes."""
+    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    described = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return hashlib.sha256(repr((described, size, PIL.__version__)).encode()).hexdigest()[:32]

@@ -1,0 +1,130 @@
+"""The gradient loop: AdamW, cosine, early stopping on validation, and a way back after a kill.
+
+It is handed a method and knows nothing of what the method is: it lowers `method.loss` by changing
+the tensors of `method.adapter_state()`, and keeps those with the best validation accuracy.
+"""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from fewshot.images import Batches
+from fewshot.metrics import accuracy, predict
+from fewshot.run import Run
+
+
+def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: bool = False):
+    """Train `method` on `train`, leave it with its best tensors by accuracy on `val`.
+
+    Everything random follows from `seed` and, for dropout and augmentation, from torch's global
+    generator, whose state is saved with each epoch: a resumed run ends in the same bits.
+    """
+    s = method.settings
+    learned = method.adapter_state()
+    optimizer = torch.optim.AdamW(learned.values(), lr=s.lr, weight_decay=s.weight_decay)
+    steps = math.ceil(len(train) / s.batch_size)  # in one epoch
+    total = s.steps_per_shot * train.shots or s.epochs * steps
+    epochs = math.ceil(total / steps)
+
+    best = {name: tensor.detach().clone() for name, tensor in learned.items()}  # copies, not views
+    at = {"epoch": 0, "best_val": -1.0, "best_epoch": 0, "seconds": 0.0, "stopped": ""}
+    if resume and (saved := run.load_resume()):
+        tensors, at = saved
+        best = _restore(tensors, learned, optimizer)
+    bar = tqdm(total=total, initial=at["epoch"] * steps, unit="step", disable=None)
+    while at["epoch"] < epochs and not at["stopped"]:
+        started = time.perf_counter()
+        epoch, losses = at["epoch"], []
+        method.train()
+        order = torch.randperm(len(train), generator=_generator(seed, epoch))
+        for i, chosen in enumerate(order.split(s.batch_size)):
+            done = epoch * steps + i
+            if done == total:
+                break
+            progress = done / total if s.schedule == "step" else epoch / epochs
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(s.lr, s.min_lr, progress)
+            loss = method.loss(train.images(chosen, s.augment), train.labels[chosen])
+            if not loss.isfinite():
+                at["stopped"] = f"loss was {loss.item()} in epoch {epoch + 1}"
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            if s.clip_norm:
+                clip_grad_norm_(learned.values(), s.clip_norm)
+            optimizer.step()
+            losses.append(loss.item())
+            bar.set_description(f"epoch {epoch + 1}/{epochs}")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", best_val=f"{max(at['best_val'], 0):.1f}")
+            bar.update()
+        if at["stopped"]:
+            break
+        at["epoch"] += 1
+        val_accuracy = accuracy(predict(method, val), val.labels.cpu())
+        if val_accuracy > at["best_val"]:
+            at["best_val"], at["best_epoch"] = val_accuracy, at["epoch"]
+            best = {name: tensor.detach().clone() for name, tensor in learned.items()}
+            run.save_adapter(best)
+        elif s.patience and at["epoch"] - at["best_epoch"] >= s.patience:
+            at["stopped"] = f"no better validation accuracy in {s.patience} epochs"
+        at["seconds"] += time.perf_counter() - started
+        mean = sum(losses) / len(losses)
+        run.log_epoch(
+            {"epoch": at["epoch"], "loss": mean, "val": val_accuracy, "seconds": at["seconds"]}
+        )
+        run.save_resume(_snapshot(learned, best, optimizer), at)
+        bar.write(
+            f"epoch {at['epoch']:3d}/{epochs}  loss {mean:7.4f}  val {val_accuracy:6.2f}  "
+            f"{at['seconds']:6.1f} s"
+        )
+    bar.close()
+    if at["stopped"]:
+        print(f"stopped: {at['stopped']}; epoch {at['best_epoch']} is kept")
+    method.load_adapter(best)
+    run.save_adapter(best)
+    method.eval()
+    return at["seconds"]
+
+
+def cosine(peak: float, end: float, progress: float) -> float:
+    """Half a cosine from `peak` (progress 0) down to `end` (progress 1)."""
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * seed + epoch)
+
+
+def _snapshot(learned: dict, best: dict, optimizer) -> dict[str, Tensor]:
+    """All tensors the next epoch depends on."""
+    tensors = {f"learned/{name}": tensor for name, tensor in learned.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+@torch.no_grad()
+def _restore(tensors: dict[str, Tensor], learned: dict, optimizer) -> dict[str, Tensor]:
+    """The reverse of `_snapshot`; returns the best tensors."""
+    state = optimizer.state_dict()
+    for name, tensor in tensors.items():
+        kind, rest = name.split("/", 1)
+        if kind == "learned":
+            learned[rest].copy_(tensor)
+        elif kind == "optimizer":
+            i, key = rest.split("/")
+            state["state"].setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict(state)
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    device = next(iter(learned.values())).device
+    return {name: tensors[f"best/{name}"].to(device) for name in learned}

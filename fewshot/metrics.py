@@ -1,0 +1,43 @@
+"""What is measured, all in percent."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fewshot.images import Batches
+
+
+def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
+    """Logits (N, K) of a method for all pictures, on the CPU."""
+    parts = torch.arange(len(batches)).split(batch_size)
+    with method.inference():
+        if method.input == "features":
+            features = batches.features(method.clip)
+            return torch.cat([method(features[part]) for part in parts]).float().cpu()
+        parts = tqdm(parts, "testing", leave=False, disable=None if len(parts) > 8 else True)
+        return torch.cat([method(batches.images(part)) for part in parts]).float().cpu()
+
+
+def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:
+    """Percent of rows whose label is among the `top` largest logits."""
+    best = logits.topk(min(top, logits.shape[1]), dim=1).indices  # (N, top)
+    return 100 * (best == labels[:, None]).any(dim=1).double().mean().item()
+
+
+def per_class(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Accuracy (recall) and F1 of every class, (K,) each.
+
+    F1 is 2·tp / (2·tp + fp + fn): 0 for a class that is never right. Accuracy is NaN for a class
+    without pictures.
+    """
+    count = logits.shape[1]
+    predicted = logits.argmax(dim=1)
+    right = labels[predicted == labels].bincount(minlength=count)  # tp
+    real = labels.bincount(minlength=count)  # tp + fn
+    named = predicted.bincount(minlength=count)  # tp + fp
+    return 100 * right / real, 100 * 2 * right / (real + named).clamp(min=1)
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """HM = 2·b·n / (b + n), 0 if both are."""
+    return 2 * base * novel / (base + novel) if base + novel else 0.0

@@ -1,0 +1,129 @@
+"""The folder a run leaves: everything needed to trust it, repeat it, resume it or use it.
+
+    config.json          all settings, the command, versions, git commit
+    log.jsonl            a line an epoch
+    adapter.safetensors  what was learned, best on validation, and nothing else
+    resume.safetensors   all that the next epoch depends on (resume.json: its header, to read)
+    results.json         base, novel, HM, zero-shot beside them, per class
+    curves.png           loss and validation accuracy
+
+Every file is written whole or not at all, so that a run killed at any moment can be resumed.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_min import UserError
+from clip_min.files import read_safetensors, write_safetensors, write_text
+
+
+@dataclass
+class Run:
+    path: Path
+    config: dict
+    log: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, path: Path, config: dict) -> "Run":
+        """A new run; one that stands in its place already is kept, under another name."""
+        if path.exists():
+            n = 1
+            while (old := path.with_name(f"{path.name}.old{n}")).exists():
+                n += 1
+            try:
+                path.rename(old)
+            except OSError as error:
+                raise UserError(f"{path}: could not be set aside as {old} ({error})") from None
+            print(f"an earlier run is kept as {old}")
+        run = cls(path, config)
+        run.write_json("config.json", config)
+        return run
+
+    @classmethod
+    def resume(cls, path: Path, config: dict) -> "Run":
+        """Go on with the run at `path`, which must have been started with the same settings."""
+        run = cls.open(path)
+        for key, value in config.items():
+            if key not in ("argv", "versions", "commit") and run.config.get(key) != value:
+                raise UserError(
+                    f"--resume: {path} was started with {_difference(run.config.get(key), value)}; "
+                    "give the same flags, or start anew without --resume"
+                )
+        log = path / "log.jsonl"
+        if log.exists():
+            run.log = [json.loads(line) for line in log.read_text().splitlines()]
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        return cls(path, read_json(path / "config.json", "a run folder has one"))
+
+    def write_json(self, name: str, value: dict) -> None:
+        write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def log_epoch(self, entry: dict) -> None:
+        """Add a line to the log, in place of any later ones a killed run may have left."""
+        self.log = [line for line in self.log if line["epoch"] < entry["epoch"]] + [entry]
+        write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+
+    def save_adapter(self, state: dict[str, Tensor]) -> None:
+        header = {key: str(self.config[key]) for key in ("method", "model", "fingerprint")}
+        write_safetensors(self.path / "adapter.safetensors", state, header)
+
+    def load_adapter(self) -> dict[str, Tensor]:
+        return read_safetensors(self.path / "adapter.safetensors")[0]
+
+    def save_resume(self, tensors: dict[str, Tensor], position: dict) -> None:
+        """One atomic file holds both, so that tensors and position cannot disagree."""
+        text = json.dumps(position)
+        write_safetensors(self.path / "resume.safetensors", tensors, {"position": text})
+        self.write_json("resume.json", position)
+
+    def load_resume(self) -> tuple[dict[str, Tensor], dict] | None:
+        """What `save_resume` wrote; None if the run was killed before its first epoch ended."""
+        if not (self.path / "resume.safetensors").exists():
+            return None
+        tensors, header = read_safetensors(self.path / "resume.safetensors")
+        return tensors, json.loads(header["position"])
+
+
+def read_json(path: Path, hint: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def provenance() -> dict:
+    """The command, the versions of what computes, and the commit of this code, if it has one."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("clip_min", "torchvision", "numpy", "pillow", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    try:
+        here = Path(__file__).parent
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"argv": sys.argv, "versions": versions, "commit": commit}
+
+
+def _difference(old, new) -> str:
+    """The first setting that differs, for a message: "lr 0.002, not 0.001"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+        return f"{key} {old.get(key)}, not {new.get(key)}"
+    return f"{old}, not {new}"

@@ -1,0 +1,12 @@
+"""The methods by name, in the order a learner may read them: each file adds one idea."""
+
+from methods.base import Method, Settings, TrainingSettings
+from methods.lora import LoRA
+from methods.zero_shot import ZeroShot
+
+METHODS: dict[str, type[Method]] = {
+    "zero_shot": ZeroShot,
+    "lora": LoRA,
+}
+
+__all__ = ["METHODS", "Method", "Settings", "TrainingSettings"]

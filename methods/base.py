@@ -1,0 +1,146 @@
+"""What every adaptation method is: a CLIP, a list of class names, and something learned.
+
+A method turns a batch into logits, B images by K classes. It owns its parameters and knows its
+hyperparameters, but not where images come from, how they are batched, or what is measured: that is
+the experiment's (fewshot/). To add a method, write one file like lora.py and name it in
+methods/__init__.py.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn, no_grad
+
+from clip_min import CLIP, PromptTree, UserError, tokenize
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of a method: fields annotated with their meaning, which become its flags.
+
+    A method that needs no training has none.
+    """
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Settings):
+    """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
+
+    lr: Annotated[float, "peak learning rate of AdamW"] = 2e-4
+    weight_decay: Annotated[float, "decoupled weight decay of AdamW"] = 1e-2
+    epochs: Annotated[int, "passes over the training images, at most"] = 15
+    steps_per_shot: Annotated[int, "if not 0: train this many steps x shots, whatever epochs"] = 0
+    batch_size: Annotated[int, "images in one step"] = 32
+    schedule: Annotated[Literal["epoch", "step"], "the cosine moves once per epoch or step"] = (
+        "epoch"
+    )
+    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 0.0
+    patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 3
+    clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
+    augment: Annotated[
+        Literal["none", "crop-flip"],
+        "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip",
+    ] = "none"
+
+
+class Method(nn.Module):
+    """Base class. The defaults below are zero-shot CLIP on images; a method overrides little.
+
+    clip: is frozen here, and may be given new parts (LoRA); it is shared, never copied.
+    classnames: K names; template: a text with one {} for the name.
+    """
+
+    title: ClassVar[str] = ""  # one line for --help
+    Settings: ClassVar[type] = Settings
+    recipes: ClassVar[dict[str, dict]] = {"default": {}}  # name -> settings; the first is default
+    input: ClassVar[str] = "images"  # what forward takes: "images", or the image "features"
+    names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
+
+    def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
+        super().__init__()
+        self.clip = clip.requires_grad_(False)
+        self.template = template
+        self.settings = settings
+        self.set_classes(classnames)
+
+    def set_classes(self, classnames: list[str]) -> None:
+        """Make `classnames` the K classes that forward chooses from."""
+        self.classnames = list(classnames)
+        self.prompts = prompt_tree(classnames, self.template).to(self.clip.device)
+        self._text_features = None  # kept while in `inference`
+
+    def text_features(self) -> Tensor:
+        """One text feature per class (K, E), not normalised."""
+        if self._text_features is not None:
+            return self._text_features
+        return self.prompts(self.clip)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, n, n), normalised (or features (B, E), see `input`) -> logits (B, K)."""
+        return self.clip.logits(self.clip.encode_image(images), self.text_features())
+
+    def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """What a gradient step lowers; cross-entropy. labels (B,) -> scalar."""
+        return F.cross_entropy(self(inputs), labels)
+
+    def fit(self, train, val, descend: Callable) -> None:
+        """Learn from `train`, choosing by `val`. Default: `descend`, the gradient loop.
+
+        A method with a closed form overrides this and does not call `descend`.
+        """
+        descend(self, train, val)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """While open: no gradients, no dropout, and class features are computed once."""
+        training = self.training
+        self.eval()
+        with no_grad():
+            try:
+                self._text_features = self.text_features()
+                yield
+            finally:
+                self._text_features = None
+                self.train(training)
+
+    def for_classes(self, classnames: list[str]) -> "Method":
+        """The same learned parameters (the same tensors) for other class names."""
+        if not self.names_unseen:
+            raise UserError(f"{type(self).__name__} cannot name classes it was not trained on")
+        other = copy.copy(self)  # shares every tensor; only the tables of names are its own
+        for table in ("_modules", "_parameters", "_buffers"):
+            setattr(other, table, getattr(self, table).copy())
+        other.set_classes(classnames)
+        return other
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Exactly what is learned, by name: what is saved, and nothing else."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_adapter(self, state: dict[str, Tensor]) -> None:
+        """Copy `state`, as `adapter_state` gave it, into this method; strict."""
+        mine = self.adapter_state()
+        problems = [f"{name} is missing" for name in mine if name not in state]
+        problems += [f"{name} is unexpected" for name in state if name not in mine]
+        problems += [
+            f"{name} has shape {tuple(state[name].shape)}, expected {tuple(p.shape)}"
+            for name, p in mine.items()
+            if name in state and state[name].shape != p.shape
+        ]
+        if problems:
+            shown = "; ".join(problems[:8]) + (", …" if len(problems) > 8 else "")
+            raise UserError(f"the adapter does not fit this method and model: {shown}")
+        with no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(state[name])
+
+
+def prompt_tree(classnames: list[str], template: str) -> PromptTree:
+    """The prompts of K classes: "a photo of a {}." with each name in place of {}."""
+    if "{}" not in template:
+        raise UserError(f"template {template!r} has no {{}} for the class name; put one in")
+    return PromptTree(tokenize([template.replace("{}", name) for name in classnames]))
