@@ -44,10 +44,16 @@ def test(run: Run | None, method_class, settings, experiment: Experiment) -> Non
     clip, task = experiment.load()
     for note in task.notes:
         print(f"note: {note}")
-    unadapted = METHODS["zero_shot"](clip, task.classnames, experiment.template, Settings())
-    rows = {"zero-shot": evaluate(unadapted, task)}
     if run is not None:
         check_model(run, clip)
+        if run.config["classnames"] != {part: t.classnames for part, t in task.tests.items()}:
+            raise UserError(
+                f"{run.path}: the data set's classes are no longer those it was trained and "
+                "tested on; give the right one with --data-root, or train again"
+            )
+    unadapted = METHODS["zero_shot"](clip, task.classnames, experiment.template, Settings())
+    rows = {"zero-shot": evaluate(unadapted, task)}  # first: some methods add parts to this CLIP
+    if run is not None:
         method = method_class(clip, task.classnames, experiment.template, settings)
         method.load_adapter(run.load_adapter())
         rows[run.config["method"]] = evaluate(method, task)
@@ -76,14 +82,14 @@ def classify(run: Run | None, method_class, settings, experiment: Experiment, gi
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
     images = [crop(open_image(Path(path)), clip.config.image_size) for path in given["image"]]
-    for path, pixels in zip(given["image"], images, strict=True):
-        with method.inference():
+    with method.inference():
+        for path, pixels in zip(given["image"], images, strict=True):
             x = normalize(pixels[None].to(clip.device))  # (1, 3, n, n)
             x = clip.encode_image(x) if method.input == "features" else x
             best = method(x)[0].softmax(-1).topk(min(5, len(method.classnames)))
-        print(path)
-        for probability, i in zip(*best, strict=True):
-            print(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
+            print(path)
+            for probability, i in zip(*best, strict=True):
+                print(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
 
 
 def check_model(run: Run, clip) -> None:
@@ -108,10 +114,11 @@ def parse(argv: list[str]) -> dict:
     given = parser.parse(argv)
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
-    if "run" in given and (
-        extra := set(given) - {"run", "image", "classes", "device", "data_root", "model"}
-    ):
-        raise UserError(f"--{extra.pop().replace('_', '-')}: a run knows its own; leave it out")
+    if "run" in given:
+        read = {"run", "image", "device", "data_root", "model"}
+        read |= {"classes"} if "image" in given else set()
+        for name in sorted(given.keys() - read):
+            raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")
     if "classes" in given and "image" not in given:
         nearest("--classes", given["classes"], ["base-novel", "all"])
     return given

@@ -48,13 +48,14 @@ def main() -> None:
         **provenance(),
     }
     path = out / experiment.folder(method_name)
-    run = Run.resume(path, config) if resume else Run.start(path, config)
+    run = Run.resume(path, config) if resume else None
 
     unadapted = METHODS["zero_shot"](clip, task.classnames, experiment.template, Settings())
     zero_shot = evaluate(unadapted, task)  # first: some methods add parts to this CLIP
 
     torch.manual_seed(experiment.seed)
     method = METHODS[method_name](clip, task.classnames, experiment.template, settings)
+    run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     started = time.perf_counter()
     method.fit(
         task.train,
@@ -99,7 +100,8 @@ def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, bool]:
         raise UserError(f"--method is missing; methods are {', '.join(METHODS)}")
 
     method = METHODS[nearest("--method", known.method, METHODS)]
-    defaults = Experiment(**pick(Experiment, vars(known)))
+    named = {key: value for key, value in vars(known).items() if value is not None}
+    defaults = Experiment(**pick(Experiment, named))
     recipe = known.recipe
     if recipe is None:
         recipes = list(method.recipes)

@@ -23,6 +23,7 @@ of the context stands. Prompts that share slots share nodes, as with tokens.
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class PromptTree(nn.Module):
@@ -63,24 +64,41 @@ class PromptTree(nn.Module):
                 nodes.setdefault(node, len(nodes))
             reads.append(nodes[prompt])
         self.chunks.append(_Chunk(nodes, reads))
+        self.longest = max(len(chunk.tokens) for chunk in self.chunks)
 
     def __len__(self) -> int:
         """The number of tokens computed, where padded prompts would take K x 77."""
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
-    def forward(self, text, context: Tensor | None = None) -> Tensor:
+    def forward(self, text, context: Tensor | None = None, max_tokens: int | None = None) -> Tensor:
         """Encode all prompts with the text tower `text` -> features (K, E), not normalised.
 
         context (M, D) replaces the embeddings where `slots` says so. With a context per image,
         (B, M, D), the features are (B, K, E). Without one, every token keeps its own embedding.
+        Of more than `max_tokens` (B x len(self)), no more than these are computed at once; what
+        the backward pass needs of them is then computed again instead of kept.
         """
         if context is not None and context.shape[-2] != self.context_rows:
             raise ValueError(
                 f"context has {context.shape[-2]} rows, but the slots of this tree name "
                 f"{self.context_rows}"
             )
-        features = torch.cat([chunk(text, context) for chunk in self.chunks], dim=-2)
+        images = len(context) if context is not None and context.dim() == 3 else 1
+        if max_tokens is None or images * len(self) <= max_tokens:
+            features = torch.cat([chunk(text, context) for chunk in self.chunks], dim=-2)
+        else:
+            pieces = [context] if images == 1 else context.split(max(1, max_tokens // self.longest))
+            features = [
+                torch.cat([_recomputed(chunk, text, piece) for chunk in self.chunks], dim=-2)
+                for piece in pieces
+            ]
+            features = torch.cat(features)  # (B, K, E)
         return features.index_select(-2, self.unsort)
+
+
+def _recomputed(chunk: nn.Module, *inputs) -> Tensor:
+    """chunk(*inputs), keeping nothing for the backward pass but the inputs."""
+    return checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Chunk(nn.Module):

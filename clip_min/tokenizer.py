@@ -7,7 +7,7 @@ example, "A lily-valley’s café" (every step is one function below):
     split       a | lily | - | valley | 's | café          words, marks, single digits, clitics
     bytes       caf + C3 A9 -> c a f Ã ©</w>               one printable character per byte;
                                                            </w> marks the end of a word
-    merge       c a f Ã ©</w> -> ca f Ã ©</w> -> ... -> café</w>    most frequent pair first
+    merge       c a f Ã ©</w> -> c af Ã ©</w> -> ... -> cafÃ©</w>   most frequent pair first
     ids         [start] 320 10647 268 3136 568 15304 [end] 0 0 ...  padded with 0 to 77
 
 The merges were learned by OpenAI from the texts CLIP was trained on; they are data
@@ -131,8 +131,9 @@ def tokenize(
     for row, text in zip(rows, texts, strict=True):
         ids = [start, *bpe.encode(text), end]
         if len(ids) > context_length and not truncate:
+            shown = text if len(text) <= 300 else text[:300] + "…"  # it may be a whole file
             raise UserError(
-                f"{text!r} is {len(ids)} tokens long with its start and end, but the text tower "
+                f"{shown!r} is {len(ids)} tokens long with its start and end, but the text tower "
                 f"reads {context_length}: shorten it, or pass truncate=True"
             )
         if len(ids) > context_length:

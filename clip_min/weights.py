@@ -15,14 +15,16 @@ and plain containers alone, and TorchScript archives through TorchScript's own r
 import argparse
 import hashlib
 import json
+import pickle
 import re
 import sys
+import warnings
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_min.errors import UserError
 from clip_min.files import read_safetensors, write_safetensors
@@ -67,6 +69,11 @@ def load(
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    problems += [
+        f"{name} is {tensor.dtype}, expected floating point"  # quantised, say
+        for name, tensor in state.items()
+        if not tensor.is_floating_point()
+    ]
     if problems:
         shown = "; ".join(problems[:20]) + (
             f"; and {len(problems) - 20} more" * (len(problems) > 20)
@@ -101,16 +108,28 @@ def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
             f"{path}: not a CLIP (ViT) in OpenAI's, Hugging Face's or open_clip's naming: "
             f"no tensor {missing}"
         ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if "clip_min" in metadata:  # the number of heads leaves no trace in the tensors' shapes
-        saved = json.loads(metadata["clip_min"])
-        config = replace(config, vision_heads=saved["vision_heads"], text_heads=saved["text_heads"])
+        try:
+            saved = json.loads(metadata["clip_min"])
+            vision, text = saved["vision_heads"], saved["text_heads"]
+            usable = config.vision_width % vision == config.text_width % text == 0
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            usable = False
+        if not usable:
+            raise UserError(
+                f"{path}: its header says {metadata['clip_min'][:200]!r}, expected vision_heads "
+                f"that divide {config.vision_width} and text_heads that divide {config.text_width}"
+            )
+        config = replace(config, vision_heads=vision, text_heads=text)
     return state, config
 
 
-def fingerprint(clip: CLIP) -> str:
+def fingerprint(module: nn.Module) -> str:
     """A short sha256 of all weights: tells whether an adapter meets the model it was made for."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()[:16]
@@ -133,29 +152,34 @@ def _locate(name: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repo = HUB_REPOS[name]
-    advice = f"or give a file: --model path/to/{name.replace('/', '-')}.pt"
+    advice = f"or give a file: --model path/to/{re.sub('[/@]', '-', name)}.pt"
     try:
-        return Path(hf_hub_download(repo, HUB_FILE))
+        cached = try_to_load_from_cache(repo, HUB_FILE)  # first: without a network, too, at once
+        return Path(cached if isinstance(cached, str) else hf_hub_download(repo, HUB_FILE))
     except LocalEntryNotFoundError:
         raise UserError(
             f"{name}: {repo} is not in the hub's cache and the hub cannot be reached; connect once "
             f"to download it, {advice}"
         ) from None
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: the hub refused {repo}/{HUB_FILE} ({reason}); {advice}") from None
+    except Exception as error:  # refused, cut off, no room: types of three libraries
+        raise UserError(
+            f"{name}: {repo}/{HUB_FILE} could not be downloaded ({_first_line(error)}); {advice}"
+        ) from None
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     """OpenAI's TorchScript archive, or a state dict, possibly inside a training checkpoint."""
     expected = OPENAI_SHA256.get(path.name)
     if expected is not None:
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        found = digest.hexdigest()
         if found != expected:
             raise UserError(
                 f"{path}: sha256 is {found[:16]}…, but OpenAI's {path.name} has {expected[:16]}…; "
@@ -163,17 +187,35 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             )
     try:
         if _is_torchscript(path):
-            state = torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():  # of its deprecation, of which no user can do anything
+                warnings.simplefilter("ignore", category=FutureWarning)
+                state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose own message advises to load it the unsafe way
+        raise UserError(
+            f"{path}: not a state dict of plain tensors (no PyTorch file, or one of other objects "
+            "too, which could run code); nothing in it was run"
+        ) from None
     except Exception as error:  # the readers raise a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a state dict of plain tensors ({reason})") from None
+        raise UserError(
+            f"{path}: not a state dict of plain tensors ({_first_line(error)})"
+        ) from None
     if isinstance(state, dict) and "state_dict" in state:
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict):
         raise UserError(f"{path}: holds {type(state).__name__}, expected a dictionary of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(
+                f"{path}: holds {type(tensor).__name__} under {name!r}, expected tensors under "
+                "their names"
+            )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -228,7 +270,13 @@ def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if re.search(r"\.self_attn\.[kv]_proj\.", name):
             continue  # fused with its q_proj
         if ".self_attn.q_proj." in name:
-            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            if len({part.shape for part in parts}) > 1:
+                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+                raise ValueError(
+                    f"{name} and its k_proj and v_proj have shapes {shapes}: not equal"
+                )
+            tensor = torch.cat(parts)
             name = name.replace(".self_attn.q_proj.", ".attn.in_proj.")  # (3D, D), (3D,)
         for pattern, replacement in _FROM_HUGGING_FACE:
             name = re.sub(pattern, replacement, name)
@@ -238,13 +286,29 @@ def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
+_TELL_SIZES = {  # what the sizes of a CLIP are read off, and how many dimensions it has
+    "visual.conv1.weight": 4,
+    "visual.positional_embedding": 2,
+    "text_projection": 2,
+    "positional_embedding": 2,
+    "token_embedding.weight": 2,
+}
+
+
 def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
     """The sizes of a CLIP, read off its tensors (our names). Heads: 64 wide, as OpenAI's are."""
 
     def layers(prefix: str) -> int:
         blocks = {n.removeprefix(prefix).split(".")[0] for n in state if n.startswith(prefix)}
+        if not blocks:
+            raise KeyError(prefix + "0")
         return len(blocks)
 
+    for name, dims in _TELL_SIZES.items():
+        if state[name].dim() != dims:
+            raise ValueError(
+                f"{name} has shape {tuple(state[name].shape)}, expected {dims} dimensions"
+            )
     vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
     grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
     text_width, embed_dim = state["text_projection"].shape

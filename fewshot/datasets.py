@@ -38,6 +38,8 @@ def load(name: str, root: Path | None, seed: int) -> Dataset:
 
 def load_demo(root: Path | None, seed: int) -> Dataset:
     """102 species of drawn flowers, 10 pictures each in train, val and test."""
+    if root is not None:
+        raise UserError(f"--data-root {root}: the demo is drawn, not read; add --dataset folder")
     splits = [Pictures(*demo.split(name)) for name in ("train", "val", "test")]
     return Dataset(list(demo.CLASSNAMES), demo.TEMPLATE, *splits)
 
@@ -91,7 +93,11 @@ def _read_classes(root: Path, names: list[str] | None = None) -> tuple[list[str]
     folders = {}
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
-            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+            files = sorted(  # ".": what file managers hide beside pictures, under their names
+                p
+                for p in folder.rglob("*")
+                if p.suffix.lower() in ENDINGS and not p.name.startswith(".")
+            )
             name = " ".join(folder.name.replace("-", " ").replace("_", " ").split())
             if name in folders:
                 raise UserError(f"{root}: two folders are both the class {name!r}; rename one")

@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 import torch
 
 from clip_min import CLIP, UserError, weights
-from fewshot import datasets
-from fewshot.images import CACHE
+from fewshot import cache, datasets
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
 from fewshot.task import Task, make_task
 
@@ -40,15 +39,15 @@ class Experiment:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.shots < 1:
             raise UserError(f"--shots {self.shots}: expected 1 or more")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: expected 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--device {self.device}: cannot be used ({reason}); try cpu") from None
 
-    def load(self, cache: Path | None = CACHE) -> tuple[CLIP, Task]:
+    def load(self, folder: Path | None = cache.FOLDER) -> tuple[CLIP, Task]:
         """The model, and the task as it sees it; fills in `template` if it was left open."""
         root = Path(self.data_root).expanduser() if self.data_root else None
         dataset = datasets.load(self.dataset, root, self.seed)
@@ -57,13 +56,15 @@ class Experiment:
         size = clip.config.image_size
         device = torch.device(self.device)
         task = make_task(
-            dataset, self.shots, self.seed, self.classes, size, device, self.skip_bad_images, cache
+            dataset, self.shots, self.seed, self.classes, size, device, self.skip_bad_images, folder
         )
         return clip, task
 
     def folder(self, method: str) -> Path:
         """Where a run belongs: DATASET/MODEL/METHOD-sSHOTS-seedSEED."""
-        data = Path(self.data_root).name if self.dataset == "folder" else self.dataset
+        data = self.dataset
+        if data == "folder":  # resolved, since "." and ".." are no names
+            data = Path(self.data_root).expanduser().resolve().name
         data = data if self.classes == "base-novel" else f"{data}-all"
         model = Path(self.model).stem if Path(self.model).suffix else self.model.replace("/", "-")
         return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"

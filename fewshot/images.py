@@ -5,9 +5,6 @@ normalisation reads, so keeping it loses nothing; it is kept in memory for the r
 file for the next one.
 """
 
-import contextlib
-import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +17,9 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
-from clip_min import CLIP, UserError, crop, normalize
-from clip_min.files import read_safetensors, write_safetensors
+from clip_min import CLIP, UserError, crop, normalize, weights
+from fewshot import cache
 
-CACHE = Path(os.environ.get("CLIP_MIN_CACHE", Path.home() / ".cache" / "clip_min"))
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -57,20 +53,23 @@ def open_image(path: Path) -> Image.Image:
         return image
     # Pillow's decoders raise these, and more kinds for damaged files than it documents.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: cannot be read as an image ({error}); replace or remove it, or pass "
-            "--skip-bad-images"
-        ) from None
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
 class Batches:
     """N labelled pictures in memory, ready to be fed to a method.
 
-    pixels (N, 3, n, n) uint8 crops; labels (N,).
+    pixels (N, 3, n, n) uint8 crops; labels (N,). `folder`: the cache of features (None: no cache).
     """
 
-    def __init__(self, pictures: Pictures, pixels: Tensor, device: torch.device):
-        self.pictures, self.pixels, self.device = pictures, pixels, device
+    def __init__(
+        self,
+        pictures: Pictures,
+        pixels: Tensor,
+        device: torch.device,
+        folder: Path | None = cache.FOLDER,
+    ):
+        self.pictures, self.pixels, self.device, self.folder = pictures, pixels, device, folder
         self.labels = pictures.labels.to(device)
         self._features = self._originals = None
 
@@ -87,13 +86,29 @@ class Batches:
         pixels = self.pixels[chosen] if augment == "none" else self._crop_flip(chosen)
         return normalize(pixels.to(self.device))
 
+    def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
+        """What this method takes: image features (B, E), or images."""
+        if method.input == "features":
+            return self.features(method.clip)[chosen]
+        return self.images(chosen, augment)
+
     def features(self, clip: CLIP, batch_size: int = 64) -> Tensor:
-        """Image features (N, E), not normalised, under the frozen image tower; computed once."""
+        """Image features (N, E), not normalised, under the frozen image tower.
+
+        Computed once; kept for the next run under a name that follows from the pixels, the image
+        tower's weights and what computes (whose rounding may differ).
+        """
         if self._features is None:
-            with torch.no_grad():
+            machine = (torch.__version__, torch.get_num_threads(), self.device.type)
+            name = cache.key(self.pixels, weights.fingerprint(clip.visual), batch_size, machine)
+            features = cache.load(self.folder, "features", name)
+            if features is None:
                 parts = torch.arange(len(self)).split(batch_size)
                 parts = tqdm(parts, "image features", leave=False, disable=None)
-                self._features = torch.cat([clip.encode_image(self.images(p)) for p in parts])
+                with torch.no_grad():
+                    features = torch.cat([clip.encode_image(self.images(p)) for p in parts])
+                cache.save(self.folder, "features", name, features)
+            self._features = features.to(self.device)
         return self._features
 
     def _crop_flip(self, chosen: Tensor) -> Tensor:
@@ -111,23 +126,18 @@ class Batches:
 
 
 def read(
-    pictures: Pictures, size: int, skip_bad: bool = False, cache: Path | None = CACHE
+    pictures: Pictures, size: int, skip_bad: bool = False, folder: Path | None = cache.FOLDER
 ) -> tuple[Pictures, Tensor, list[str]]:
     """Decode and crop -> (the readable pictures, uint8 (N, 3, size, size), what was skipped).
 
-    An unreadable file is an error, or, with `skip_bad`, left out and listed. `cache` is the folder
-    that keeps the pixels for the next run (None: nowhere); a damaged cache file is rebuilt.
+    An unreadable file is an error, or, with `skip_bad`, left out and listed. `folder` is the
+    cache that keeps the pixels for the next run (None: nowhere).
     """
     if isinstance(pictures.source, Tensor) and pictures.source.shape[-2:] == (size, size):
         return pictures, pictures.source, []
-    if not isinstance(pictures.source, Tensor) and cache is not None:
-        kept = cache / "pixels" / f"{_key(pictures.source, size)}.safetensors"
-        with contextlib.suppress(UserError, KeyError):  # not there, or damaged: read the pictures
-            pixels = read_safetensors(kept)[0]["pixels"]
-            if pixels.shape == (len(pictures), 3, size, size):
-                return pictures, pixels, []
-    else:
-        kept = None
+    name = None if isinstance(pictures.source, Tensor) else _name(pictures.source, size)
+    if name and (pixels := cache.load(folder, "pixels", name)) is not None:
+        return pictures, pixels, []
 
     def attempt(i: int) -> Tensor | UserError:
         try:
@@ -144,21 +154,21 @@ def read(
     errors = [result for result in results if isinstance(result, UserError)]
     if errors and not skip_bad:
         more = f" (and {len(errors) - 1} more files)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}")
+        raise UserError(f"{errors[0]}{more}; replace or remove it, or pass --skip-bad-images")
     good = torch.tensor([i for i in numbers if not isinstance(results[i], UserError)])
     if len(good) == 0:
         raise UserError(f"none of {len(pictures)} image files can be read, as: {errors[0]}")
     pixels = torch.stack([results[i] for i in good.tolist()])  # (N, 3, size, size)
-    if kept is not None and not errors:
-        with contextlib.suppress(
-            UserError
-        ):  # without a cache the next run takes longer, that is all
-            write_safetensors(kept, {"pixels": pixels})
+    if name and not errors:
+        cache.save(folder, "pixels", name, pixels)
     return pictures[good], pixels, [str(error).split(": cannot")[0] for error in errors]
 
 
-def _key(paths: list[Path], size: int) -> str:
+def _name(paths: list[Path], size: int) -> str | None:
     """Names the pixels of these files: it changes when a file, the size or Pillow changes."""
-    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    try:
+        stats = [(str(path.resolve()), path.stat()) for path in paths]
+    except OSError:
+        return None  # a file is not there: reading it will say so
     described = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return hashlib.sha256(repr((described, size, PIL.__version__)).encode()).hexdigest()[:32]
+    return cache.key(described, size, PIL.__version__)

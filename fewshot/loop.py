@@ -1,9 +1,10 @@
-"""The gradient loop: AdamW, cosine, early stopping on validation, and a way back after a kill.
+"""The gradient loop: AdamW or SGD, cosine, early stopping on validation, a way back after a kill.
 
 It is handed a method and knows nothing of what the method is: it lowers `method.loss` by changing
 the tensors of `method.adapter_state()`, and keeps those with the best validation accuracy.
 """
 
+import functools
 import math
 import time
 
@@ -25,7 +26,8 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
     """
     s = method.settings
     learned = method.adapter_state()
-    optimizer = torch.optim.AdamW(learned.values(), lr=s.lr, weight_decay=s.weight_decay)
+    make = {"adamw": torch.optim.AdamW, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}
+    optimizer = make[s.optimizer](learned.values(), lr=s.lr, weight_decay=s.weight_decay)
     steps = math.ceil(len(train) / s.batch_size)  # in one epoch
     total = s.steps_per_shot * train.shots or s.epochs * steps
     epochs = math.ceil(total / steps)
@@ -46,9 +48,10 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
             if done == total:
                 break
             progress = done / total if s.schedule == "step" else epoch / epochs
+            lr = s.warmup_lr if epoch < s.warmup_epochs else cosine(s.lr, s.min_lr, progress)
             for group in optimizer.param_groups:
-                group["lr"] = cosine(s.lr, s.min_lr, progress)
-            loss = method.loss(train.images(chosen, s.augment), train.labels[chosen])
+                group["lr"] = lr
+            loss = method.loss(train.inputs(method, chosen, s.augment), train.labels[chosen])
             if not loss.isfinite():
                 at["stopped"] = f"loss was {loss.item()} in epoch {epoch + 1}"
                 break
@@ -63,8 +66,12 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
             bar.update()
         if at["stopped"]:
             break
+        logits = predict(method, val)
+        if not logits.isfinite().all():  # the last step broke the weights, and its loss was fine
+            at["stopped"] = f"validation logits were not finite after epoch {epoch + 1}"
+            break
         at["epoch"] += 1
-        val_accuracy = accuracy(predict(method, val), val.labels.cpu())
+        val_accuracy = accuracy(logits, val.labels.cpu())
         if val_accuracy > at["best_val"]:
             at["best_val"], at["best_epoch"] = val_accuracy, at["epoch"]
             best = {name: tensor.detach().clone() for name, tensor in learned.items()}

@@ -10,12 +10,9 @@ from fewshot.images import Batches
 def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
     """Logits (N, K) of a method for all pictures, on the CPU."""
     parts = torch.arange(len(batches)).split(batch_size)
+    parts = tqdm(parts, "testing", leave=False, disable=None if len(parts) > 8 else True)
     with method.inference():
-        if method.input == "features":
-            features = batches.features(method.clip)
-            return torch.cat([method(features[part]) for part in parts]).float().cpu()
-        parts = tqdm(parts, "testing", leave=False, disable=None if len(parts) > 8 else True)
-        return torch.cat([method(batches.images(part)) for part in parts]).float().cpu()
+        return torch.cat([method(batches.inputs(method, part)) for part in parts]).float().cpu()
 
 
 def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:

@@ -24,6 +24,9 @@ from torch import Tensor
 from clip_min import UserError
 from clip_min.files import read_safetensors, write_safetensors, write_text
 
+# What every config has; versions and the command stand beside them.
+KEYS = ("method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames")
+
 
 @dataclass
 class Run:
@@ -53,18 +56,25 @@ class Run:
         run = cls.open(path)
         for key, value in config.items():
             if key not in ("argv", "versions", "commit") and run.config.get(key) != value:
+                difference = _difference(key, run.config.get(key), value)
                 raise UserError(
-                    f"--resume: {path} was started with {_difference(run.config.get(key), value)}; "
+                    f"--resume: {path} was started with {difference}; "
                     "give the same flags, or start anew without --resume"
                 )
         log = path / "log.jsonl"
         if log.exists():
-            run.log = [json.loads(line) for line in log.read_text().splitlines()]
+            try:
+                run.log = [json.loads(line) for line in log.read_text().splitlines()]
+            except ValueError as error:
+                raise UserError(f"{log}: a line cannot be read as JSON ({error})") from None
         return run
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        return cls(path, read_json(path / "config.json", "a run folder has one"))
+        config = read_json(path / "config.json", "a run folder has one")
+        if missing := [key for key in KEYS if key not in config]:
+            raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
+        return cls(path, config)
 
     def write_json(self, name: str, value: dict) -> None:
         write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -75,7 +85,9 @@ class Run:
         write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
     def save_adapter(self, state: dict[str, Tensor]) -> None:
-        header = {key: str(self.config[key]) for key in ("method", "model", "fingerprint")}
+        made = {key: self.config[key] for key in ("method", "model", "fingerprint")}
+        # One entry: safetensors writes several in any order, and equal runs leave equal bytes.
+        header = {"clip_min": json.dumps(made)}
         write_safetensors(self.path / "adapter.safetensors", state, header)
 
     def load_adapter(self) -> dict[str, Tensor]:
@@ -97,11 +109,14 @@ class Run:
 
 def read_json(path: Path, hint: str) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; {hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
 
 
 def provenance() -> dict:
@@ -121,9 +136,9 @@ def provenance() -> dict:
     return {"argv": sys.argv, "versions": versions, "commit": commit}
 
 
-def _difference(old, new) -> str:
+def _difference(name: str, old, new) -> str:
     """The first setting that differs, for a message: "lr 0.002, not 0.001"."""
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
-        return f"{key} {old.get(key)}, not {new.get(key)}"
-    return f"{old}, not {new}"
+        return _difference(key, old.get(key), new.get(key))
+    return f"{name} {old}, not {new}"

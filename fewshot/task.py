@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from clip_min import UserError
+from fewshot import cache
 from fewshot.datasets import Dataset
-from fewshot.images import CACHE, Batches, Pictures, read
+from fewshot.images import Batches, Pictures, read
 
 FEW_VAL = 4  # validation pictures a class, at most, where the data set has no validation part
 
@@ -41,7 +43,7 @@ def make_task(
     size: int,
     device: torch.device,
     skip_bad: bool = False,
-    cache: Path | None = CACHE,
+    folder: Path | None = cache.FOLDER,
 ) -> Task:
     """Split `dataset` (classes: "base-novel" or "all"), draw the shots, read the pictures."""
     count = len(dataset.classnames)
@@ -52,10 +54,10 @@ def make_task(
     train, val, notes = draw(dataset, learned, shots, seed)
 
     def batches(pictures: Pictures) -> Batches:
-        pictures, pixels, skipped = read(pictures, size, skip_bad, cache)
+        pictures, pixels, skipped = read(pictures, size, skip_bad, folder)
         if skipped:
             notes.append(f"skipped {len(skipped)} unreadable files: {', '.join(skipped)}")
-        return Batches(pictures, pixels, device)
+        return Batches(pictures, pixels, device, folder)
 
     names = dataset.classnames
     return Task(
@@ -96,6 +98,11 @@ def draw(
         more = ", …" if len(short) > 5 else ""
         notes.append(f"fewer than {shots} training images in {len(short)} classes: {listed}{more}")
     val = pool[torch.cat(val)] if dataset.val is None else _of_classes(dataset.val, classes)
+    if len(val) == 0:
+        raise UserError(
+            "no class has more than one training image, so none is left for validation; give more, "
+            "or a val/ folder"
+        )
     return pool[torch.cat(train)], val, notes
 
 

@@ -1,11 +1,15 @@
 """The methods by name, in the order a learner may read them: each file adds one idea."""
 
 from methods.base import Method, Settings, TrainingSettings
+from methods.cocoop import CoCoOp
+from methods.coop import CoOp
 from methods.lora import LoRA
 from methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
+    "coop": CoOp,
+    "cocoop": CoCoOp,
     "lora": LoRA,
 }
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Annotated, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -25,13 +26,25 @@ class Settings:
     A method that needs no training has none.
     """
 
+    # Field -> the least and the most it may be. Checked first: a value out of range would fail
+    # after minutes of work, or, worse, train.
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}
+
+    def __post_init__(self):
+        for name, (least, most) in self.limits.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                expected = f"{least} or more" if most == inf else f"{least} to {most}"
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+
 
 @dataclass(frozen=True)
 class TrainingSettings(Settings):
     """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
 
-    lr: Annotated[float, "peak learning rate of AdamW"] = 2e-4
-    weight_decay: Annotated[float, "decoupled weight decay of AdamW"] = 1e-2
+    optimizer: Annotated[Literal["adamw", "sgd"], "AdamW, or SGD with momentum 0.9"] = "adamw"
+    lr: Annotated[float, "peak learning rate"] = 2e-4
+    weight_decay: Annotated[float, "weight decay (AdamW's is decoupled)"] = 1e-2
     epochs: Annotated[int, "passes over the training images, at most"] = 15
     steps_per_shot: Annotated[int, "if not 0: train this many steps x shots, whatever epochs"] = 0
     batch_size: Annotated[int, "images in one step"] = 32
@@ -39,12 +52,27 @@ class TrainingSettings(Settings):
         "epoch"
     )
     min_lr: Annotated[float, "learning rate at the end of the cosine"] = 0.0
+    warmup_epochs: Annotated[int, "first epochs, at a constant rate"] = 0
+    warmup_lr: Annotated[float, "learning rate of these"] = 1e-5
     patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 3
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     augment: Annotated[
         Literal["none", "crop-flip"],
         "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip",
     ] = "none"
+
+    limits = {
+        "lr": (0, inf),
+        "weight_decay": (0, inf),
+        "epochs": (0, inf),
+        "steps_per_shot": (0, inf),
+        "batch_size": (1, inf),
+        "min_lr": (0, inf),
+        "warmup_epochs": (0, inf),
+        "warmup_lr": (0, inf),
+        "patience": (0, inf),
+        "clip_norm": (0, inf),
+    }
 
 
 class Method(nn.Module):
@@ -70,18 +98,30 @@ class Method(nn.Module):
     def set_classes(self, classnames: list[str]) -> None:
         """Make `classnames` the K classes that forward chooses from."""
         self.classnames = list(classnames)
-        self.prompts = prompt_tree(classnames, self.template).to(self.clip.device)
-        self._text_features = None  # kept while in `inference`
+        self.prompts = self.prompt_tree().to(self.clip.device)
+        self._inferring, self._kept = False, None
+
+    def prompt_tree(self) -> PromptTree:
+        """The prompts of the classes: the template with each name in place of {}."""
+        if "{}" not in self.template:
+            raise UserError(f"--template {self.template!r} has no {{}} for the class name; add one")
+        return PromptTree(tokenize([self.template.replace("{}", n) for n in self.classnames]))
 
     def text_features(self) -> Tensor:
         """One text feature per class (K, E), not normalised."""
-        if self._text_features is not None:
-            return self._text_features
         return self.prompts(self.clip)
+
+    def class_features(self) -> Tensor:
+        """The same, computed once while in `inference`."""
+        if not self._inferring:
+            return self.text_features()
+        if self._kept is None:
+            self._kept = self.text_features()
+        return self._kept
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, n, n), normalised (or features (B, E), see `input`) -> logits (B, K)."""
-        return self.clip.logits(self.clip.encode_image(images), self.text_features())
+        return self.clip.logits(self.clip.encode_image(images), self.class_features())
 
     def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """What a gradient step lowers; cross-entropy. labels (B,) -> scalar."""
@@ -99,13 +139,13 @@ class Method(nn.Module):
         """While open: no gradients, no dropout, and class features are computed once."""
         training = self.training
         self.eval()
-        with no_grad():
-            try:
-                self._text_features = self.text_features()
+        self._inferring = True
+        try:
+            with no_grad():
                 yield
-            finally:
-                self._text_features = None
-                self.train(training)
+        finally:
+            self._inferring, self._kept = False, None
+            self.train(training)
 
     def for_classes(self, classnames: list[str]) -> "Method":
         """The same learned parameters (the same tensors) for other class names."""
@@ -137,10 +177,3 @@ class Method(nn.Module):
         with no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(state[name])
-
-
-def prompt_tree(classnames: list[str], template: str) -> PromptTree:
-    """The prompts of K classes: "a photo of a {}." with each name in place of {}."""
-    if "{}" not in template:
-        raise UserError(f"template {template!r} has no {{}} for the class name; put one in")
-    return PromptTree(tokenize([template.replace("{}", name) for name in classnames]))

@@ -107,6 +107,13 @@ class LoRASettings(TrainingSettings):
     blocks: Annotated[str, "blocks that learn: all, or numbers from 0, as 0-5 or 9,10,11"] = "all"
     scaling: Annotated[Literal["rank", "sqrt"], "s is α/R (rank) or α/√R (sqrt)"] = "rank"
 
+    limits = {
+        **TrainingSettings.limits,
+        "image_rank": (1, math.inf),
+        "text_rank": (1, math.inf),
+        "dropout": (0, 1),
+    }
+
 
 class LoRA(Method):
     title = "low-rank corrections to attention in both towers (CLIP-LoRA)"
@@ -173,7 +180,7 @@ def block_numbers(text: str, depth: int) -> list[int]:
     if text == "all":
         return list(range(depth))
     try:
-        ends = [[int(number) for number in piece.split("-")] for piece in text.split(",")]
+        ends = [[int(number) for number in piece.split("-", 1)] for piece in text.split(",")]
         numbers = sorted({n for end in ends for n in range(end[0], end[-1] + 1)})
     except ValueError:
         numbers = []

@@ -21,7 +21,7 @@ class ZeroShot(Method):
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, E) -> logits (B, K)."""
-        return self.clip.logits(features, self.text_features())
+        return self.clip.logits(features, self.class_features())
 
     def fit(self, train, val, descend) -> None:
         """Nothing is learned."""

@@ -1,0 +1,147 @@
+"""CoOp: learn the words around the class name, as vectors.
+
+Zhou et al., "Learning to Prompt for Vision-Language Models", arXiv:2109.01134. The template
+"a photo of a {}." becomes M free vectors v, in the place of word embeddings,
+
+    prompt_k = [start] v_1 … v_M  name_k .  [end]          v (M, D), shared by all classes
+    logits   = s · norm(f) · norm(text(prompt))ᵀ           f: frozen image feature (E,)
+
+and v is all that trains. v starts from the words of `ctx_init` ("a photo of a": zero-shot CLIP) or,
+if that is empty, at random. The name may stand at the end, in the middle or in front. With
+`class_specific` every class has vectors of its own, (K, M, D): such a model knows no new class.
+
+What we do differently: the prompts go through a PromptTree, so [start] v_1 … v_M is computed once
+per step, not once per class; and unless images are augmented, the frozen image tower sees each
+image once, and training is on its features.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clip_min import PromptTree, UserError, tokenize
+from methods.base import Method, TrainingSettings
+
+PLACEHOLDER = "X"  # one token, whose embedding the context replaces
+
+
+@dataclass(frozen=True)
+class ContextSettings(TrainingSettings):
+    lr: Annotated[float, "peak learning rate"] = 2e-3
+    epochs: Annotated[int, "passes over the training images, at most"] = 10
+    n_ctx: Annotated[int, "M, the number of learned vectors"] = 4
+    ctx_init: Annotated[str, "words they start from, M tokens of them; empty: N(0, 0.02)"] = (
+        "a photo of a"
+    )
+    limits = {**TrainingSettings.limits, "n_ctx": (1, 75)}
+
+
+class LearnedContext(Method):
+    """What CoOp and CoCoOp share: learned vectors, and a frozen image tower."""
+
+    def __init__(self, clip, classnames, template, settings: ContextSettings):
+        super().__init__(clip, classnames, template, settings)
+        self.input = "features" if settings.augment == "none" else "images"
+        self.context = nn.Parameter(initial_context(clip, settings.n_ctx, settings.ctx_init))
+
+    def image_features(self, x: Tensor) -> Tensor:
+        """What the frozen image tower makes of x, (B, E); nothing there needs a gradient."""
+        if self.input == "features":
+            return x
+        with torch.no_grad():
+            return self.clip.encode_image(x)
+
+
+@dataclass(frozen=True)
+class CoOpSettings(ContextSettings):
+    position: Annotated[Literal["end", "middle", "front"], "where the class name stands"] = "end"
+    class_specific: Annotated[bool, "vectors for every class, instead of shared ones"] = False
+
+
+class CoOp(LearnedContext):
+    title = "learned prompt vectors, shared by all classes"
+    Settings = CoOpSettings
+    recipes = {
+        "notebook": {},
+        "paper": {  # base-to-novel, as in CoCoOp's paper (arXiv:2203.05557), section 4.1
+            "optimizer": "sgd",
+            "weight_decay": 5e-4,
+            "epochs": 50,
+            "warmup_epochs": 1,
+            "warmup_lr": 1e-5,
+            "patience": 0,
+            "augment": "crop-flip",
+        },
+        "few-shot": {  # all classes, 16 shots; CoOp trains 50 epochs at 1 shot, 100 at 2 and 4
+            "optimizer": "sgd",
+            "weight_decay": 5e-4,
+            "epochs": 200,
+            "warmup_epochs": 1,
+            "warmup_lr": 1e-5,
+            "patience": 0,
+            "augment": "crop-flip",
+            "n_ctx": 16,
+            "ctx_init": "",
+        },
+        "demo": {"epochs": 30, "patience": 5},
+    }
+
+    def __init__(self, clip, classnames, template, settings: CoOpSettings):
+        super().__init__(clip, classnames, template, settings)
+        if settings.class_specific:
+            self.context = nn.Parameter(self.context.repeat(len(classnames), 1))  # (K·M, D)
+            self.names_unseen = False
+
+    def prompt_tree(self) -> PromptTree:
+        s = self.settings
+        return context_tree(self.classnames, s.n_ctx, s.position, s.class_specific)
+
+    def text_features(self) -> Tensor:
+        return self.prompts(self.clip, self.context)  # (K, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
+        return self.clip.logits(self.image_features(x), self.class_features())
+
+
+def initial_context(clip, n_ctx: int, words: str) -> Tensor:
+    """The embeddings of `words`, or N(0, 0.02): (M, D), float32."""
+    if not words:
+        width = clip.token_embedding.embedding_dim
+        return 0.02 * torch.randn(n_ctx, width).to(clip.device)
+    tokens = tokenize(words)[0]
+    tokens = tokens[1 : tokens.argmax()]  # without start and end
+    if len(tokens) != n_ctx:
+        raise UserError(
+            f"--n-ctx {n_ctx}: but --ctx-init {words!r} is {len(tokens)} tokens; give as many, or "
+            "--ctx-init '' for random vectors"
+        )
+    return clip.token_embedding.weight[tokens.to(clip.device)].detach().float().clone()
+
+
+def context_tree(
+    classnames: list[str], n_ctx: int, position: str = "end", class_specific: bool = False
+) -> PromptTree:
+    """The prompts of K classes with M slots for the context.
+
+    "end", M = 4:  [start] X X X X name . [end]      slots  -1 0 1 2 3 -1 …
+    "middle":      [start] X X name X X . [end]      slots  -1 0 1 -1 … 2 3 -1 -1
+    Slots are counted from both ends of the whole prompt, because only there can no spelling of a
+    name move them. With `class_specific`, class k has the slots k·M … k·M + M - 1.
+    """
+    before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[position]
+    after = n_ctx - before
+    texts = [
+        " ".join([PLACEHOLDER] * before + [name] + [PLACEHOLDER] * after) + "."
+        for name in classnames
+    ]
+    tokens = tokenize(texts)  # (K, 77)
+    slots = torch.full_like(tokens, -1)
+    for k, end in enumerate(tokens.argmax(dim=-1).tolist()):
+        first = k * n_ctx if class_specific else 0
+        rows = torch.arange(first, first + n_ctx)
+        slots[k, 1 : 1 + before] = rows[:before]
+        slots[k, end - 1 - after : end - 1] = rows[before:]  # the full stop stands at end - 1
+    return PromptTree(tokens, slots)

@@ -1,0 +1,30 @@
+"""What all tests share. Oracles (other people's CLIPs) come with `pip install .[test]`."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+# First, so that `pytest` tests this checkout, installed or not, and `import clip_min` never finds
+# the folder tests/clip_min.
+sys.path.insert(0, str(ROOT))
+# Tests are made of small tensors: more threads gain nothing, and on a busy machine lose minutes.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def flowers12() -> Path:
+    """A folder of real photographs, SPLIT/CLASS/*.jpg: 12 species of Flowers102."""
+    folder = Path(os.environ.get("CLIP_MIN_FLOWERS12", ROOT / "../shared/data/flowers12"))
+    if not folder.is_dir():
+        pytest.skip(f"no photographs: {folder} is not a folder; set CLIP_MIN_FLOWERS12 to one")
+    return folder.resolve()

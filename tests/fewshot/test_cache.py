@@ -1,0 +1,121 @@
+"""The cache gives back what was computed, or nothing: never something stale or damaged."""
+
+import pytest
+import torch
+
+from clip_min import CLIP, CLIPConfig
+from fewshot import cache
+from fewshot.images import Batches, Pictures
+
+
+@pytest.fixture
+def tensor():
+    return torch.arange(6.0).reshape(2, 3)
+
+
+def test_what_was_saved_is_loaded(tmp_path, tensor):
+    cache.save(tmp_path, "features", "a", tensor)
+    assert torch.equal(cache.load(tmp_path, "features", "a"), tensor)
+    assert cache.load(tmp_path, "features", "b") is None
+    assert cache.load(tmp_path, "pixels", "a") is None
+
+
+def test_no_folder_is_no_cache(tensor):
+    cache.save(None, "features", "a", tensor)
+    assert cache.load(None, "features", "a") is None
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
+def test_a_truncated_file_counts_as_absent(tmp_path, tensor, part):
+    cache.save(tmp_path, "features", "a", tensor)
+    file = tmp_path / "features" / "a.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(part * len(whole))])
+    assert cache.load(tmp_path, "features", "a") is None
+
+
+def test_one_flipped_bit_counts_as_absent(tmp_path, tensor):
+    cache.save(tmp_path, "features", "a", tensor)
+    file = tmp_path / "features" / "a.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # in the last number; the file's structure stays valid
+    file.write_bytes(data)
+    assert cache.load(tmp_path, "features", "a") is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, tensor):
+    (tmp_path / "features").write_text("a file where the folder should be")
+    cache.save(tmp_path, "features", "a", tensor)
+    assert cache.load(tmp_path, "features", "a") is None
+
+
+def test_a_name_changes_with_all_it_follows_from(tensor):
+    other = tensor.clone()
+    other[1, 2] += 1e-6
+    names = [
+        cache.key(tensor),
+        cache.key(other),
+        cache.key(tensor.reshape(3, 2)),
+        cache.key(tensor, 64),
+        cache.key(tensor, "64"),
+        cache.key(tensor, 6, 4),
+    ]
+    assert len(set(names)) == len(names)
+    assert cache.key(tensor.clone(), 64) == names[3]
+
+
+# Image features, which are kept under such names.
+
+
+def new_clip(seed: int = 0) -> CLIP:
+    torch.manual_seed(seed)
+    return CLIP(CLIPConfig(16, 16, 8, 32, 1, 1, 32, 1, 1)).eval()
+
+
+def new_batches(folder, seed: int = 0) -> Batches:
+    dice = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=dice)
+    pictures = Pictures(pixels, torch.arange(5))
+    return Batches(pictures, pixels, torch.device("cpu"), folder)
+
+
+class Refusing:
+    """An image tower that may not be asked."""
+
+    def __init__(self, clip):
+        self.visual = clip.visual
+
+    def encode_image(self, images):
+        raise AssertionError("the features were in the cache")
+
+
+def test_features_are_those_of_the_image_tower(tmp_path):
+    clip, batches = new_clip(), new_batches(tmp_path)
+    with torch.no_grad():
+        expected = torch.cat(
+            [clip.encode_image(batches.images(i)) for i in torch.arange(5)[:, None]]
+        )
+    assert torch.allclose(batches.features(clip), expected, atol=1e-6)
+
+
+def test_features_of_an_earlier_run_are_not_computed_again(tmp_path):
+    first = new_batches(tmp_path).features(new_clip())
+    assert torch.equal(new_batches(tmp_path).features(Refusing(new_clip())), first)
+
+
+@pytest.mark.parametrize("change", ["pixels", "weights"])
+def test_features_of_other_pixels_or_weights_are_computed(tmp_path, change):
+    new_batches(tmp_path).features(new_clip())
+    clip = new_clip(seed=int(change == "weights"))
+    batches = new_batches(tmp_path, seed=int(change == "pixels"))
+    with pytest.raises(AssertionError, match="were in the cache"):
+        batches.features(Refusing(clip))
+
+
+def test_damaged_features_are_computed_again(tmp_path):
+    first = new_batches(tmp_path).features(new_clip())
+    (file,) = (tmp_path / "features").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 64
+    file.write_bytes(data)
+    assert torch.equal(new_batches(tmp_path).features(new_clip()), first)

@@ -1,0 +1,185 @@
+"""An experiment's settings, where its run belongs, how it is scored, and how a script ends."""
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clip_min import UserError
+from fewshot.experiment import Experiment, evaluate, nearest, peak_memory_mb, run_script
+from fewshot.images import Batches
+from fewshot.task import Task
+from fewshot.task import Test as Part  # pytest would take the name for a test
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model"), [("demo", "demo"), ("folder", "demo"), ("flowers102", "ViT-B/16")]
+)
+def test_a_data_set_implies_a_model_unless_one_is_given(dataset, model):
+    assert Experiment(dataset).model == model
+    assert Experiment(dataset, model="my.safetensors").model == "my.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("shots", 0, "1 or more"),
+        ("shots", -3, "1 or more"),
+        ("seed", -1, "0 to 4294967295"),
+        ("seed", 2**32, "0 to 4294967295"),
+        ("device", "warp", "cannot be used"),
+        ("device", "cuda:99", "cannot be used"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_an_error_that_names_its_flag(field, value, expected):
+    with pytest.raises(UserError, match=f"--{field} {value}: ") as error:
+        Experiment(**{field: value})
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({}, "demo/demo/lora-s10-seed1"),
+        ({"shots": 4, "seed": 7}, "demo/demo/lora-s4-seed7"),
+        ({"dataset": "flowers102"}, "flowers102/ViT-B-16/lora-s10-seed1"),
+        ({"model": "ViT-L/14@336px"}, "demo/ViT-L-14@336px/lora-s10-seed1"),
+        ({"model": "/x/y/mine.v2.safetensors"}, "demo/mine.v2/lora-s10-seed1"),
+        ({"classes": "all"}, "demo-all/demo/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "/x/birds/"}, "birds/demo/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "."}, "here/demo/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "sub/.."}, "here/demo/lora-s10-seed1"),
+    ],
+)
+def test_a_run_belongs_under_data_model_method_shots_and_seed(
+    settings, folder, tmp_path, monkeypatch
+):
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert Experiment(**settings).folder("lora") == Path(folder)
+
+
+def test_nearest_returns_a_known_name_and_suggests_one_for_an_unknown():
+    known = {"lora": 1, "zero_shot": 2}
+    assert nearest("--method", "lora", known) == "lora"
+    with pytest.raises(UserError, match="--method zeroshot: unknown; did you mean zero_shot"):
+        nearest("--method", "zeroshot", known)
+    with pytest.raises(UserError, match="--method xyz: unknown; known are lora, zero_shot"):
+        nearest("--method", "xyz", known)
+
+
+class Rigged:
+    """Says, of every picture, the class that its first value names."""
+
+    input = "images"
+    names_unseen = True
+
+    def __init__(self, classnames):
+        self.classnames = classnames
+
+    def for_classes(self, classnames):
+        return Rigged(classnames)
+
+    @contextlib.contextmanager
+    def inference(self):
+        yield
+
+    def __call__(self, images):
+        order = torch.arange(len(self.classnames), 0, -1) / 100  # of those that are not named
+        named = images[:, 0, 0, 0].mul(10).round().long()  # see `task`
+        return order + torch.nn.functional.one_hot(named, len(self.classnames))
+
+
+@pytest.fixture
+def task(monkeypatch):
+    """Six base and seven novel classes; what is guessed and what is true are both given."""
+
+    def test(classes: int, guesses: list[int], labels: list[int]) -> Part:
+        pixels = torch.zeros(len(labels), 3, 2, 2)
+        pixels[:, 0, 0, 0] = torch.tensor(guesses) / 10
+        batches = Batches(
+            SimpleNamespace(labels=torch.tensor(labels)), pixels, torch.device("cpu"), None
+        )
+        monkeypatch.setattr(batches, "images", lambda chosen, augment="none": pixels[chosen])
+        return Part([f"{classes}-{k}" for k in range(classes)], batches)
+
+    tests = {
+        "base": test(6, [0, 0, 1, 2, 2, 5, 5, 3], [0, 1, 1, 2, 2, 5, 0, 4]),
+        "novel": test(7, [0, 1, 2, 3, 4], [0, 1, 2, 6, 0]),
+    }
+    return Task(tests["base"].classnames, None, None, tests, [])
+
+
+def test_scores_are_percentages_of_each_part_among_its_own_names(task):
+    scores = evaluate(Rigged(task.classnames), task)
+    assert scores["base"] == pytest.approx(100 * 5 / 8)
+    assert scores["novel"] == pytest.approx(100 * 3 / 5)
+    assert scores["hm"] == pytest.approx(2 * 62.5 * 60 / 122.5)
+    assert scores["all"] is None
+    base, novel = scores["parts"]["base"], scores["parts"]["novel"]
+    assert (base["images"], novel["images"]) == (8, 5)
+    assert base["top1"] == scores["base"]
+    assert base["top5"] == 100  # the guess, and then the first of the others; 4 is the fifth
+    assert novel["top5"] == pytest.approx(80)  # class 6 is never among five of seven
+    assert list(novel["classes"]) == [f"7-{k}" for k in range(7)]
+    assert base["classes"]["6-1"] == {"accuracy": 50.0, "f1": pytest.approx(200 / 3)}
+    assert base["classes"]["6-3"] == {"accuracy": None, "f1": 0.0}  # no pictures
+    f1 = [c["f1"] for c in base["classes"].values()]
+    assert base["macro_f1"] == pytest.approx(sum(f1) / 6)
+
+
+def test_a_method_that_cannot_name_new_classes_has_no_novel_score(task, monkeypatch):
+    monkeypatch.setattr(Rigged, "names_unseen", False)
+    scores = evaluate(Rigged(task.classnames), task)
+    assert scores["base"] == pytest.approx(62.5)
+    assert scores["novel"] is scores["hm"] is None
+    assert list(scores["parts"]) == ["base"]
+
+
+def test_all_classes_have_one_score(task):
+    task.tests = {"all": task.tests["base"]}
+    scores = evaluate(Rigged(task.classnames), task)
+    assert scores["all"] == pytest.approx(62.5)
+    assert scores["base"] is scores["novel"] is scores["hm"] is None
+
+
+def test_peak_memory_is_in_megabytes_and_never_falls():
+    before = peak_memory_mb()
+    held = torch.ones(100_000_000 // 4)  # 100 MB
+    assert 100 < before < 50_000
+    assert peak_memory_mb() >= max(before, held.nbytes / 1e6)
+
+
+def ends_with(error: BaseException | None, capsys) -> tuple[int, str]:
+    """Exit code and stderr of a script that raises this."""
+
+    def main():
+        if error:
+            raise error
+
+    try:
+        run_script(main)
+    except SystemExit as ended:
+        return ended.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/some/where/train.py"])
+    code, said = ends_with(UserError("this is\n  wrong"), capsys)
+    assert (code, said) == (2, "train.py: error: this is wrong\n")
+
+
+def test_a_script_that_ends_well_says_nothing_and_one_that_is_interrupted_how_to_go_on(capsys):
+    assert ends_with(None, capsys) == (0, "")
+    code, said = ends_with(KeyboardInterrupt(), capsys)
+    assert code == 130
+    assert "--resume" in said
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(capsys):
+    with pytest.raises(ZeroDivisionError):
+        ends_with(ZeroDivisionError(), capsys)

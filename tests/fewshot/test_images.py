@@ -1,0 +1,337 @@
+"""Pixels are those of `clip_min.crop`, from files, from the cache, and after augmentation."""
+
+import os
+import time
+
+import PIL
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from clip_min import UserError, crop, normalize
+from fewshot import images
+from fewshot.images import Batches, Pictures, read
+
+SIZES = [(40, 36), (36, 40), (32, 32), (7, 5), (200, 33), (64, 64), (33, 90)]
+
+
+@pytest.fixture
+def files(noise, tmp_path):
+    """Seven pictures of different shapes and formats."""
+    endings = ["png", "jpg", "bmp", "gif", "webp", "tiff", "ppm"]
+    return [
+        noise(tmp_path / f"{i}.{ending}", i, size)
+        for i, (ending, size) in enumerate(zip(endings, SIZES, strict=True))
+    ]
+
+
+@pytest.fixture
+def pictures(files):
+    return Pictures(files, torch.arange(7) % 3)
+
+
+@pytest.fixture
+def no_decoder(monkeypatch):
+    """() -> from now on, decoding a picture fails the test."""
+
+    def forbid(path):
+        raise AssertionError(f"{path} was decoded")
+
+    return lambda: monkeypatch.setattr(images, "open_image", forbid)
+
+
+def pixels_of(files) -> torch.Tensor:
+    return torch.stack([crop(Image.open(path), 32) for path in files])
+
+
+def cached(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_pixels_equal_crop_of_each_file_in_order(pictures, files):
+    readable, pixels, skipped = read(pictures, 32, folder=None)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(pixels, pixels_of(files))
+    assert readable.source == files
+    assert skipped == []
+
+
+def test_threads_that_finish_in_another_order_do_not_change_it(pictures, files, monkeypatch):
+    real, finished = images.open_image, []
+
+    def slow_at_first(path):
+        number = files.index(path)
+        time.sleep(0.05 * (len(files) - number))
+        finished.append(number)
+        return real(path)
+
+    monkeypatch.setattr(images, "open_image", slow_at_first)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert torch.equal(read(pictures, 32, folder=None)[1], pixels_of(files))
+    assert finished != sorted(finished)  # else this test shows nothing
+
+
+def test_pictures_in_memory_are_cropped_unless_they_have_the_size():
+    source = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+    small = Pictures(source, torch.arange(3))
+    assert read(small, 48)[1] is source
+    by_hand = [crop(Image.fromarray(image.permute(1, 2, 0).numpy()), 32) for image in source]
+    assert torch.equal(read(small, 32)[1], torch.stack(by_hand))
+
+
+def test_the_second_reading_comes_from_the_cache(pictures, files, tmp_path, no_decoder):
+    first = read(pictures, 32, folder=tmp_path / "cache")[1]
+    assert len(cached(tmp_path / "cache")) == 1
+    no_decoder()
+    readable, second, skipped = read(pictures, 32, folder=tmp_path / "cache")
+    assert torch.equal(second, first)
+    assert readable.source == files
+    assert skipped == []
+
+
+def test_without_a_cache_nothing_is_written(pictures, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    read(pictures, 32, folder=None)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def touch(files, monkeypatch):
+    stat = files[3].stat()
+    os.utime(files[3], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    return files, 32
+
+
+def change(files, monkeypatch):
+    Image.new("RGB", (50, 50), "red").save(files[3])
+    return files, 32
+
+
+def resize(files, monkeypatch):
+    return files, 24
+
+
+def reorder(files, monkeypatch):
+    return files[::-1], 32
+
+
+def new_pillow(files, monkeypatch):
+    monkeypatch.setattr(PIL, "__version__", "0.0.1")
+    return files, 32
+
+
+@pytest.mark.parametrize("differ", [touch, change, resize, reorder, new_pillow])
+def test_the_cache_is_not_used_when_something_differs(
+    differ, files, tmp_path, monkeypatch, no_decoder
+):
+    labels = torch.arange(7)
+    read(Pictures(files, labels), 32, folder=tmp_path / "cache")
+    chosen, size = differ(files, monkeypatch)
+    expected = torch.stack([crop(Image.open(path), size) for path in chosen])
+    pixels = read(Pictures(chosen, labels), size, folder=tmp_path / "cache")[1]
+    assert torch.equal(pixels, expected)
+    assert len(cached(tmp_path / "cache")) == 2
+    no_decoder()  # both are kept from now on
+    assert torch.equal(read(Pictures(chosen, labels), size, folder=tmp_path / "cache")[1], expected)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file):
+    *rest, last = file.read_bytes()
+    file.write_bytes(bytes([*rest, last ^ 1]))
+
+
+def rename_tensor(file):
+    save_file({"other": load_file(file)["pixels"]}, file)
+
+
+def drop_a_picture(file):
+    save_file({"pixels": load_file(file)["pixels"][1:].clone()}, file)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, rename_tensor, drop_a_picture])
+def test_a_damaged_cache_file_is_rebuilt(damage, pictures, files, tmp_path, no_decoder):
+    read(pictures, 32, folder=tmp_path / "cache")
+    (file,) = cached(tmp_path / "cache")
+    damage(file)
+    assert torch.equal(read(pictures, 32, folder=tmp_path / "cache")[1], pixels_of(files))
+    assert cached(tmp_path / "cache") == [file]
+    expected = pixels_of(files)
+    no_decoder()
+    assert torch.equal(read(pictures, 32, folder=tmp_path / "cache")[1], expected)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(pictures, files, tmp_path):
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    assert torch.equal(read(pictures, 32, folder=tmp_path / "occupied")[1], pixels_of(files))
+
+
+def text_file(path):
+    path.write_text("this is not a picture")
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def no_bytes(path):
+    path.write_bytes(b"")
+
+
+def gone(path):
+    path.unlink()
+
+
+def broken_link(path):
+    path.unlink()
+    path.symlink_to(path.with_name("nowhere.jpg"))
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [text_file, cut_short, no_bytes, gone, broken_link, folder])
+def test_an_unreadable_file_is_named_or_left_out(spoil, pictures, files, tmp_path):
+    spoil(files[1])
+    cache = tmp_path / "cache"
+    with pytest.raises(UserError, match="cannot be read as an image") as error:
+        read(pictures, 32, folder=cache)
+    assert str(error.value).startswith(f"{files[1]}: ")
+    assert "--skip-bad-images" in str(error.value)
+    good = [files[i] for i in (0, 2, 3, 4, 5, 6)]
+    readable, pixels, skipped = read(pictures, 32, skip_bad=True, folder=cache)
+    assert skipped == [str(files[1])]
+    assert readable.source == good
+    assert readable.labels.tolist() == [0, 2, 0, 1, 2, 0]
+    assert torch.equal(pixels, pixels_of(good))
+    assert not cached(cache)  # the file may be mended before the next run
+
+
+def test_of_several_unreadable_files_the_first_is_named_and_the_others_counted(pictures, files):
+    for i in (2, 4, 5):
+        text_file(files[i])
+    with pytest.raises(UserError, match=r"2\.bmp.*and 2 more files"):
+        read(pictures, 32, folder=None)
+    assert read(pictures, 32, skip_bad=True, folder=None)[2] == [str(files[i]) for i in (2, 4, 5)]
+
+
+def test_nothing_readable_is_an_error_even_when_bad_files_are_skipped(pictures, files):
+    for path in files:
+        text_file(path)
+    with pytest.raises(UserError, match="none of 7 image files can be read"):
+        read(pictures, 32, skip_bad=True, folder=None)
+
+
+def test_choosing_pictures_keeps_order_labels_and_repeats(pictures, files, numbered, numbers):
+    chosen = torch.tensor([5, 0, 0, 2])
+    assert pictures[chosen].source == [files[5], files[0], files[0], files[2]]
+    assert pictures[chosen].labels.tolist() == [2, 0, 0, 2]
+    in_memory = numbered([4, 3, 2, 1, 0, 9])[chosen]
+    assert numbers(in_memory.source) == chosen.tolist()
+    assert in_memory.labels.tolist() == [9, 4, 4, 2]
+
+
+def batches_of(pictures: Pictures, size: int) -> Batches:
+    pictures, pixels, _ = read(pictures, size, folder=None)
+    return Batches(pictures, pixels, torch.device("cpu"), None)
+
+
+def test_images_are_normalised_crops_of_the_chosen(pictures, files):
+    chosen = torch.tensor([3, 1])
+    expected = torch.stack([normalize(crop(Image.open(files[i]), 32)) for i in (3, 1)])
+    assert torch.equal(batches_of(pictures, 32).images(chosen), expected)
+
+
+def test_shots_are_the_pictures_of_the_largest_class(pictures):
+    assert batches_of(pictures, 32).shots == 3  # labels 0 1 2 0 1 2 0
+
+
+def test_features_are_encoded_images_and_computed_once(pictures):
+    class Encoder:
+        calls = 0
+        visual = torch.nn.Linear(1, 1)
+
+        def encode_image(self, images):
+            self.calls += 1
+            return images.mean(dim=(2, 3))
+
+    batches, encoder = batches_of(pictures, 32), Encoder()
+    expected = normalize(batches.pixels).mean(dim=(2, 3))
+    torch.testing.assert_close(batches.features(encoder, batch_size=3), expected)
+    assert encoder.calls == 3  # 3 + 3 + 1 pictures
+    assert batches.features(encoder) is batches.features(encoder)
+    assert encoder.calls == 3
+
+
+RAMP = 64  # pixels; red grows rightwards and green downwards, so a crop says where it comes from
+
+
+@pytest.fixture(scope="module")
+def crops():
+    """400 augmented crops (400, 3, 32, 32) of one ramp, each value in [0, 1]."""
+    axis = torch.linspace(0, 255, RAMP).round().to(torch.uint8)
+    red, green = axis.expand(RAMP, RAMP), axis[:, None].expand(RAMP, RAMP)
+    ramp = torch.stack([red, green, torch.zeros_like(red)])[None]  # (1, 3, RAMP, RAMP)
+    batches = batches_of(Pictures(ramp, torch.zeros(1, dtype=torch.long)), 32)
+    torch.manual_seed(0)
+    seen = batches.images(torch.zeros(400, dtype=torch.long), "crop-flip")
+    black = normalize(torch.zeros(3, 1, 1, dtype=torch.uint8))
+    white = normalize(torch.full((3, 1, 1), 255, dtype=torch.uint8))
+    return (seen - black) / (white - black)
+
+
+def test_augmented_crops_cover_8_to_100_percent_of_the_area(crops):
+    width = (crops[:, 0, 16, -2] - crops[:, 0, 16, 1]).abs() * 32 / 29  # 29 of 32 pixels apart
+    height = (crops[:, 1, -2, 16] - crops[:, 1, 1, 16]) * 32 / 29
+    area = width * height
+    assert 0.05 < area.min() < 0.12
+    assert 0.9 < area.max() < 1.1
+    assert area.mean().item() == pytest.approx((0.08 + 1) / 2, abs=0.06)  # about uniform
+    ratio = width / height
+    assert 0.6 < ratio.min() < 0.85
+    assert 1.2 < ratio.max() < 1.6
+
+
+def test_augmented_crops_lie_around_the_middle_and_everywhere(crops):
+    centre = crops[:, :2].mean(dim=(2, 3))  # (400, 2): x and y
+    assert centre.mean(dim=0).tolist() == pytest.approx([0.5, 0.5], abs=0.03)
+    assert centre.amin(dim=0).max() < 0.3
+    assert centre.amax(dim=0).min() > 0.7
+
+
+def test_half_of_the_augmented_crops_are_mirrored_and_none_stands_on_its_head(crops):
+    mirrored = crops[:, 0, 16, -1] < crops[:, 0, 16, 0]
+    assert abs(mirrored.sum().item() - 200) < 4 * (400 * 0.25) ** 0.5
+    assert (crops[:, 1, -1, 16] > crops[:, 1, 0, 16]).all()
+
+
+def test_augmentation_varies_and_repeats_under_one_seed(pictures):
+    batches = batches_of(pictures, 32)
+    chosen = torch.tensor([0, 0, 5])
+    torch.manual_seed(3)
+    first = batches.images(chosen, "crop-flip")
+    assert first.shape == (3, 3, 32, 32)
+    assert not torch.equal(first[0], first[1])  # one picture twice: two crops
+    assert not torch.equal(batches.images(chosen, "crop-flip"), first)
+    torch.manual_seed(3)
+    assert torch.equal(batches.images(chosen, "crop-flip"), first)
+
+
+def test_augmentation_sees_what_the_centre_crop_cuts_off():
+    wide = torch.zeros(1, 3, 32, 96, dtype=torch.uint8)
+    wide[:, :, :, :32] = 255  # white outside the middle
+    batches = batches_of(Pictures(wide, torch.zeros(1, dtype=torch.long)), 32)
+    black = normalize(torch.zeros(3, 1, 1, dtype=torch.uint8))
+    assert (batches.images(torch.tensor([0])) - black).abs().max() < 0.2
+    torch.manual_seed(0)
+    seen = batches.images(torch.zeros(50, dtype=torch.long), "crop-flip")
+    assert (seen - black).amax() > 3

@@ -1,0 +1,409 @@
+"""The loop is plain gradient descent, keeps the best, and survives being killed, all to the bit."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot import loop
+from fewshot.images import Batches, Pictures
+from fewshot.loop import cosine, descend
+from fewshot.run import Run
+from methods import Method, TrainingSettings
+
+CLASSES = 3
+CONFIG = dict.fromkeys(
+    ["method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames"], "toy"
+)
+
+
+class Toy(Method):
+    """The smallest method: dropout and a linear layer on pixels. Remembers what it was given."""
+
+    def __init__(self, settings: TrainingSettings, dropout: float = 0.0):
+        nn.Module.__init__(self)  # it has no CLIP
+        torch.manual_seed(0)
+        self.settings = settings
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(3 * 8 * 8, CLASSES)
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.given: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.dropout(images.flatten(1)))
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.given.append((images, labels))
+        return super().loss(images, labels)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.adapter_state().items()}
+
+
+def batches(count: int, seed: int) -> Batches:
+    """Noise, brighter the larger the label."""
+    dice = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    noise = torch.randint(0, 100, (count, 3, 8, 8), generator=dice)
+    pixels = (noise + 70 * labels[:, None, None, None]).to(torch.uint8)
+    return Batches(Pictures(pixels, labels), pixels, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def train():
+    return batches(14, seed=1)  # with batches of 4: three whole ones and a half
+
+
+@pytest.fixture
+def val():
+    return batches(9, seed=2)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.start(tmp_path / "run", CONFIG)
+
+
+def settings(**changes) -> TrainingSettings:
+    return TrainingSettings(**{"lr": 0.01, "epochs": 3, "batch_size": 4, "patience": 0} | changes)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
+
+
+# -------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize(("peak", "end", "steps"), [(0.1, 0.0, 15), (2e-4, 1e-6, 500)])
+def test_cosine_is_torchs_cosine_annealing(peak, end, steps):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=end)
+    for step in range(steps + 1):
+        assert cosine(peak, end, step / steps) == pytest.approx(torchs.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        torchs.step()
+
+
+# -------------------------------------------------------------------------- the same as by hand
+
+CASES = {
+    "adamw": {},
+    "a rate per step": {"schedule": "step", "min_lr": 1e-3},
+    "a rate per epoch": {"epochs": 5, "min_lr": 1e-3},
+    "sgd": {"optimizer": "sgd"},
+    "warm-up": {"warmup_epochs": 2, "warmup_lr": 1e-4, "epochs": 4},
+    "clipped": {"clip_norm": 0.1},
+    "steps by shots": {"steps_per_shot": 2, "schedule": "step"},
+    "one batch": {"batch_size": 100},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_equal_those_of_a_loop_by_hand_to_the_bit(case, train, val, run, monkeypatch):
+    s = settings(**CASES[case])
+    better = itertools.count()
+    monkeypatch.setattr(loop, "accuracy", lambda *_: next(better))  # so that the last are kept
+    method = Toy(s)
+    descend(method, train, val, run, seed=1)
+
+    by_hand = Toy(s)
+    steps = math.ceil(14 / s.batch_size)
+    total = s.steps_per_shot * 5 or s.epochs * steps
+    assert len(method.given) == total
+    parameters = [by_hand.linear.weight, by_hand.linear.bias]
+    if s.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, weight_decay=0.01, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+    for done, (images, labels) in enumerate(method.given):
+        epoch = done // steps
+        position = done / total if s.schedule == "step" else epoch / math.ceil(total / steps)
+        lr = s.min_lr + (s.lr - s.min_lr) * (1 + math.cos(math.pi * position)) / 2
+        optimizer.param_groups[0]["lr"] = s.warmup_lr if epoch < s.warmup_epochs else lr
+        logits = by_hand.linear(images.flatten(1))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        if s.clip_norm:
+            norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+            assert done or norm > s.clip_norm  # else this case shows nothing
+            torch.nn.utils.clip_grad_norm_(parameters, s.clip_norm)
+        optimizer.step()
+    assert equal(method.weights(), by_hand.weights())
+    assert not equal(method.weights(), Toy(s).weights())
+
+
+def test_clipping_bounds_the_gradient_that_a_step_uses(train, val, run):
+    """The first step of SGD moves the weights by lr times the gradient."""
+    s = settings(optimizer="sgd", weight_decay=0.0, batch_size=100, epochs=1, clip_norm=0.1)
+    before = Toy(s).weights()
+    method = Toy(s)
+    descend(method, train, val, run, seed=1)
+    moved = torch.cat([(t - before[n]).flatten() for n, t in method.weights().items()])
+    assert moved.norm().item() == pytest.approx(s.lr * 0.1, rel=1e-4)
+
+
+def order(method: Toy, train: Batches) -> list[int]:
+    """The numbers of the pictures in the order that the method was given them."""
+    known = train.images(torch.arange(len(train))).flatten(1)
+    given = torch.cat([images for images, _ in method.given]).flatten(1)
+    return [int((known == image).all(dim=1).nonzero()) for image in given]
+
+
+def test_an_epoch_is_every_picture_once_in_an_order_that_follows_from_the_seed(train, val, run):
+    orders = []
+    for seed in (1, 1, 2):
+        method = Toy(settings())
+        descend(method, train, val, run, seed)
+        orders.append(order(method, train))
+    first, again, other = orders
+    epochs = [first[i : i + 14] for i in (0, 14, 28)]
+    assert all(sorted(epoch) == list(range(14)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert first == again
+    assert first != other
+
+
+def test_labels_stay_with_their_pictures(train, val, run):
+    method = Toy(settings())
+    descend(method, train, val, run, seed=1)
+    labels = torch.cat([labels for _, labels in method.given]).tolist()
+    assert labels == [i % CLASSES for i in order(method, train)]
+
+
+@pytest.mark.parametrize("steps_per_shot", [1, 3, 4])
+def test_steps_per_shot_times_shots_is_the_number_of_steps(steps_per_shot, train, val, run):
+    method = Toy(settings(steps_per_shot=steps_per_shot))
+    descend(method, train, val, run, seed=1)
+    assert train.shots == 5
+    assert len(method.given) == 5 * steps_per_shot  # 4 in an epoch: the last one is cut short
+    assert len(run.log) == math.ceil(5 * steps_per_shot / 4)
+
+
+# ---------------------------------------------------------------------------------- the best kept
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """(method, accuracies) -> validation returns these, and the weights at each are kept."""
+
+    def script(method: Toy, accuracies: list[float]) -> list[dict[str, Tensor]]:
+        seen, left = [], iter(accuracies)
+
+        def accuracy(logits, labels):
+            seen.append(method.weights())
+            return next(left)
+
+        monkeypatch.setattr(loop, "accuracy", accuracy)
+        return seen
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [
+        ([10, 50, 30, 40, 20], 1),
+        ([50, 50, 50, 50, 50], 0),  # the first of equals
+        ([0, 0, 0, 0, 0], 0),
+        ([1, 2, 3, 4, 5], 4),
+    ],
+)
+def test_the_weights_with_the_best_validation_accuracy_are_left_and_saved(
+    accuracies, best, train, val, run, scripted
+):
+    method = Toy(settings(epochs=5))
+    seen = scripted(method, accuracies)
+    descend(method, train, val, run, seed=1)
+    assert len(seen) == 5
+    assert not equal(seen[best], seen[(best + 1) % 5])
+    assert equal(method.weights(), seen[best])
+    assert equal(run.load_adapter(), seen[best])
+    assert not method.training
+
+
+@pytest.mark.parametrize(
+    ("patience", "accuracies", "epochs"),
+    [
+        (2, [10, 50, 30, 40, 90], 4),
+        (1, [10, 50, 50, 90, 90], 3),  # as good is not better
+        (3, [50, 10, 60, 10, 10], 5),
+        (0, [50, 10, 10, 10, 10], 5),  # never
+    ],
+)
+def test_training_stops_after_that_many_epochs_without_a_better_one(
+    patience, accuracies, epochs, train, val, run, scripted, capsys
+):
+    method = Toy(settings(epochs=5, patience=patience))
+    scripted(method, accuracies)
+    descend(method, train, val, run, seed=1)
+    assert [line["val"] for line in run.log] == accuracies[:epochs]
+    said = f"stopped: no better validation accuracy in {patience} epochs"
+    assert (said in capsys.readouterr().out) == (epochs < 5)
+
+
+def test_validation_runs_without_dropout_and_training_with_it(train, val, run):
+    modes = []
+    method = Toy(settings(epochs=2), dropout=0.5)
+    method.dropout.register_forward_hook(lambda module, *_: modes.append(module.training))
+    descend(method, train, val, run, seed=1)
+    assert modes == 2 * [True, True, True, True, False]
+
+
+def test_what_is_not_learned_does_not_move(train, val, run):
+    method = Toy(settings())
+    descend(method, train, val, run, seed=1)
+    assert torch.equal(method.frozen, torch.ones(2))
+    assert method.frozen.grad is None
+
+
+def test_training_learns_what_can_be_learned(train, val, run):
+    method = Toy(settings(epochs=30))
+    descend(method, train, val, run, seed=1)
+    assert run.log[-1]["loss"] < 0.2 * run.log[0]["loss"]
+    assert max(line["val"] for line in run.log) == 100
+
+
+def test_the_log_has_mean_loss_and_validation_accuracy_of_every_epoch(train, val, run):
+    method = Toy(settings(lr=0.0, epochs=2))  # nothing moves, so all can be computed afterwards
+    descend(method, train, val, run, seed=1)
+    with torch.no_grad():
+        losses = [F.cross_entropy(method(x), y).item() for x, y in method.given]
+        right = method(val.images(torch.arange(9))).argmax(dim=1) == val.labels
+    for i, line in enumerate(run.log):
+        assert line["epoch"] == i + 1
+        assert line["loss"] == pytest.approx(sum(losses[4 * i : 4 * i + 4]) / 4)
+        assert line["val"] == pytest.approx(100 * right.double().mean().item())
+    assert 0 < run.log[0]["seconds"] < run.log[1]["seconds"]
+
+
+def test_no_epochs_leave_the_method_as_it_was(train, val, run):
+    method = Toy(settings(epochs=0))
+    before = method.weights()
+    descend(method, train, val, run, seed=1)
+    assert equal(method.weights(), before)
+    assert equal(run.load_adapter(), before)
+    assert run.log == []
+
+
+# -------------------------------------------------------------------------------- when it breaks
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_so_far(
+    value, train, val, run, scripted, capsys, monkeypatch
+):
+    method = Toy(settings(epochs=5))
+    seen = scripted(method, [10, 50, 30])
+    real = method.loss
+
+    def loss(images, labels):
+        broken = len(method.given) == 14  # the third step of the fourth epoch
+        return real(images, labels) * (value if broken else 1)
+
+    monkeypatch.setattr(method, "loss", loss)
+    descend(method, train, val, run, seed=1)
+    assert f"stopped: loss was {value} in epoch 4; epoch 2 is kept" in capsys.readouterr().out
+    assert equal(method.weights(), seen[1])
+    assert equal(run.load_adapter(), seen[1])
+    assert [line["epoch"] for line in run.log] == [1, 2, 3]
+
+
+def test_weights_that_break_in_the_last_step_of_an_epoch_are_never_the_best(
+    train, val, run, capsys
+):
+    method = Toy(settings(lr=float("inf"), batch_size=100))  # one step an epoch, its loss finite
+    before = method.weights()
+    descend(method, train, val, run, seed=1)
+    assert "stopped: validation logits were not finite after epoch 1" in capsys.readouterr().out
+    assert equal(method.weights(), before)
+    assert equal(run.load_adapter(), before)
+
+
+# ----------------------------------------------------------------------------------------- resume
+
+
+class Killed(BaseException):
+    pass
+
+
+def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
+    """Train at `path`; where `kill` names a moment, die then and resume as a new process would."""
+    run, method = Run.start(path, CONFIG), Toy(s, dropout=0.3)
+    calls = {"loss": method, "log_epoch": run, "save_resume": run, "save_adapter": run}
+    if kill:
+        name, number = kill.split()
+        real, left = getattr(calls[name], name), iter(range(int(number)))
+
+        def die(*arguments):
+            if next(left, None) is None:
+                raise Killed
+            return real(*arguments)
+
+        monkeypatch.setattr(calls[name], name, die)
+        with pytest.raises(Killed):
+            descend(method, train, val, run, seed=1)
+        torch.rand(5)  # whatever a new process did before
+        run, method = Run.resume(path, CONFIG), Toy(s, dropout=0.3)
+    descend(method, train, val, run, seed=1, resume=bool(kill))
+    return method
+
+
+@pytest.mark.parametrize(("optimizer", "augment"), [("adamw", "crop-flip"), ("sgd", "none")])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        "loss 2",  # in the first epoch: nothing is saved yet
+        "loss 4",  # at the start of the second
+        "loss 11",  # in the third
+        "log_epoch 2",  # the third epoch is in no file
+        "save_resume 2",  # the third epoch is in the log but not in the resume file
+        "save_resume 3",
+        "loss 19",  # the last step
+    ],
+)
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(
+    kill, augment, optimizer, train, val, tmp_path, monkeypatch
+):
+    s = settings(epochs=5, augment=augment, optimizer=optimizer, schedule="step")
+    whole = train_to_the_end(tmp_path / "whole", s, "", monkeypatch, train, val)
+    resumed = train_to_the_end(tmp_path / "resumed", s, kill, monkeypatch, train, val)
+    assert equal(resumed.weights(), whole.weights())
+    files = [tmp_path / name / "adapter.safetensors" for name in ("whole", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    logs = [
+        [json.loads(line) | {"seconds": 0} for line in (f.parent / "log.jsonl").open()]
+        for f in files
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 5
+
+
+def test_dropout_and_augmentation_matter_to_those_bits(train, val, tmp_path, monkeypatch):
+    """Else the test above would show nothing of the state of the random numbers."""
+    results = []
+    for number, changes in enumerate([{}, {"augment": "crop-flip"}]):
+        s = settings(epochs=5, **changes)
+        path = tmp_path / str(number)
+        results.append(train_to_the_end(path, s, "", monkeypatch, train, val).weights())
+        plain = Toy(s)
+        descend(plain, train, val, Run.start(tmp_path / "plain", CONFIG), seed=1)
+        assert not equal(plain.weights(), results[-1])
+    assert not equal(*results)
+
+
+def test_resuming_a_run_that_was_over_changes_nothing(train, val, tmp_path, capsys):
+    path = tmp_path / "run"
+    first = Toy(settings(epochs=5, patience=1, lr=0.0))  # stops after its second epoch
+    descend(first, train, val, Run.start(path, CONFIG), seed=1)
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    again = Toy(settings(epochs=5, patience=1, lr=0.0))
+    seconds = descend(again, train, val, Run.resume(path, CONFIG), seed=1, resume=True)
+    assert again.given == []
+    assert equal(again.weights(), first.weights())
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    assert seconds == json.loads(before["resume.json"])["seconds"]

@@ -1,0 +1,47 @@
+"""The table that a run prints, and its curves."""
+
+import pytest
+from PIL import Image
+
+from fewshot.report import save_curves, table
+
+BOTH = {"base": 71.333, "novel": 78.236, "hm": 74.624, "all": None}
+BASE_ONLY = {"base": 90.0, "novel": None, "hm": None, "all": None}
+ALL = {"base": None, "novel": None, "hm": None, "all": 100.0}
+
+
+def test_a_table_has_a_line_for_each_name_and_two_decimals():
+    cells = [line.split() for line in table({"zero-shot": BOTH, "lora": BOTH}).splitlines()]
+    assert cells == [
+        ["base", "novel", "HM"],
+        ["zero-shot", "71.33", "78.24", "74.62"],
+        ["lora", "71.33", "78.24", "74.62"],
+    ]
+
+
+def test_a_number_that_does_not_exist_reads_na():
+    cells = [line.split() for line in table({"zero-shot": BOTH, "probe": BASE_ONLY}).splitlines()]
+    assert cells[2] == ["probe", "90.00", "n/a", "n/a"]
+
+
+def test_all_classes_are_one_column():
+    cells = [line.split() for line in table({"zero-shot": ALL, "lora": ALL}).splitlines()]
+    assert cells == [["all"], ["zero-shot", "100.00"], ["lora", "100.00"]]
+
+
+@pytest.mark.parametrize("rows", [{"a": BOTH, "a long name": BASE_ONLY}, {"a": ALL}])
+def test_columns_end_where_their_headings_end(rows):
+    first, *lines = table(rows).splitlines()
+    assert {len(line) for line in lines} == {len(first)}
+    assert not any(line.endswith(" ") for line in lines)
+
+
+def test_curves_are_a_picture_of_every_epoch(tmp_path):
+    log = [{"epoch": n, "loss": 1 / n, "val": 10.0 * n, "seconds": n} for n in range(1, 6)]
+    blank, full = tmp_path / "blank.png", tmp_path / "full.png"
+    save_curves(log[:1], blank)
+    save_curves(log, full)
+    with Image.open(blank) as few, Image.open(full) as many:
+        assert few.format == many.format == "PNG"
+        assert few.tobytes() != many.tobytes()
+    assert sorted(tmp_path.iterdir()) == [blank, full]  # no temporary file is left

@@ -1,0 +1,221 @@
+"""A run folder is whole at every moment, and says what it came from."""
+
+import errno
+import json
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import clip_min.files
+from clip_min import UserError
+from fewshot.run import Run, provenance
+
+CONFIG = {
+    "method": "lora",
+    "recipe": "demo",
+    "settings": {"lr": 0.002, "epochs": 15},
+    "experiment": {"dataset": "demo", "shots": 10},
+    "model": "demo",
+    "fingerprint": "0123456789abcdef",
+    "classnames": {"base": ["rose", "Ünïcode 🌹"], "novel": ["tulip"]},
+    "argv": ["train.py"],
+    "versions": {"torch": "2"},
+    "commit": None,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.start(tmp_path / "run", CONFIG)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """() -> from now on, there is no space for tensors or text."""
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill():
+        monkeypatch.setattr(clip_min.files, "save_file", fail)
+        monkeypatch.setattr(clip_min.files.os, "fsync", fail)
+
+    return fill
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_starts_with_its_config_and_opens_with_the_same(run):
+    assert json.loads((run.path / "config.json").read_text(encoding="utf-8")) == CONFIG
+    assert "🌹" in (run.path / "config.json").read_text(encoding="utf-8")  # for people to read
+    assert Run.open(run.path).config == CONFIG
+
+
+def test_an_earlier_run_is_set_aside_under_a_new_name_each_time(tmp_path, capsys):
+    path = tmp_path / "data" / "run"
+    for i in range(4):
+        Run.start(path, CONFIG).save_adapter({"w": torch.full((1,), i)})
+    kept = [path.with_name(f"run.old{n}") for n in (1, 2, 3)]
+    assert sorted(path.parent.iterdir()) == [path, *kept]
+    values = [Run.open(p).load_adapter()["w"].item() for p in [*kept, path]]
+    assert values == [0, 1, 2, 3]
+    assert capsys.readouterr().out.splitlines()[-1] == f"an earlier run is kept as {kept[-1]}"
+
+
+def test_an_adapter_comes_back_with_its_origin(run):
+    state = {"b": torch.randn(3, 2), "a": torch.randn(4).bfloat16()}
+    run.save_adapter(state)
+    loaded = run.load_adapter()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[n], t) and loaded[n].dtype == t.dtype for n, t in state.items())
+    with safe_open(run.path / "adapter.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["clip_min"]) == {
+            "method": "lora",
+            "model": "demo",
+            "fingerprint": "0123456789abcdef",
+        }
+
+
+def test_equal_adapters_are_equal_files(run):
+    state = {f"w{i}": torch.full((2,), i) for i in range(8)}
+    files = set()
+    for _ in range(10):
+        run.save_adapter(state)
+        files.add((run.path / "adapter.safetensors").read_bytes())
+    assert len(files) == 1
+
+
+def test_a_full_disk_leaves_the_earlier_files_and_no_others(run, full_disk):
+    run.save_adapter({"w": torch.zeros(3)})
+    run.log_epoch({"epoch": 1})
+    run.save_resume({"w": torch.zeros(3)}, {"epoch": 1})
+    run.write_json("results.json", {"base": 1})
+    before = contents(run.path)
+    full_disk()
+    writes = {
+        "adapter.safetensors": lambda: run.save_adapter({"w": torch.ones(3)}),
+        "log.jsonl": lambda: run.log_epoch({"epoch": 2}),
+        "resume.safetensors": lambda: run.save_resume({"w": torch.ones(3)}, {"epoch": 2}),
+        "results.json": lambda: run.write_json("results.json", {"base": 2}),
+    }
+    for name, write in writes.items():
+        with pytest.raises(UserError, match="No space left on device") as error:
+            write()
+        assert str(run.path / name) in str(error.value)
+    assert contents(run.path) == before
+
+
+def test_a_full_disk_at_the_start_is_an_error_that_names_the_file(tmp_path, full_disk):
+    full_disk()
+    with pytest.raises(UserError, match=r"config\.json: could not be written.*No space left"):
+        Run.start(tmp_path / "run", CONFIG)
+
+
+def test_a_log_line_replaces_later_ones_that_a_killed_run_left(run):
+    for epoch in (1, 2, 3):
+        run.log_epoch({"epoch": epoch, "loss": epoch / 3})
+    again = Run.resume(run.path, CONFIG)
+    assert [line["epoch"] for line in again.log] == [1, 2, 3]
+    again.log_epoch({"epoch": 2, "loss": 9.0})
+    lines = (run.path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"epoch": 1, "loss": 1 / 3},
+        {"epoch": 2, "loss": 9.0},
+    ]
+
+
+def test_the_state_to_resume_comes_back_with_its_position(run):
+    assert run.load_resume() is None  # killed before its first epoch ended
+    position = {"epoch": 3, "best_val": 91.17647058823529, "stopped": ""}
+    run.save_resume({"w": torch.arange(3)}, position)
+    tensors, found = run.load_resume()
+    assert found == position  # to the last digit
+    assert torch.equal(tensors["w"], torch.arange(3))
+    assert json.loads((run.path / "resume.json").read_text()) == position
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": {"lr": 0.001, "epochs": 15}}, "lr 0.002, not 0.001"),
+        ({"experiment": {"dataset": "demo", "shots": 4}}, "shots 10, not 4"),
+        ({"recipe": "notebook"}, "recipe demo, not notebook"),
+        ({"fingerprint": "ffff"}, "fingerprint 0123456789abcdef, not ffff"),
+        ({"settings": {"lr": 0.002, "epochs": 15, "new": 1}}, "new None, not 1"),
+    ],
+)
+def test_resuming_with_other_settings_is_an_error_that_names_the_first(run, change, said):
+    before = contents(run.path)
+    with pytest.raises(UserError, match="--resume") as error:
+        Run.resume(run.path, CONFIG | change)
+    assert f"was started with {said};" in str(error.value)
+    assert contents(run.path) == before
+
+
+@pytest.mark.parametrize("key", ["argv", "versions", "commit"])
+def test_a_run_may_be_resumed_by_another_command_version_or_commit(run, key):
+    assert Run.resume(run.path, CONFIG | {key: "other"}).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "there is no such file"),
+        ("", "cannot be read as JSON"),
+        ('{"method": "lo', "cannot be read as JSON"),
+        ("[1, 2]", "holds a list, expected a JSON object"),
+        ('{"method": "lora"}', "recipe is missing"),
+        ("\x00\x01", "cannot be read as JSON"),
+    ],
+)
+def test_a_config_that_is_not_whole_is_an_error_that_names_the_file(run, text, said):
+    path = run.path / "config.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    for use in (lambda: Run.open(run.path), lambda: Run.resume(run.path, CONFIG)):
+        with pytest.raises(UserError, match=said) as error:
+            use()
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_log_that_is_not_whole_is_an_error_that_names_the_file(run):
+    (run.path / "log.jsonl").write_text('{"epoch": 1}\n{"epo')
+    with pytest.raises(UserError, match=r"log\.jsonl.*JSON"):
+        Run.resume(run.path, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "resume.safetensors"])
+def test_tensors_that_are_not_whole_are_an_error_that_names_the_file(run, name):
+    run.save_adapter({"w": torch.zeros(100)})
+    run.save_resume({"w": torch.zeros(100)}, {"epoch": 1})
+    path = run.path / name
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="not a whole safetensors file") as error:
+        run.load_adapter() if name.startswith("adapter") else run.load_resume()
+    assert str(path) in str(error.value)
+
+
+def test_provenance_says_command_versions_and_commit(monkeypatch, root):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--method", "lora"])
+    found = provenance()
+    assert found["argv"] == ["train.py", "--method", "lora"]
+    assert found["versions"]["python"] == platform.python_version()
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"torchvision", "numpy", "pillow", "safetensors"} < set(found["versions"])
+    recorded = (found["commit"] or "HEAD").removesuffix("-dirty")  # None where there is no git
+    git = ["git", "-C", str(root), "rev-parse", "HEAD", f"{recorded}^{{commit}}"]
+    head, commit = subprocess.run(git, capture_output=True, text=True).stdout.split() or [0, 0]
+    assert head == commit
+
+
+def test_provenance_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance()["commit"] is None

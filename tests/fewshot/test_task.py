@@ -1,0 +1,163 @@
+"""The protocol: which classes and pictures are learned from, and which are tested."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from clip_min import UserError
+from fewshot.datasets import Dataset
+from fewshot.images import Pictures
+from fewshot.task import make_task
+
+
+@pytest.fixture
+def dataset(numbered):
+    """(classes, train, val, test) -> so many pictures a class, all numbered differently."""
+
+    def make(classes: int, train: int | list[int] = 10, val: int = 3, test: int = 5) -> Dataset:
+        each = [train] * classes if isinstance(train, int) else train
+        labels = [k for k, n in enumerate(each) for _ in range(n)]
+        return Dataset(
+            [f"class {k}" for k in range(classes)],
+            "a {}",
+            numbered(labels),
+            numbered([k for k in range(classes) for _ in range(val)], 10_000) if val else None,
+            numbered([k for k in range(classes) for _ in range(test)], 20_000),
+        )
+
+    return make
+
+
+def task_of(dataset, shots=3, seed=1, classes="base-novel"):
+    return make_task(dataset, shots, seed, classes, size=4, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("count", "base"), [(2, 1), (5, 3), (6, 3), (7, 4), (102, 51)])
+def test_base_is_the_first_half_and_the_larger_one(dataset, numbers, count, base):
+    data = dataset(count)
+    task = task_of(data)
+    names = data.classnames
+    assert task.classnames == task.tests["base"].classnames == names[:base]
+    assert task.tests["novel"].classnames == names[base:]
+    shown = numbers(data.test.source)
+    for part, first, last in (("base", 0, base), ("novel", base, count)):
+        test = task.tests[part].batches
+        belong = [(n, k) for n, k in zip(shown, data.test.labels.tolist(), strict=True)]
+        expected = [(n, k - first) for n, k in belong if first <= k < last]  # labels from 0
+        assert list(zip(numbers(test.pixels), test.labels.tolist(), strict=True)) == expected
+
+
+def test_all_classes_are_learned_and_tested_together(dataset, numbers):
+    data = dataset(5)
+    task = task_of(data, classes="all")
+    assert list(task.tests) == ["all"]
+    assert task.classnames == task.tests["all"].classnames == data.classnames
+    assert numbers(task.tests["all"].batches.pixels) == numbers(data.test.source)
+    assert Counter(task.train.labels.tolist()) == dict.fromkeys(range(5), 3)
+
+
+@pytest.mark.parametrize("shots", [1, 4, 10])
+def test_train_has_the_shots_of_each_base_class_under_their_labels(dataset, numbers, shots):
+    data = dataset(5)
+    task = task_of(data, shots)
+    truth = dict(zip(numbers(data.train.source), data.train.labels.tolist(), strict=True))
+    chosen = numbers(task.train.pixels)
+    assert len(set(chosen)) == len(chosen)
+    assert [truth[n] for n in chosen] == task.train.labels.tolist()
+    assert Counter(task.train.labels.tolist()) == {0: shots, 1: shots, 2: shots}
+    assert task.notes == []
+
+
+def test_one_seed_draws_the_same_shots_and_another_seed_others(dataset, numbers):
+    data = dataset(5)
+    first, again, other = (numbers(task_of(data, seed=s).train.pixels) for s in (1, 1, 2))
+    assert first == again
+    assert set(first) != set(other)
+
+
+def test_over_seeds_every_picture_is_drawn_about_equally_often(dataset, numbers):
+    data = dataset(4)
+    count = Counter()
+    for seed in range(300):
+        count.update(numbers(task_of(data, seed=seed).train.pixels))
+    assert len(count) == 20  # all pictures of the two base classes
+    assert all(abs(n - 90) < 5 * (300 * 0.3 * 0.7) ** 0.5 for n in count.values())
+
+
+def test_a_validation_part_is_used_whole_for_the_base_classes(dataset, numbers):
+    data = dataset(5, val=3)
+    task = task_of(data, shots=1)
+    assert numbers(task.val.pixels) == numbers(data.val.source)[: 3 * 3]
+    assert task.val.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("have", "shots", "val", "train"),
+    [
+        (20, 1, 1, 1),  # min(shots, 4)
+        (20, 3, 3, 3),
+        (20, 16, 4, 16),
+        (18, 16, 4, 14),
+        (6, 16, 3, 3),  # never more than half
+        (3, 16, 1, 2),
+        (2, 16, 1, 1),
+    ],
+)
+def test_without_a_validation_part_a_few_training_pictures_are_set_aside(
+    dataset, numbers, have, shots, val, train
+):
+    data = dataset(5, train=have, val=0)
+    task = task_of(data, shots)
+    assert Counter(task.val.labels.tolist()) == {0: val, 1: val, 2: val}
+    assert Counter(task.train.labels.tolist()) == {0: train, 1: train, 2: train}
+    chosen, aside = set(numbers(task.train.pixels)), set(numbers(task.val.pixels))
+    assert not chosen & aside
+    truth = dict(zip(numbers(data.train.source), data.train.labels.tolist(), strict=True))
+    assert [truth[n] for n in numbers(task.val.pixels)] == task.val.labels.tolist()
+
+
+def test_test_pictures_are_never_in_train_or_val(dataset, numbers):
+    for val in (0, 3):
+        task = task_of(dataset(4, train=3, val=val), shots=16)
+        seen = set(numbers(task.train.pixels)) | set(numbers(task.val.pixels))
+        tested = {n for test in task.tests.values() for n in numbers(test.batches.pixels)}
+        assert not seen & tested
+
+
+def test_classes_with_fewer_pictures_than_shots_give_all_and_are_named_in_a_note(dataset):
+    task = task_of(dataset(5, train=[10, 2, 7, 1, 1]), shots=8)
+    assert Counter(task.train.labels.tolist()) == {0: 8, 1: 2, 2: 7}
+    assert task.notes == ["fewer than 8 training images in 2 classes: class 1 2, class 2 7"]
+
+
+def test_a_note_of_many_short_classes_names_five(dataset):
+    (note,) = task_of(dataset(20, train=1), shots=2).notes
+    assert note.startswith("fewer than 2 training images in 10 classes: class 0 1, ")
+    assert "class 4 1, …" in note
+    assert "class 5" not in note
+
+
+def test_classes_too_small_for_any_validation_are_an_error(dataset):
+    with pytest.raises(UserError, match="validation"):
+        task_of(dataset(4, train=1, val=0))
+    assert len(task_of(dataset(4, train=[1, 2, 1, 1], val=0)).val) == 1  # one class is enough
+
+
+def test_unreadable_files_are_skipped_in_every_part_and_noted(noise, tmp_path):
+    def part(name: str) -> Pictures:
+        files = [noise(tmp_path / f"{name}{i}.png", i) for i in range(4)]
+        files[1].write_bytes(b"not a picture")
+        return Pictures(files, torch.tensor([0, 0, 1, 1]))
+
+    data = Dataset(["a", "b"], "a {}", part("train"), part("val"), part("test"))
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="train1.png"):
+        make_task(data, 2, 1, "all", 4, cpu, skip_bad=False, folder=None)
+    task = make_task(data, 2, 1, "all", 4, cpu, skip_bad=True, folder=None)
+    for split in (task.train, task.val, task.tests["all"].batches):
+        assert sorted(split.labels.tolist()) == [0, 1, 1]
+        assert len(split.pixels) == 3
+    assert len(task.notes) == 3
+    for name, note in zip(("train", "val", "test"), task.notes, strict=True):
+        assert note == f"skipped 1 unreadable files: {tmp_path / name}1.png"

@@ -1,0 +1,284 @@
+"""What every method promises: what it learns, saves and loads, and how it changes its classes."""
+
+import typing
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from clip_min import UserError, tokenize
+from methods import METHODS, Method, Settings, TrainingSettings
+
+NAMES = ["rose", "red tulip", "ox-eye daisy", "bird of paradise"]
+OTHERS = ["sweet pea", "rose", "moon orchid"]  # one of them known, and fewer
+TEMPLATE = "a photo of a {}."
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def new(name: str, clip, classnames=NAMES, seed: int = 0) -> Method:
+    torch.manual_seed(seed)
+    return METHODS[name](clip, classnames, TEMPLATE, METHODS[name].Settings())
+
+
+def train_by_chance(method: Method) -> Method:
+    """Random tensors in place of what the method starts from, so that everything matters."""
+    dice = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for tensor in method.adapter_state().values():
+            tensor += 0.1 * torch.randn(tensor.shape, generator=dice)
+    return method.eval()
+
+
+def inputs(method: Method, images: Tensor) -> Tensor:
+    return method.clip.encode_image(images) if method.input == "features" else images
+
+
+def logits(method: Method, images: Tensor) -> Tensor:
+    with method.inference():
+        return method(inputs(method, images))
+
+
+def padded_text_features(clip, prompts: list[str]) -> Tensor:
+    """One prompt at a time through all 77 positions under a causal mask, as OpenAI's code does."""
+    rows = []
+    for tokens in tokenize(prompts):
+        x = (clip.token_embedding(tokens) + clip.positional_embedding)[None]  # (1, 77, D)
+        x = clip.transformer(x, torch.full((77, 77), -torch.inf).triu(1))
+        x = clip.ln_final(x)[0, tokens.argmax()]  # (D,)
+        rows.append(x @ clip.text_projection)
+    return torch.stack(rows)
+
+
+@every_method
+def test_logits_are_a_row_for_each_image_and_a_column_for_each_class(name, new_clip, images):
+    assert logits(new(name, new_clip()), images).shape == (5, 4)
+
+
+@every_method
+def test_gradients_reach_the_adapter_and_nothing_else(name, new_clip, images):
+    method = train_by_chance(new(name, new_clip())).train()
+    loss = method.loss(inputs(method, images), torch.tensor([0, 1, 2, 3, 0]))
+    assert loss.shape == ()
+    learned = set(method.adapter_state())
+    assert loss.requires_grad == bool(learned)
+    if learned:
+        loss.backward()
+    moved = {n for n, p in method.named_parameters() if p.grad is not None}
+    assert moved == learned
+    assert {n for n, p in method.named_parameters() if p.requires_grad} == learned
+
+
+@every_method
+def test_an_adapter_loaded_into_a_fresh_instance_gives_the_same_logits(name, new_clip, images):
+    trained = train_by_chance(new(name, new_clip()))
+    state = {n: t.detach().clone() for n, t in trained.adapter_state().items()}
+    fresh = new(name, new_clip(), seed=1)
+    if state:
+        assert not torch.equal(logits(fresh, images), logits(trained, images))
+    fresh.load_adapter(state)
+    assert torch.equal(logits(fresh, images), logits(trained, images))
+
+
+@every_method
+def test_loading_copies_the_tensors(name, new_clip):
+    method = new(name, new_clip())
+    state = {n: t.detach().clone() for n, t in method.adapter_state().items()}
+    method.load_adapter(state)
+    train_by_chance(method)
+    assert all(not torch.equal(tensor, state[n]) for n, tensor in method.adapter_state().items())
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
+@every_method
+def test_an_adapter_that_does_not_fit_is_an_error_that_names_the_tensor(name, damage, new_clip):
+    method = new(name, new_clip())
+    state = {n: t.detach() + 1 for n, t in method.adapter_state().items()}
+    if damage == "unexpected":
+        first, state["stranger"] = "stranger", torch.zeros(2)
+    elif not state:
+        pytest.skip("nothing is learned, so nothing can be missing or misshapen")
+    else:
+        first = next(iter(state))
+        if damage == "missing":
+            del state[first]
+        else:
+            state[first] = torch.zeros(7, 7, 7)
+    before = {n: t.detach().clone() for n, t in method.adapter_state().items()}
+    with pytest.raises(UserError, match=first) as error:
+        method.load_adapter(state)
+    assert "\n" not in str(error.value)
+    assert damage == "missing" or "missing" not in str(error.value)
+    assert all(torch.equal(t, before[n]) for n, t in method.adapter_state().items())  # all or none
+
+
+@every_method
+def test_for_classes_equals_a_fresh_method_of_those_classes_with_the_same_adapter(
+    name, new_clip, images
+):
+    trained = train_by_chance(new(name, new_clip()))
+    if not trained.names_unseen:
+        with pytest.raises(UserError, match="cannot name"):
+            trained.for_classes(OTHERS)
+        return
+    other = trained.for_classes(OTHERS)
+    fresh = new(name, new_clip(), OTHERS)
+    fresh.load_adapter(trained.adapter_state())
+    assert other.classnames == OTHERS
+    assert logits(other, images).shape == (5, 3)
+    assert torch.equal(logits(other, images), logits(fresh, images))
+
+
+@every_method
+def test_for_classes_shares_every_tensor_and_leaves_the_original_alone(name, new_clip, images):
+    trained = train_by_chance(new(name, new_clip()))
+    if not trained.names_unseen:
+        pytest.skip("it knows no other classes")
+    before = logits(trained, images)
+    other = trained.for_classes(OTHERS)
+    assert other.clip is trained.clip
+    mine, theirs = ({n: p.data_ptr() for n, p in m.named_parameters()} for m in (trained, other))
+    assert mine == theirs
+    assert trained.classnames == NAMES
+    assert torch.equal(logits(trained, images), before)
+    train_by_chance(trained)  # learned further: the copy learns along
+    if trained.adapter_state():
+        assert not torch.equal(logits(trained, images), before)
+    assert all(
+        torch.equal(tensor, other.adapter_state()[n])
+        for n, tensor in trained.adapter_state().items()
+    )
+
+
+@every_method
+def test_one_seed_gives_one_start_and_one_first_loss(name, new_clip, images):
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    states, losses = [], []
+    for _ in range(2):
+        method = new(name, new_clip(), seed=3).train()
+        states.append(method.adapter_state())
+        losses.append(method.loss(inputs(method, images), labels))
+    assert torch.equal(*losses)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][n]) for n, tensor in states[0].items())
+
+
+@every_method
+def test_class_features_computed_once_in_inference_are_those_of_the_moment(name, new_clip, images):
+    method = train_by_chance(new(name, new_clip()))
+    first = logits(method, images)
+    with method.inference():
+        x = inputs(method, images)
+        assert torch.equal(method(x), method(x))
+    train_by_chance(method)
+    if method.adapter_state():  # nothing of the earlier tensors is kept
+        assert not torch.equal(logits(method, images), first)
+
+
+@every_method
+def test_recipes_are_settings_of_the_right_type(name):
+    hints = typing.get_type_hints(METHODS[name].Settings)
+    names = {field.name for field in fields(METHODS[name].Settings)}
+    for recipe in METHODS[name].recipes.values():
+        assert set(recipe) <= names
+        METHODS[name].Settings(**recipe)  # in range
+        for key, value in recipe.items():
+            if typing.get_origin(hints[key]) is typing.Literal:
+                assert value in typing.get_args(hints[key])
+            else:
+                assert type(value) is hints[key], key
+
+
+@every_method
+def test_a_method_says_in_one_line_what_it_is_and_every_setting_what_it_means(name):
+    assert 10 < len(METHODS[name].title) < 80
+    hints = typing.get_type_hints(METHODS[name].Settings, include_extras=True)
+    for field in fields(METHODS[name].Settings):
+        kind, meaning = typing.get_args(hints[field.name])
+        assert meaning
+        allowed = typing.get_args(kind) or [field.default]  # a Literal's values
+        assert field.default in allowed
+
+
+@pytest.mark.parametrize("name", ["zero_shot", "lora"])
+@pytest.mark.parametrize(
+    "classnames",
+    [
+        ["rose"],
+        ["rose", "red rose", "red", "rose"],
+        ["{}", "a {b} c", "{0}", "%s", "🌹", "pink-yellow dahlia?", "a..b"],
+        [f"flower number {i}" for i in range(100)],  # several chunks of a tree
+    ],
+    ids=["one", "alike", "strange", "many"],
+)
+def test_text_features_equal_padded_prompts_encoded_one_by_one(name, classnames, new_clip):
+    method = train_by_chance(new(name, new_clip(), classnames))
+    with torch.no_grad():
+        naive = padded_text_features(method.clip, [f"a photo of a {n}." for n in classnames])
+        torch.testing.assert_close(method.text_features(), naive, atol=1e-4, rtol=1e-4)
+
+
+def test_zero_shot_is_the_scaled_cosine_of_image_and_prompt(new_clip, images):
+    clip = new_clip()
+    with torch.no_grad():
+        text = padded_text_features(clip, [f"a photo of a {n}." for n in NAMES])
+        by_hand = [
+            clip.logit_scale.exp() * torch.cosine_similarity(f[None], text)
+            for f in clip.encode_image(images)
+        ]
+        zero_shot = logits(new("zero_shot", clip), images)
+        torch.testing.assert_close(zero_shot, torch.stack(by_hand), atol=1e-4, rtol=1e-4)
+        base = Method(clip, NAMES, TEMPLATE, Settings())  # the same, from images
+        torch.testing.assert_close(logits(base, images), zero_shot)
+
+
+@pytest.mark.parametrize("template", ["a photo of a flower.", "{ }", "", "{0}"])
+def test_a_template_without_a_place_for_the_name_is_an_error_that_shows_it(template, new_clip):
+    with pytest.raises(UserError, match="has no {}") as error:
+        Method(new_clip(), NAMES, template, Settings())
+    assert repr(template) in str(error.value)
+
+
+def test_inference_computes_class_features_once_and_drops_gradients(new_clip, images):
+    method = Method(new_clip(), NAMES, TEMPLATE, Settings())
+    calls = []
+    method.prompts.register_forward_hook(lambda *_: calls.append(1))
+    with method.inference():
+        for _ in range(3):
+            method(images)
+    assert len(calls) == 1
+    for _ in range(3):
+        method(images)
+    assert len(calls) == 4
+
+
+def test_a_clip_given_to_a_method_is_frozen(new_clip):
+    clip = new_clip()
+    assert all(parameter.requires_grad for parameter in clip.parameters())
+    Method(clip, NAMES, TEMPLATE, Settings())
+    assert not any(parameter.requires_grad for parameter in clip.parameters())
+
+
+@pytest.mark.parametrize("value", [-1, float("nan")])
+@pytest.mark.parametrize("field", TrainingSettings.limits)
+def test_a_training_setting_out_of_range_is_an_error_that_names_its_flag(field, value):
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')} {value}: expected . or more"):
+        TrainingSettings(**{field: value})
+
+
+def test_the_default_loss_is_cross_entropy(new_clip, images):
+    method = Method(new_clip(), NAMES, TEMPLATE, Settings())
+    labels = torch.tensor([0, 3, 2, 1, 0])
+    rows = method(images).log_softmax(-1)
+    by_hand = -sum(row[label] for row, label in zip(rows, labels, strict=True)) / 5
+    torch.testing.assert_close(method.loss(images, labels), by_hand)
+
+
+def test_fit_by_default_hands_itself_to_the_gradient_loop(new_clip):
+    seen = []
+    method = Method(new_clip(), NAMES, TEMPLATE, Settings())
+    method.fit("train", "val", lambda *arguments: seen.extend(arguments))
+    assert seen == [method, "train", "val"]
+    METHODS["zero_shot"](method.clip, NAMES, TEMPLATE, Settings()).fit("train", "val", seen.append)
+    assert len(seen) == 3  # zero-shot learns nothing

@@ -1,0 +1,207 @@
+"""CoOp and CoCoOp equal the published computation: logits, gradients, ten steps of training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from published import PublishedCoCoOp, PublishedCoOp, openai_text_tower
+
+from clip_min import CLIP, CLIPConfig, UserError
+from methods.base import Settings
+from methods.cocoop import CoCoOp, CoCoOpSettings
+from methods.coop import CoOp, CoOpSettings
+from methods.zero_shot import ZeroShot
+
+NAMES = [
+    "rose",
+    "red rose",
+    "colt's foot",
+    "hard-leaved pocket orchid",
+    "love in the mist",
+    "R.O.S.E!",  # its last mark and the full stop after it are one token together
+    "...",
+    " ".join(["very"] * 18 + ["long", "name"]),  # 20 tokens
+    "101 dalmatians",
+    "ﬂower",  # a ligature, which cleaning takes apart
+    "x",  # the same token as the placeholder
+    "red rose",  # twice
+]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """The text tower of a real CLIP in small: heads 64 wide, as openai-clip wants them."""
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig(32, 32, 8, 64, 1, 1, 128, 3, 2)).eval()
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return clip
+
+
+def features(count: int, seed: int = 1):
+    return 3 * torch.randn(count, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def cocoop(clip, names, n_ctx=4, **settings):
+    torch.manual_seed(2)
+    words = "a photo of a" if n_ctx == 4 else ""
+    return CoCoOp(clip, names, "", CoCoOpSettings(n_ctx=n_ctx, ctx_init=words, **settings))
+
+
+def coop(clip, names, n_ctx=4, **settings):
+    torch.manual_seed(2)
+    words = "a photo of a" if n_ctx == 4 else ""
+    return CoOp(clip, names, "", CoOpSettings(n_ctx=n_ctx, ctx_init=words, **settings))
+
+
+def published_cocoop(ours) -> PublishedCoCoOp:
+    text = openai_text_tower(ours.clip)
+    context = ours.context.detach().clone()
+    return PublishedCoCoOp(text, ours.classnames, context, ours.meta_net)
+
+
+def learned(model) -> dict:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal_step(ours, theirs, x, labels, tolerance=1e-5):
+    """Logits, loss and every gradient agree to rounding."""
+    mine, other = ours(x), theirs(x)
+    assert (mine - other).abs().max() < tolerance * other.abs().max()
+    F.cross_entropy(mine, labels).backward()
+    F.cross_entropy(other, labels).backward()
+    assert set(learned(ours)) == set(learned(theirs))
+    for name, parameter in learned(theirs).items():
+        mine = learned(ours)[name].grad.view_as(parameter)
+        assert (mine - parameter.grad).abs().max() < tolerance * parameter.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES[:3], NAMES, NAMES * 8], ids=len)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_cocoop_equals_the_published_way(clip, names, batch):
+    ours = cocoop(clip, names)
+    labels = torch.arange(batch) % len(names)
+    # One class alone has loss 0 and gradients 0: train on the logit itself then.
+    if len(names) == 1:
+        x = features(batch)
+        assert torch.allclose(ours(x), published_cocoop(ours)(x), rtol=1e-5, atol=1e-5)
+        return
+    assert_equal_step(ours, published_cocoop(ours), features(batch), labels)
+
+
+@pytest.mark.parametrize("n_ctx", [1, 2, 7, 16])
+def test_cocoop_equals_the_published_way_for_any_context_length(clip, n_ctx):
+    ours = cocoop(clip, NAMES, n_ctx)
+    assert_equal_step(ours, published_cocoop(ours), features(3), torch.tensor([0, 5, 11]))
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+@pytest.mark.parametrize("class_specific", [False, True])
+@pytest.mark.parametrize("n_ctx", [1, 4, 5])
+def test_coop_equals_the_published_way(clip, position, class_specific, n_ctx):
+    # "R.O.S.E!" and "..." merge with the full stop where it follows them, so that the published
+    # code, which counts a name's tokens, has no one place for the context behind them.
+    names = [name for name in NAMES if position == "end" or name[-1] not in ".!"]
+    ours = coop(clip, names, n_ctx, position=position, class_specific=class_specific)
+    context = ours.context.detach().clone()
+    if class_specific:  # (K·M, D) -> (K, M, D), different for every class
+        with torch.no_grad():
+            ours.context += 0.1 * torch.randn_like(ours.context)
+        context = ours.context.detach().clone().unflatten(0, (len(names), n_ctx))
+    theirs = PublishedCoOp(openai_text_tower(clip), names, context, position)
+    assert_equal_step(ours, theirs, features(4), torch.tensor([0, 1, 2, 3]))
+
+
+def test_context_of_words_is_zero_shot(clip):
+    zero_shot = ZeroShot(clip, NAMES, "a photo of a {}.", Settings())
+    x = features(6)
+    assert torch.allclose(coop(clip, NAMES)(x), zero_shot(x), rtol=1e-5, atol=1e-5)
+    conditional = cocoop(clip, NAMES)
+    for parameter in conditional.meta_net[2].parameters():
+        torch.nn.init.zeros_(parameter)
+    assert torch.allclose(conditional(x), zero_shot(x), rtol=1e-5, atol=1e-5)
+
+
+def test_ten_steps_of_training_end_in_the_same_parameters(clip):
+    ours = cocoop(clip, NAMES)
+    theirs = published_cocoop(ours)
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD(learned(model).values(), lr=2e-3, momentum=0.9)
+        for step in range(10):
+            optimizer.zero_grad()
+            labels = torch.tensor([step, step + 1]) % len(NAMES)
+            F.cross_entropy(model(features(2, seed=step)), labels).backward()
+            optimizer.step()
+    start = cocoop(clip, NAMES)
+    for name, parameter in learned(theirs).items():
+        moved = (parameter - learned(start)[name]).abs().max()
+        assert moved > 0
+        assert (learned(ours)[name] - parameter).abs().max() < 1e-3 * moved, name
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 200])
+def test_bounded_memory_changes_nothing(clip, max_tokens):
+    whole, pieces = cocoop(clip, NAMES), cocoop(clip, NAMES, max_tokens=max_tokens)
+    x, labels = features(7), torch.arange(7)
+    assert torch.allclose(whole(x), pieces(x), rtol=1e-5, atol=1e-5)
+    for model in (whole, pieces):
+        model.loss(x, labels).backward()
+    for name, parameter in learned(whole).items():
+        difference = (learned(pieces)[name].grad - parameter.grad).abs().max()
+        assert difference < 1e-5 * parameter.grad.abs().max(), name
+
+
+def test_one_image_at_a_time_equals_a_batch(clip):
+    model = cocoop(clip, NAMES)
+    x = features(5)
+    with model.inference():
+        single = torch.cat([model(row) for row in x.split(1)])
+        assert torch.allclose(model(x), single, rtol=1e-5, atol=1e-5)
+
+
+def test_other_classes_use_the_learned_context(clip):
+    model = cocoop(clip, NAMES)
+    torch.nn.init.normal_(model.context)
+    others = ["sweet pea", "moon orchid"]
+    fresh = cocoop(clip, others)
+    fresh.load_adapter(model.adapter_state())
+    assert torch.equal(model.for_classes(others)(features(3)), fresh(features(3)))
+
+
+def test_class_specific_context_knows_no_other_class(clip):
+    model = coop(clip, NAMES, class_specific=True)
+    assert not model.names_unseen
+    with pytest.raises(UserError, match="cannot name classes"):
+        model.for_classes(["sweet pea"])
+
+
+def test_parameter_counts_are_the_published_ones():
+    """ViT-B/16: CoOp with M = 16 has 8,192 and CoCoOp 35,360 learned numbers."""
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig(512, 32, 32, 64, 1, 1, 512, 1, 8))
+    sixteen = coop(clip, ["rose"], n_ctx=16)
+    assert sum(p.numel() for p in sixteen.adapter_state().values()) == 8_192
+    assert sum(p.numel() for p in cocoop(clip, ["rose"]).adapter_state().values()) == 35_360
+
+
+def test_context_length_must_fit_the_words(clip):
+    with pytest.raises(UserError, match="--n-ctx 5: but --ctx-init 'a photo of a' is 4 tokens"):
+        CoOp(clip, NAMES, "", CoOpSettings(n_ctx=5))
+    with pytest.raises(UserError, match="--n-ctx 0: expected"):
+        CoOpSettings(n_ctx=0)
+
+
+def test_a_prompt_too_long_names_the_class(clip):
+    long = " ".join(["peony"] * 70)
+    with pytest.raises(UserError, match=r"peony peony.* tokens"):
+        coop(clip, ["rose", long], n_ctx=16)
+
+
+def test_images_and_their_features_give_the_same_logits(clip):
+    images = torch.randn(3, 3, 32, 32)
+    augmented = cocoop(clip, NAMES, augment="crop-flip")
+    assert augmented.input == "images"
+    with torch.no_grad():
+        expected = cocoop(clip, NAMES)(clip.encode_image(images))
+    assert torch.allclose(augmented(images), expected, rtol=1e-5, atol=1e-5)
