@@ -48,7 +48,7 @@ CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), and the one the demo t
     "ViT-B/16": CLIPConfig(512, 224, 16, 768, 12, 12, 512, 12, 8),
     "ViT-L/14": CLIPConfig(768, 224, 14, 1024, 24, 16, 768, 12, 12),
     "ViT-L/14@336px": CLIPConfig(768, 336, 14, 1024, 24, 16, 768, 12, 12),
-    "demo": CLIPConfig(64, 64, 8, 128, 4, 4, 64, 3, 2),
+    "demo": CLIPConfig(64, 64, 8, 128, 3, 4, 64, 3, 2),
 }
 
 

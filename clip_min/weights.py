@@ -186,12 +186,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 "download it again (or rename the file, if these are weights of your own)"
             )
     try:
-        if _is_torchscript(path):
-            with warnings.catch_warnings():  # of its deprecation, of which no user can do anything
-                warnings.simplefilter("ignore", category=FutureWarning)
+        with warnings.catch_warnings():  # of deprecated formats, which whoever reads cannot help
+            warnings.simplefilter("ignore")
+            if _is_torchscript(path):
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose own message advises to load it the unsafe way
         raise UserError(
             f"{path}: not a state dict of plain tensors (no PyTorch file, or one of other objects "

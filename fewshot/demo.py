@@ -148,9 +148,10 @@ def split(name: str, size: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int = 128) -> Tensor:
-    """species (N, 3) from `looks`, dice (N, DICE), "drawing" or "photo" -> (N, 3, size, size) uint8.
+    """species (N, 3) from `looks`, dice (N, DICE) -> images (N, 3, size, size) uint8.
 
-    `chunk` images at once: about 1 MB each at 64 pixels, and the same pixels whatever it is.
+    style: "drawing" or "photo". `chunk` images are painted at once, about 1 MB each at 64 pixels;
+    the pixels are the same whatever it is.
     """
     paint = {"drawing": _drawing, "photo": _photo}[style]
     images = torch.empty(len(species), 3, size, size, dtype=torch.uint8)
@@ -183,13 +184,12 @@ def _drawing(species: Tensor, dice: _Dice, size: int) -> Tensor:
 
 
 def _photo(species: Tensor, dice: _Dice, size: int) -> Tensor:
-    x, y = _pose(dice, size, shift=0.22, turn=0.6, radius=(0.5, 0.8), tilt=0.7)
+    x, y = _pose(dice, size, shift=0.18, turn=0.45, radius=(0.52, 0.8), tilt=0.8)
     image = _ground(dice, size)
     for _ in range(6):
         image = _leaf(image, dice, size)
-    image = image * (
-        1 - 0.5 * torch.sigmoid((0.75 - torch.hypot(x - 0.15, y + 0.2)) / 0.15)
-    )  # shadow
+    shadow = torch.sigmoid((0.75 - torch.hypot(x - 0.15, y + 0.2)) / 0.15)  # of the flower
+    image = image * (1 - 0.5 * shadow)
     image = _flower(image, species, x, y)
     image = _leaf(image, dice, size)  # may lie on the flower
     return _camera(image, dice, size)
@@ -240,7 +240,7 @@ def _flower(canvas: Tensor, species: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _earth(height: Tensor) -> Tensor:
-    """height (N, 1, ...) from 0 to 1 -> (N, 3, ...): soil, moss, leaf, straw and what is between."""
+    """height (N, 1, ...), 0 to 1 -> (N, 3, ...): soil, moss, leaf, straw and what is between."""
     colours = torch.tensor([(58, 44, 30), (50, 74, 36), (86, 118, 52), (150, 140, 84)]) / 255
     shares = ((1 - (3 * height - i).abs()).clamp(min=0) for i in range(4))
     return sum(share * rgb.view(3, 1, 1) for share, rgb in zip(shares, colours, strict=True))
@@ -261,7 +261,7 @@ def _leaf(canvas: Tensor, dice: _Dice, size: int) -> Tensor:
 
 def _camera(image: Tensor, dice: _Dice, size: int) -> Tensor:
     x, y = _rotate(*_grid(size), dice(0, 2 * pi))
-    evening = torch.tensor([1.05, 0.88, 0.68]).view(3, 1, 1) + dice(-0.1, 0.1, n=3)
+    evening = torch.tensor([1.04, 0.94, 0.84]).view(3, 1, 1) + dice(-0.1, 0.1, n=3)
     image = image * evening * (1 + dice(0.1, 0.4) * x)  # from one side
     image = 0.12 + image * dice(0.6, 0.85)  # haze
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -270,9 +270,7 @@ def _camera(image: Tensor, dice: _Dice, size: int) -> Tensor:
     film = torch.rand(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(0)) - 0.5
     down, right = (dice(0, size)[:, 0].long() for _ in range(2))  # (N, 1, 1)
     pixel = torch.arange(size)
-    grain = film[:, down + pixel[:, None], right + pixel].transpose(
-        0, 1
-    )  # (3, N, ..) -> (N, 3, ..)
+    grain = film[:, down + pixel[:, None], right + pixel].transpose(0, 1)  # (3, N, …) -> (N, 3, …)
     return image + dice(0.05, 0.25) * grain
 
 
@@ -306,9 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"{arguments.out}: {len(TASK)} classes, {'/'.join(map(str, PER_CLASS.values()))} images each"
-    )
+    counts = "/".join(map(str, PER_CLASS.values()))
+    print(f"{arguments.out}: {len(TASK)} classes, {counts} images each")
     return 0
 
 

@@ -61,6 +61,8 @@ class Run:
                     f"--resume: {path} was started with {difference}; "
                     "give the same flags, or start anew without --resume"
                 )
+        for half_written in path.glob(".*.????????.*"):  # by the process that was killed
+            half_written.unlink()
         log = path / "log.jsonl"
         if log.exists():
             try:

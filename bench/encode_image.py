@@ -1,0 +1,83 @@
+"""Images per second of `encode_image` at ViT-B/16, beside three libraries and the machine's limit.
+
+    python bench/encode_image.py [--batch 16] [--rounds 5]
+
+The limit is the rate of one large float32 matrix product (4096 x 4096 x 4096) in the same run. Our
+own rate counts the multiply-adds that are really carried out: the last block computes one token.
+Random weights. Needs the `test` extra.
+"""
+
+import argparse
+
+import clip as openai_clip
+import open_clip
+import torch
+import transformers
+from side_by_side import relative, seconds, show
+
+from clip_min import CLIP, CONFIGS
+
+
+def flops(config) -> float:
+    """Floating-point operations for one image, 2 per multiply-add, matrix products only."""
+    width, patch = config.vision_width, config.patch_size
+    tokens = 1 + (config.image_size // patch) ** 2
+    embed = (tokens - 1) * 3 * patch**2 * width + width * config.embed_dim
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width
+    last = tokens * 3 * width**2 + 9 * width**2 + 2 * tokens * width  # one token is read
+    return 2 * (embed + (config.vision_layers - 1) * block + last)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    flags = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    config = CONFIGS["ViT-B/16"]
+    images = torch.randn(flags.batch, 3, 224, 224)
+    a, b = torch.randn(2, 4096, 4096)
+
+    ours = CLIP(config).eval()
+    openai = openai_clip.model.CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).eval()
+    state = {name.replace("in_proj.", "in_proj_"): t for name, t in ours.state_dict().items()}
+    openai.load_state_dict(state)
+    opened = open_clip.create_model("ViT-B-16", force_quick_gelu=True).eval()
+    opened.load_state_dict(state)
+    vision = transformers.CLIPVisionConfig(patch_size=16, projection_dim=512)
+    hugging = transformers.CLIPVisionModelWithProjection(vision).eval()
+
+    ways = {
+        "ours": lambda: ours.encode_image(images),
+        "openai-clip": lambda: openai.encode_image(images),
+        "open_clip": lambda: opened.encode_image(images),
+        "transformers": lambda: hugging(pixel_values=images),
+        "product": lambda: a @ b,
+    }
+    features = ways["ours"]()
+    differ = {name: relative(features, ways[name]()) for name in ("openai-clip", "open_clip")}
+    taken = seconds(ways, flags.rounds)
+    limit = 2 * 4096**3 / taken["product"]
+    share = flops(config) * flags.batch / taken["ours"] / limit
+    rows = [
+        {
+            "library": name,
+            "images/s": flags.batch / taken[name],
+            "ours is faster by": taken[name] / taken["ours"],
+            "features differ by": differ.get(name),
+        }
+        for name in ways
+        if name != "product"
+    ]
+    show(
+        f"encode_image, ViT-B/16, batch {flags.batch}, float32; ours runs at {100 * share:.0f} %"
+        f" of the machine's matrix-product rate ({limit / 1e9:.0f} GFLOP/s)",
+        rows,
+        share_of_product_rate=share,
+        product_gflops=limit / 1e9,
+    )
+
+
+if __name__ == "__main__":
+    main()
