@@ -99,6 +99,8 @@ def _read_classes(root: Path, names: list[str] | None = None) -> tuple[list[str]
                 if p.suffix.lower() in ENDINGS and not p.name.startswith(".")
             )
             name = " ".join(folder.name.replace("-", " ").replace("_", " ").split())
+            if not name:
+                raise UserError(f"{folder}: a folder's name is its class, and this names none")
             if name in folders:
                 raise UserError(f"{root}: two folders are both the class {name!r}; rename one")
             if files:

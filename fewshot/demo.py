@@ -147,7 +147,7 @@ def split(name: str, size: int = 64) -> tuple[Tensor, Tensor]:
     return render(looks(TASK)[labels], dice, "photo", size), labels
 
 
-def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int = 128) -> Tensor:
+def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int = 32) -> Tensor:
     """species (N, 3) from `looks`, dice (N, DICE) -> images (N, 3, size, size) uint8.
 
     style: "drawing" or "photo". `chunk` images are painted at once, about 1 MB each at 64 pixels;
@@ -277,8 +277,10 @@ def _camera(image: Tensor, dice: _Dice, size: int) -> Tensor:
 def write(root: str | Path, size: int = 64) -> None:
     """The task as files root/SPLIT/CLASS/NNN.png, the spaces of a class name as dashes.
 
-    UserError if root is anything but a new or empty folder.
+    UserError if root is anything but a new or empty folder, or an image too small for petals.
     """
+    if size < 8:
+        raise UserError(f"--size {size}: expected 8 pixels or more")
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: the images need a new or empty folder, and this is not one")
@@ -301,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         write(arguments.out, arguments.size)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     counts = "/".join(map(str, PER_CLASS.values()))

@@ -131,7 +131,7 @@ def test_quick_gelu_is_x_sigmoid_of_1_702_x():
     (y * weights).sum().backward()
     (theirs * torch.sigmoid(1.702 * theirs) * weights).sum().backward()
     assert far(ours.grad, theirs.grad) < 1e-12
-    assert far(quick_gelu_(x.clone()), y.detach()) == 0  # without a gradient it is computed in place
+    assert far(quick_gelu_(x.clone()), y.detach()) == 0  # computed in place, without a gradient
 
 
 MODULES = {

@@ -273,3 +273,8 @@ def test_real_photographs_are_found_in_all_parts(flowers12):
     for part in (data.train, data.test):
         assert set(part.labels.tolist()) == set(range(12))
         assert len(part) == sum(1 for _ in flowers12.glob(f"{part.source[0].parts[-3]}/*/*.jpg"))
+
+
+def test_a_folder_whose_name_names_nothing_is_refused(tree):
+    with pytest.raises(UserError, match="data/_: a folder's name is its class"):
+        load(tree({"a": 3, "_": 3}))
