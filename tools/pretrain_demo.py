@@ -7,7 +7,7 @@ each image must pick its caption and each caption its image, a symmetric cross-e
 cosines. The pictures are drawings of the pretraining species of fewshot/demo.py; no species of the
 demo task, and no photo, is ever shown. Two things make 3,000 steps enough:
 - a batch has all species of three petal colours, so that colour alone does not tell them apart and
-  shape and eye have to be learned (with all colours in a batch they are learned much later);
+  shape and eye have to be learned;
 - the flowers begin in the same place, size and turn, and vary more and more over the first steps.
 
 Embeddings of tokens that no caption has keep their random start (they get no gradient, and no

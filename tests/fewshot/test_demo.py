@@ -150,7 +150,11 @@ def test_similar_dice_make_similar_images(style):
     assert 0 < (image - nearly).abs().mean() < 0.2 * (image - other).abs().mean()
 
 
-def test_an_image_has_dice_enough():
+def test_no_die_is_used_twice_and_an_image_has_enough():
+    dice, rolled = demo._Dice(demo.roll(3, seed=7)), demo.roll(3, seed=7)
+    assert dice(0, 1)[:, :, 0, 0].equal(rolled[:, :1])
+    assert dice(-1, 1, n=2)[:, :, 0, 0].equal(2 * rolled[:, 1:3] - 1)
+
     class Counting(demo._Dice):
         def __call__(self, low, high, n=1):
             used.append(n)
@@ -166,6 +170,9 @@ def test_edges_are_smooth_and_in_the_right_place():
     inside = demo._inside(torch.hypot(x - 0.1, y + 0.05) - 0.5)  # a disc of radius 0.5
     assert inside.sum() * (2 / 64) ** 2 == pytest.approx(pi * 0.5**2, rel=0.005)
     assert ((inside > 0.05) & (inside < 0.95)).sum() > 64  # soft pixels all around
+    row, column = (inside[0, 0].nonzero() + 0.5).mean(0) / 32 - 1
+    assert column == pytest.approx(0.1, abs=0.02)  # to the right ...
+    assert row == pytest.approx(0.05, abs=0.02)  # ... and down: y points up
 
 
 def test_a_larger_drawing_is_the_same_drawing():
