@@ -62,13 +62,7 @@ def load(
     with torch.device("meta"):  # shapes only: no time or memory for an initialisation
         clip = CLIP(config)
     expected = clip.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
+    problems = mismatches(state, expected)
     problems += [
         f"{name} is {tensor.dtype}, expected floating point"  # quantised, say
         for name, tensor in state.items()
@@ -82,6 +76,17 @@ def load(
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     clip.load_state_dict(state, assign=True)
     return clip.eval()
+
+
+def mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Every tensor that is missing, unexpected or misshapen, in words; empty if all fit."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    return problems + [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
 
 
 def save(clip: CLIP, path: str | Path, dtype: torch.dtype = torch.float32) -> None:

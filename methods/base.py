@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, no_grad
 
 from clip_min import CLIP, PromptTree, UserError, tokenize
+from clip_min.weights import mismatches
 
 
 @dataclass(frozen=True)
@@ -164,14 +165,7 @@ class Method(nn.Module):
     def load_adapter(self, state: dict[str, Tensor]) -> None:
         """Copy `state`, as `adapter_state` gave it, into this method; strict."""
         mine = self.adapter_state()
-        problems = [f"{name} is missing" for name in mine if name not in state]
-        problems += [f"{name} is unexpected" for name in state if name not in mine]
-        problems += [
-            f"{name} has shape {tuple(state[name].shape)}, expected {tuple(p.shape)}"
-            for name, p in mine.items()
-            if name in state and state[name].shape != p.shape
-        ]
-        if problems:
+        if problems := mismatches(state, mine):
             shown = "; ".join(problems[:8]) + (", …" if len(problems) > 8 else "")
             raise UserError(f"the adapter does not fit this method and model: {shown}")
         with no_grad():

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min import PromptTree
-from methods.coop import ContextSettings, LearnedContext, context_tree
+from methods.coop import PUBLISHED, ContextSettings, LearnedContext, context_tree
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,7 @@ class CoCoOp(LearnedContext):
     Settings = CoCoOpSettings
     recipes = {
         "notebook": {},
-        "paper": {
-            "optimizer": "sgd",
-            "weight_decay": 5e-4,
-            "warmup_epochs": 1,
-            "warmup_lr": 1e-5,
-            "patience": 0,
-            "augment": "crop-flip",
-        },
+        "paper": PUBLISHED,
         "demo": {"batch_size": 16},
     }
 

@@ -26,6 +26,15 @@ from methods.base import Method, TrainingSettings
 
 PLACEHOLDER = "X"  # one token, whose embedding the context replaces
 
+PUBLISHED = {  # how CoOp's and CoCoOp's papers train: nothing is chosen on validation
+    "optimizer": "sgd",
+    "weight_decay": 5e-4,
+    "warmup_epochs": 1,
+    "warmup_lr": 1e-5,
+    "patience": 0,
+    "augment": "crop-flip",
+}
+
 
 @dataclass(frozen=True)
 class ContextSettings(TrainingSettings):
@@ -65,26 +74,9 @@ class CoOp(LearnedContext):
     Settings = CoOpSettings
     recipes = {
         "notebook": {},
-        "paper": {  # base-to-novel, as in CoCoOp's paper (arXiv:2203.05557), section 4.1
-            "optimizer": "sgd",
-            "weight_decay": 5e-4,
-            "epochs": 50,
-            "warmup_epochs": 1,
-            "warmup_lr": 1e-5,
-            "patience": 0,
-            "augment": "crop-flip",
-        },
-        "few-shot": {  # all classes, 16 shots; CoOp trains 50 epochs at 1 shot, 100 at 2 and 4
-            "optimizer": "sgd",
-            "weight_decay": 5e-4,
-            "epochs": 200,
-            "warmup_epochs": 1,
-            "warmup_lr": 1e-5,
-            "patience": 0,
-            "augment": "crop-flip",
-            "n_ctx": 16,
-            "ctx_init": "",
-        },
+        "paper": {**PUBLISHED, "epochs": 50},  # base-to-novel: M = 4, from "a photo of a"
+        # All classes, 16 shots; with fewer the paper trains 50 (1 shot) or 100 epochs (2 and 4).
+        "few-shot": {**PUBLISHED, "epochs": 200, "n_ctx": 16, "ctx_init": ""},
         "demo": {"epochs": 30, "patience": 5},
     }
 
