@@ -74,9 +74,9 @@ class CoOp(LearnedContext):
     Settings = CoOpSettings
     recipes = {
         "notebook": {},
-        "paper": {**PUBLISHED, "epochs": 50},  # base-to-novel: M = 4, from "a photo of a"
-        # All classes, 16 shots; with fewer the paper trains 50 (1 shot) or 100 epochs (2 and 4).
-        "few-shot": {**PUBLISHED, "epochs": 200, "n_ctx": 16, "ctx_init": ""},
+        # 16 shots; with fewer, the paper trains 50 epochs (1 shot) or 100 (2 and 4).
+        "paper": {**PUBLISHED, "epochs": 200},  # base-to-novel: M = 4, from "a photo of a"
+        "few-shot": {**PUBLISHED, "epochs": 200, "n_ctx": 16, "ctx_init": ""},  # all classes
         "demo": {"epochs": 30, "patience": 5},
     }
 
