@@ -15,7 +15,8 @@ from fewshot.flags import Parser, add_flags, pick
 from fewshot.images import open_image
 from fewshot.report import table
 from fewshot.run import Run
-from methods import METHODS, Settings
+from fewshot.transductive import Queries
+from methods import METHODS
 
 
 def main() -> None:
@@ -31,7 +32,8 @@ def main() -> None:
             raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
     else:
         nearest("--method", given["method"], ["zero_shot"])
-        run, method_class, settings = None, METHODS["zero_shot"], Settings()
+        run, method_class = None, METHODS["zero_shot"]
+        settings = method_class.Settings(**pick(method_class.Settings, given))
         experiment = Experiment(**pick(Experiment, given))
     if "image" in given:
         classify(run, method_class, settings, experiment, given)
@@ -51,12 +53,18 @@ def test(run: Run | None, method_class, settings, experiment: Experiment) -> Non
                 f"{run.path}: the data set's classes are no longer those it was trained and "
                 "tested on; give the right one with --data-root, or train again"
             )
-    unadapted = METHODS["zero_shot"](clip, task.classnames, experiment.template, Settings())
-    rows = {"zero-shot": evaluate(unadapted, task)}  # first: some methods add parts to this CLIP
+    queries = Queries.of(method_class, settings, experiment.seed)
+    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
+    rows = {"zero-shot": evaluate(unadapted, task, queries)}  # first: some methods change this CLIP
     if run is not None:
         method = method_class(clip, task.classnames, experiment.template, settings)
         method.load_adapter(run.load_adapter())
-        rows[run.config["method"]] = evaluate(method, task)
+        rows[run.config["method"]] = evaluate(method, task, queries)
+    elif settings != method_class.Settings():
+        method = method_class(clip, task.classnames, experiment.template, settings)
+        rows["zero-shot, templates"] = evaluate(method, task)
+    if queries:
+        print(queries.describe(rows[run.config["method"]]))
     print(table(rows))
 
 
@@ -107,6 +115,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures to classify")
     add_flags(parser.add_argument_group("experiment"), Experiment)
+    add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
     # --classes means names here when there are pictures to classify, so choices are checked below.
     classes = next(a for a in parser._actions if a.dest == "classes")
     classes.choices, classes.metavar = None, "NAMES"

@@ -20,6 +20,7 @@ from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
 from fewshot.report import save_curves, table
 from fewshot.run import Run, provenance
+from fewshot.transductive import Queries
 from methods import METHODS, Settings
 
 
@@ -50,8 +51,9 @@ def main() -> None:
     path = out / experiment.folder(method_name)
     run = Run.resume(path, config) if resume else None
 
-    unadapted = METHODS["zero_shot"](clip, task.classnames, experiment.template, Settings())
-    zero_shot = evaluate(unadapted, task)  # first: some methods add parts to this CLIP
+    queries = Queries.of(METHODS[method_name], settings, experiment.seed)
+    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
+    zero_shot = evaluate(unadapted, task, queries)  # first: some methods add parts to this CLIP
 
     torch.manual_seed(experiment.seed)
     method = METHODS[method_name](clip, task.classnames, experiment.template, settings)
@@ -67,13 +69,15 @@ def main() -> None:
     if run.log:
         save_curves(run.log, run.path / "curves.png")
 
-    scores = evaluate(method, task)
-    parameters = sum(tensor.numel() for tensor in method.adapter_state().values())
+    scores = evaluate(method, task, queries)
+    parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()
     brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all")}
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
     run.write_json("results.json", {**scores, "zero_shot": brief, **measured})
 
+    if queries:
+        print(queries.describe(scores))
     print(table({"zero-shot": zero_shot, method_name: scores}))
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")

@@ -15,6 +15,7 @@ from clip_min import CLIP, UserError, weights
 from fewshot import cache, datasets
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
 from fewshot.task import Task, make_task
+from fewshot.transductive import Queries, evaluate_tasks
 
 
 @dataclass
@@ -82,11 +83,14 @@ def nearest(flag: str, value: str, known) -> str:
     raise UserError(f"{flag} {value}: unknown; {hint}")
 
 
-def evaluate(method, task: Task) -> dict:
+def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
     """Score a method on every test part -> {"base", "novel", "hm", "all", "parts"}, in percent.
 
-    Where a method cannot name the novel classes, novel and hm are None.
+    Where a method cannot name the novel classes, novel and hm are None. With `queries`, it is
+    scored over transductive tasks instead (fewshot/transductive.py).
     """
+    if queries is not None:
+        return evaluate_tasks(method, task, queries)
     scores = {"base": None, "novel": None, "hm": None, "all": None, "parts": {}}
     for part, test in task.tests.items():
         if part == "novel" and not method.names_unseen:

@@ -26,8 +26,12 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
     """
     s = method.settings
     learned = method.adapter_state()
-    make = {"adamw": torch.optim.AdamW, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}
-    optimizer = make[s.optimizer](learned.values(), lr=s.lr, weight_decay=s.weight_decay)
+    trained = [tensor for tensor in learned.values() if tensor.requires_grad]
+    make = {
+        "adamw": functools.partial(torch.optim.AdamW, eps=s.eps),
+        "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    }
+    optimizer = make[s.optimizer](trained, lr=s.lr, weight_decay=s.weight_decay)
     steps = math.ceil(len(train) / s.batch_size)  # in one epoch
     total = s.steps_per_shot * train.shots or s.epochs * steps
     epochs = math.ceil(total / steps)
@@ -58,7 +62,7 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
             optimizer.zero_grad()
             loss.backward()
             if s.clip_norm:
-                clip_grad_norm_(learned.values(), s.clip_norm)
+                clip_grad_norm_(trained, s.clip_norm)
             optimizer.step()
             losses.append(loss.item())
             bar.set_description(f"epoch {epoch + 1}/{epochs}")

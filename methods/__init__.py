@@ -1,16 +1,33 @@
 """The methods by name, in the order a learner may read them: each file adds one idea."""
 
 from methods.base import Method, Settings, TrainingSettings
+from methods.clip_adapter import ClipAdapter
 from methods.cocoop import CoCoOp
 from methods.coop import CoOp
+from methods.cross_modal import CrossModal
+from methods.em_dirichlet import EMDirichlet
+from methods.finetune import Finetune
+from methods.linear_probe import LinearProbe
 from methods.lora import LoRA
+from methods.projection import Projection
+from methods.tip_adapter import TipAdapter, TipAdapterF
+from methods.vpt import VPT
 from methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
+    "linear_probe": LinearProbe,
+    "clip_adapter": ClipAdapter,
+    "projection": Projection,
+    "tip_adapter": TipAdapter,
+    "tip_adapter_f": TipAdapterF,
+    "cross_modal": CrossModal,
     "coop": CoOp,
     "cocoop": CoCoOp,
+    "vpt": VPT,
     "lora": LoRA,
+    "finetune": Finetune,
+    "em_dirichlet": EMDirichlet,
 }
 
 __all__ = ["METHODS", "Method", "Settings", "TrainingSettings"]

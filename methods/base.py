@@ -57,6 +57,7 @@ class TrainingSettings(Settings):
     warmup_lr: Annotated[float, "learning rate of these"] = 1e-5
     patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 3
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
+    eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     augment: Annotated[
         Literal["none", "crop-flip"],
         "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip",
@@ -73,6 +74,7 @@ class TrainingSettings(Settings):
         "warmup_lr": (0, inf),
         "patience": (0, inf),
         "clip_norm": (0, inf),
+        "eps": (0, inf),
     }
 
 
@@ -88,6 +90,7 @@ class Method(nn.Module):
     recipes: ClassVar[dict[str, dict]] = {"default": {}}  # name -> settings; the first is default
     input: ClassVar[str] = "images"  # what forward takes: "images", or the image "features"
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
+    transductive: ClassVar[bool] = False  # does forward label the images of a batch jointly?
 
     def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
         super().__init__()
@@ -129,11 +132,11 @@ class Method(nn.Module):
         return F.cross_entropy(self(inputs), labels)
 
     def fit(self, train, val, descend: Callable) -> None:
-        """Learn from `train`, choosing by `val`. Default: `descend`, the gradient loop.
-
-        A method with a closed form overrides this and does not call `descend`.
+        """Learn from `train`, choosing by `val`. Default: `descend`, the gradient loop, if anything
+        is learned. A method with a closed form overrides this and does not call `descend`.
         """
-        descend(self, train, val)
+        if self.adapter_state():
+            descend(self, train, val)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:

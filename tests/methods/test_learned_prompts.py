@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from published import PublishedCoCoOp, PublishedCoOp, openai_text_tower
 
 from clip_min import CLIP, CLIPConfig, UserError
-from methods.base import Settings
 from methods.cocoop import CoCoOp, CoCoOpSettings
 from methods.coop import CoOp, CoOpSettings
 from methods.zero_shot import ZeroShot
@@ -114,7 +113,7 @@ def test_coop_equals_the_published_way(clip, position, class_specific, n_ctx):
 
 
 def test_context_of_words_is_zero_shot(clip):
-    zero_shot = ZeroShot(clip, NAMES, "a photo of a {}.", Settings())
+    zero_shot = ZeroShot.plain(clip, NAMES, "a photo of a {}.")
     x = features(6)
     assert torch.allclose(coop(clip, NAMES)(x), zero_shot(x), rtol=1e-5, atol=1e-5)
     conditional = cocoop(clip, NAMES)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_min import CLIP, CONFIGS, UserError
-from methods import METHODS, Settings
+from methods import METHODS
 from methods.lora import GroupedLoRA, LoRA, LoRASettings, block_numbers
 
 NAMES = ["rose", "red tulip", "ox-eye daisy"]
@@ -57,7 +57,7 @@ def new_lora(clip, trained: bool = False, **settings) -> LoRA:
 
 
 def zero_shot_logits(clip, images):
-    method = METHODS["zero_shot"](clip, NAMES, TEMPLATE, Settings())
+    method = METHODS["zero_shot"].plain(clip, NAMES, TEMPLATE)
     with torch.no_grad():
         return method(clip.encode_image(images))
 

@@ -1,0 +1,74 @@
+"""Transductive tasks: batches of test images of a few classes, labelled jointly.
+
+The protocol of Martin et al., arXiv:2405.18437: a task is Q test images of k_eff of the K classes;
+which classes, and that they are few, the method is not told. Accuracy is the mean over tasks.
+A number found this way is not comparable with one found image by image.
+"""
+
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+
+from fewshot.metrics import accuracy, harmonic_mean
+from fewshot.task import Task
+
+
+@dataclass(frozen=True)
+class Queries:
+    """How tasks are drawn."""
+
+    tasks: int
+    queries: int  # Q, images of a task; fewer where its classes have fewer
+    k_eff: int  # classes of a task; all of them, where there are fewer
+    seed: int
+
+    @classmethod
+    def of(cls, method_class, settings, seed: int) -> "Queries | None":
+        """Those that a transductive method's settings ask for; None for every other method."""
+        if not method_class.transductive:
+            return None
+        return cls(settings.tasks, settings.queries, settings.k_eff, seed)
+
+    def draw(self, labels: Tensor) -> list[Tensor]:
+        """labels (N,) of the test images -> for each task the numbers of its images, (Q,)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        present = labels.unique()
+        tasks = []
+        for _ in range(self.tasks):
+            classes = present[torch.randperm(len(present), generator=generator)[: self.k_eff]]
+            pool = torch.isin(labels, classes).nonzero().flatten()
+            order = torch.randperm(len(pool), generator=generator)[: self.queries]
+            tasks.append(pool[order])
+        return tasks
+
+    def describe(self, scores: dict) -> str:
+        """What `evaluate_tasks` scored, in a line to stand above its table."""
+        widths = ", ".join(f"{p} ± {s['interval95']:.2f}" for p, s in scores["parts"].items())
+        return (
+            f"mean of {self.tasks} tasks of {self.queries} images or fewer, {self.k_eff} classes "
+            f"(95 % intervals: {widths}):"
+        )
+
+
+def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
+    """As `fewshot.experiment.evaluate`, but over tasks; adds half widths of 95 % intervals."""
+    scores = {"base": None, "novel": None, "hm": None, "all": None, "parts": {}}
+    for part, test in task.tests.items():
+        known = method if part != "novel" else method.for_classes(test.classnames)
+        labels = test.batches.labels
+        with known.inference():
+            accuracies = [
+                accuracy(known(test.batches.inputs(known, chosen)), labels[chosen])
+                for chosen in queries.draw(labels.cpu())
+            ]
+        scores[part] = mean(accuracies)
+        spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
+        scores["parts"][part] = {
+            "tasks": len(accuracies),
+            "interval95": 1.96 * spread / len(accuracies) ** 0.5,
+        }
+    if scores["novel"] is not None:
+        scores["hm"] = harmonic_mean(scores["base"], scores["novel"])
+    return scores

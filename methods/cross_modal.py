@@ -1,0 +1,52 @@
+"""Cross-modal adaptation: class names as extra training samples of a linear head.
+
+Lin et al., "Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with Multimodal Models",
+arXiv:2301.06267. CLIP puts images and texts into one space, so a classifier of images may learn
+from texts as well. The classifier is one matrix H (K, E), without bias, which starts at the text
+features, that is at zero-shot CLIP:
+
+    logits = s · norm(x)·Hᵀ             x an image's or a text's feature (E,);  H = norm(W) at first
+
+and half of every batch are text features, each a sample of its own class:
+
+    loss = CE over B images and B texts, drawn at random from the class prompts
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.base import TrainingSettings
+from methods.zero_shot import TemplateSettings, ZeroShot
+
+
+@dataclass(frozen=True)
+class CrossModalSettings(TrainingSettings, TemplateSettings):
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    epochs: Annotated[int, "passes over the training images, at most"] = 50
+    patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 10
+    batch_size: Annotated[int, "images in one step; as many texts come on top"] = 32
+
+
+class CrossModal(ZeroShot):
+    title = "a linear head on images and class names as samples"
+    Settings = CrossModalSettings
+    recipes = {"paper": {}}
+    names_unseen = False
+
+    def __init__(self, clip, classnames, template, settings: CrossModalSettings):
+        super().__init__(clip, classnames, template, settings)
+        self.head = nn.Parameter(F.normalize(self.class_features().float(), dim=-1))  # (K, E)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, E), of images or texts -> logits (B, K)."""
+        return self.clip.logit_scale.exp() * F.normalize(features.float(), dim=-1) @ self.head.T
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features (B, E) of images, labels (B,) -> scalar, over as many texts besides."""
+        texts = torch.randint(len(self.classnames), labels.shape).to(labels.device)  # (B,)
+        x = torch.cat([features, self.class_features()[texts]])  # (2B, E)
+        return F.cross_entropy(self(x), torch.cat([labels, texts]))

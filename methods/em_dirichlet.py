@@ -1,0 +1,132 @@
+"""EM-Dirichlet: label a batch of test images jointly, with no training.
+
+Martin et al., "Transductive Zero-Shot and Few-Shot CLIP", CVPR 2024, arXiv:2405.18437. Zero-shot
+CLIP turns image n into a point on the simplex, z_n = softmax(T · cos(f_n, W)), (K,). If the images
+of a batch come from few classes, the points form clusters, and a cluster says more than a point.
+Each class k is modelled as a Dirichlet distribution with parameters α_k (K,); assignments u_n (K,)
+start at z_n, and in turn
+
+    (1)  α_k  raises  Σ_n u_nk · log Dir(z_n | α_k)      majorise-minimise steps, `mm_step`
+    (2)  π_k  = mean_n u_nk                              how much of the batch is class k
+    (3)  u_n  = softmax_k(log Dir(z_n | α_k) + λ log π_k)             hard: one-hot at the largest
+
+With λ = 1 and soft assignments this is the EM algorithm for a mixture of Dirichlets, with mixing
+proportions π. That splits a batch into too many classes, as a Dirichlet fitted to two images suits
+them better than any other; a larger λ prefers fewer. Its default, like the few steps of (1), was
+chosen on the demo task's validation images. Where training images are given (`--use-support`), they
+join (1) with their known labels.
+
+Labels are a batch's, not an image's: the same image may be named differently in other company. So
+this is reported over tasks of some classes' images, apart from methods that see one image a time.
+"""
+
+from dataclasses import dataclass
+from math import inf
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from methods.tip_adapter import WithSupport
+from methods.zero_shot import TemplateSettings
+
+
+@dataclass(frozen=True)
+class EMDirichletSettings(TemplateSettings):
+    temperature: Annotated[float, "T, in the softmax that makes an image a point"] = 30.0
+    balance: Annotated[float, "λ, weight of the class proportions; 1 is EM"] = 10.0
+    assignment: Annotated[Literal["soft", "hard"], "u: probabilities, or one class"] = "soft"
+    iterations: Annotated[int, "rounds of (1), (2), (3)"] = 10
+    mm_steps: Annotated[int, "steps towards α_k in each round"] = 10
+    use_support: Annotated[bool, "few-shot: training images join in with their labels"] = False
+    tasks: Annotated[int, "batches to label, for each half of the classes"] = 200
+    queries: Annotated[int, "Q, images in one of them, at most"] = 75
+    k_eff: Annotated[int, "classes they come from, unknown to the method"] = 5
+    limits = {
+        "temperature": (0, inf),
+        "balance": (0, inf),
+        "iterations": (1, inf),
+        "mm_steps": (1, inf),
+        "tasks": (1, inf),
+        "queries": (1, inf),
+        "k_eff": (1, inf),
+    }
+
+
+class EMDirichlet(WithSupport):
+    title = "label a batch of test images jointly (transductive)"
+    Settings = EMDirichletSettings
+    recipes = {"default": {}, "few-shot": {"use_support": True}, "demo": {"temperature": 5.0}}
+    transductive = True
+
+    def fit(self, train, val, descend) -> None:
+        if self.settings.use_support:
+            self.remember(train)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (Q, E), one task -> logits (Q, K), whose softmax is the assignment."""
+        s = self.settings
+        text = F.normalize(self.class_features().double(), dim=-1)  # (K, E)
+
+        def log_z(x: Tensor) -> Tensor:  # log of the points on the simplex, (N, K)
+            return (s.temperature * F.normalize(x.double(), dim=-1) @ text.T).log_softmax(dim=-1)
+
+        query = log_z(features)  # (Q, K)
+        votes = self.votes().double()  # (N, K); all zero: an image of a class not asked for
+        known = votes.sum(dim=1) > 0
+        points = torch.cat([query, log_z(self.support[known])])  # (Q + N, K)
+        u = query.exp()
+        alpha = torch.ones_like(text @ text.T)  # (K, K): a row per class
+        for _ in range(s.iterations):
+            alpha = fit_dirichlets(alpha, points, torch.cat([u, votes[known]]), s.mm_steps)
+            proportions = u.mean(dim=0).clamp(min=1e-12)  # (K,)
+            logits = log_dirichlet(query, alpha) + s.balance * proportions.log()  # (Q, K)
+            u = logits.softmax(dim=-1)
+            if s.assignment == "hard":
+                u = F.one_hot(u.argmax(dim=-1), u.shape[-1]).double()
+        return logits
+
+
+def log_dirichlet(log_z: Tensor, alpha: Tensor) -> Tensor:
+    """Log density of points (N, D), given as logarithms, under K Dirichlets (K, D) -> (N, K)."""
+    constant = alpha.sum(dim=-1).lgamma() - alpha.lgamma().sum(dim=-1)  # (K,)
+    return log_z @ (alpha - 1).T + constant
+
+
+def fit_dirichlets(alpha: Tensor, log_z: Tensor, u: Tensor, steps: int) -> Tensor:
+    """From alpha (K, D), `steps` steps of weighted maximum likelihood -> alpha (K, D).
+
+    log_z (N, D) points as logarithms; u (N, K) their weights. The maximum is where
+    ψ(α_i) - ψ(Σα) = t_i, the weighted mean of log z_i. A class without weight stays as it is.
+    """
+    weight = u.sum(dim=0)  # (K,)
+    held = weight > 1e-9
+    means = (u[:, held] / weight[held]).T @ log_z  # (held, D), t
+    fitted = alpha[held]
+    for _ in range(steps):
+        fitted = mm_step(fitted, means)
+    alpha = alpha.clone()
+    alpha[held] = fitted
+    return alpha
+
+
+def mm_step(alpha: Tensor, means: Tensor) -> Tensor:
+    """One majorise-minimise step on alpha (..., D), which never lowers the likelihood
+
+        ln Γ(Σα) + Σ_i [ -ln Γ(α_i) + α_i t_i ]                      t = means (..., D)
+
+    Its terms are replaced by bounds from below that touch it at the present α: ln Γ(Σα), convex, by
+    its tangent; and -ln Γ(α_i) = ln α_i - φ(α_i), with φ(α) = ln Γ(α + 1), by a parabola under -φ.
+    φ' is concave, so the flattest parabola above φ everywhere is the one that meets it again at 0
+    (Erdoğan and Fessler, "Monotonic algorithms for transmission tomography", 1999):
+
+        φ(x) <= φ(α) + φ'(α)(x - α) + c/2·(x - α)²,     c = 2(φ(0) - φ(α) + α·φ'(α)) / α²
+
+    What is left to maximise is ln x + b·x - c/2·(x - α)² in each x alone: a quadratic equation.
+    """
+    phi, slope = (alpha + 1).lgamma(), (alpha + 1).digamma()
+    # The formula loses all digits near 0, where c tends to φ''(0) = π²/6.
+    c = torch.where(alpha > 1e-3, 2 * (alpha * slope - phi) / alpha**2, torch.pi**2 / 6)
+    b = means + alpha.sum(dim=-1, keepdim=True).digamma() - slope + c * alpha
+    return (b + (b**2 + 4 * c).sqrt()) / (2 * c)

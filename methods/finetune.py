@@ -1,0 +1,76 @@
+"""Full fine-tuning: all of CLIP's weights, or a chosen part of them.
+
+The most flexible method and, with few images, the easiest to overfit: every weight of both towers
+moves, with a small learning rate, float32 master weights and clipped gradients, to lower
+
+    class        the cross-entropy of images over the class prompts, as every method here does, or
+    contrastive  CLIP's pretraining loss on (image, caption of its class) pairs (contrastive.py)
+
+What may move is chosen by `--train`: both towers, one of them, or the last N blocks of each with
+what comes after them. The adapter it saves is all of these weights.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from clip_min import UserError
+from methods.base import Method, TrainingSettings
+from methods.contrastive import contrastive_loss
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(TrainingSettings):
+    lr: Annotated[float, "peak learning rate"] = 1e-5
+    clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 5.0
+    train: Annotated[str, "weights that learn: both, image, text (towers) or last-N (blocks)"] = (
+        "both"
+    )
+    objective: Annotated[
+        Literal["class", "contrastive"], "cross-entropy over classes, or pairs"
+    ] = "class"
+    plain_pairs: Annotated[bool, "contrastive: only an image's own caption is right"] = False
+
+
+class Finetune(Method):
+    title = "all of CLIP's weights, or the last blocks'"
+    Settings = FinetuneSettings
+    recipes = {
+        "default": {},
+        "contrastive": {"objective": "contrastive"},
+        "demo": {"lr": 3e-4},
+    }
+
+    def __init__(self, clip, classnames, template, settings: FinetuneSettings):
+        super().__init__(clip.float(), classnames, template, settings)
+        for name in trained_names(clip, settings.train):
+            clip.get_parameter(name).requires_grad_()
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.settings.objective == "class":
+            return super().loss(images, labels)
+        captions = self.class_features()[labels]  # (K, E) -> (B, E)
+        pairs = self.clip.logits(self.clip.encode_image(images), captions)  # (B, B)
+        return contrastive_loss(pairs, labels, self.settings.plain_pairs)
+
+
+def trained_names(clip, part: str) -> list[str]:
+    """The parameters of CLIP that `part` ("both", "image", "text", "last-2") names."""
+    names = [name for name, _ in clip.named_parameters()]
+    if part == "both":
+        return names
+    if part in ("image", "text"):
+        image = [name for name in names if name.startswith("visual.")]
+        return image if part == "image" else [n for n in names if n not in image + ["logit_scale"]]
+    depth = min(len(clip.transformer.resblocks), len(clip.visual.transformer.resblocks))
+    last = part.removeprefix("last-")
+    if last == part or not last.isdecimal() or not 1 <= int(last) <= depth:
+        raise UserError(
+            f"--train {part}: expected both, image, text, or last-1 to last-{depth} (blocks)"
+        )
+    chosen = ["visual.ln_post", "visual.proj", "ln_final", "text_projection"]
+    for tower, transformer in {"visual.": clip.visual.transformer, "": clip.transformer}.items():
+        blocks = len(transformer.resblocks)
+        chosen += [f"{tower}transformer.resblocks.{blocks - 1 - i}" for i in range(int(last))]
+    return [name for name in names if any(name == c or name.startswith(f"{c}.") for c in chosen)]

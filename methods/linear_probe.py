@@ -1,0 +1,106 @@
+"""Linear probe: logistic regression on image features; no text at all.
+
+Radford et al. (CLIP), arXiv:2103.00020, section 3.2 and appendix A.3. On the image feature f (E,)
+as the tower gives it, not normalised,
+
+    logits = f·Wᵀ + b                                                     W (K, E), b (K,)
+
+    W, b = argmin   Σ_n CE(logits_n, label_n)  +  ‖W‖² / (2C)
+
+The problem is convex: L-BFGS finds the one solution, with no learning rate and no seed. Only C, the
+inverse strength of the penalty, is chosen, by accuracy on validation: a sweep over 10^-6 … 10^6,
+then steps that halve around the best. A probe has no idea of a class it saw no image of, so its
+novel column reads n/a.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.base import Method, Settings
+
+SWEEP = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log10 C
+HALVINGS = 8
+
+
+@dataclass(frozen=True)
+class LinearProbeSettings(Settings):
+    c: Annotated[float, "C, the inverse of the L2 penalty's strength; 0: chosen on validation"] = 0
+    max_iterations: Annotated[int, "steps of L-BFGS at most, for one C"] = 1000
+    limits = {"c": (0, float("inf")), "max_iterations": (1, float("inf"))}
+
+
+class LinearProbe(Method):
+    title = "logistic regression on image features, no text"
+    Settings = LinearProbeSettings
+    recipes = {"paper": {}}
+    input = "features"
+    names_unseen = False
+
+    def __init__(self, clip, classnames, template, settings: LinearProbeSettings):
+        super().__init__(clip, classnames, template, settings)
+        self.head = nn.Linear(clip.config.embed_dim, len(classnames)).to(clip.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, E) -> logits (B, K)."""
+        return self.head(features.float())
+
+    def fit(self, train, val, descend) -> None:
+        """Solve for W and b; choose C, of equally good ones the smallest."""
+        x, y, val_x = train.features(self.clip), train.labels, val.features(self.clip)
+
+        def solve(log_c: float) -> tuple[float, float, tuple[Tensor, Tensor]]:
+            w, b = logistic_regression(
+                x, y, len(self.classnames), 10**log_c, self.settings.max_iterations
+            )
+            right = (val_x.double() @ w.T + b).argmax(dim=1) == val.labels
+            return -right.double().mean().item(), log_c, (w, b)
+
+        if self.settings.c:
+            w, b = logistic_regression(
+                x, y, len(self.classnames), self.settings.c, self.settings.max_iterations
+            )
+        else:
+            best = min((solve(log_c) for log_c in SWEEP), key=lambda tried: tried[:2])
+            step = (SWEEP[1] - SWEEP[0]) / 2
+            for _ in range(HALVINGS):
+                tried = [best, solve(best[1] - step), solve(best[1] + step)]
+                best, step = min(tried, key=lambda one: one[:2]), step / 2
+            w, b = best[2]
+            print(f"C = {10 ** best[1]:.4g}: {-100 * best[0]:.2f} % on validation")
+        with torch.no_grad():
+            self.head.weight.copy_(w)
+            self.head.bias.copy_(b)
+
+
+def logistic_regression(
+    x: Tensor, labels: Tensor, classes: int, c: float, max_iterations: int = 1000
+) -> tuple[Tensor, Tensor]:
+    """x (N, E), labels (N,) -> W (K, E) and b (K,), float64: the argmin above."""
+    x = x.double()
+    w = x.new_zeros(classes, x.shape[1]).requires_grad_()  # (K, E)
+    b = x.new_zeros(classes).requires_grad_()
+    # The objective divided by N, so that its gradient has one scale whatever N and C.
+    optimizer = torch.optim.LBFGS(
+        [w, b],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        penalty = w.square().sum() / (2 * c * len(x))
+        value = F.cross_entropy(F.linear(x, w, b), labels) + penalty
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return w.detach(), b.detach()

@@ -1,0 +1,71 @@
+"""Projection heads: two learned square layers after each frozen tower.
+
+A baseline without a paper of its own: CLIP stays frozen, and its shared space is rearranged,
+
+    f' = U₂ φ(U₁ f)        W' = V₂ φ(V₁ W)            U, V (E, E), with biases
+
+by class cross-entropy or by CLIP's contrastive loss. With φ the identity (the default) the layers
+start as identities, so training starts at zero-shot CLIP; with relu they start at random, and what
+pretraining knew of the space has to be learned again from the few images.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.base import TrainingSettings
+from methods.contrastive import contrastive_loss
+from methods.zero_shot import TemplateSettings, ZeroShot
+
+
+@dataclass(frozen=True)
+class ProjectionSettings(TrainingSettings, TemplateSettings):
+    optimizer: Annotated[Literal["adamw", "sgd"], "AdamW, or SGD with momentum 0.9"] = "sgd"
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    epochs: Annotated[int, "passes over the training images, at most"] = 50
+    patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 10
+    objective: Annotated[
+        Literal["class", "contrastive"], "cross-entropy over classes, or pairs"
+    ] = "class"
+    plain_pairs: Annotated[bool, "contrastive: only an image's own caption is right"] = False
+    activation: Annotated[Literal["none", "relu"], "φ, between the two layers"] = "none"
+
+
+class Projection(ZeroShot):
+    title = "two square layers after each frozen tower"
+    Settings = ProjectionSettings
+    recipes = {"default": {}, "demo": {"lr": 1e-2}}
+
+    def __init__(self, clip, classnames, template, settings: ProjectionSettings):
+        super().__init__(clip, classnames, template, settings)
+        self.image_layers = self._layers().to(clip.device)
+        self.text_layers = self._layers().to(clip.device)
+
+    def _layers(self) -> nn.Sequential:
+        embed = self.clip.config.embed_dim
+        layers = nn.Sequential(nn.Linear(embed, embed), nn.Identity(), nn.Linear(embed, embed))
+        if self.settings.activation == "relu":
+            layers[1] = nn.ReLU()
+        else:
+            for layer in (layers[0], layers[2]):
+                nn.init.eye_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        return layers
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """features (B, E) -> the same, and class features (K, E), after their layers."""
+        text = F.normalize(self.class_features().float(), dim=-1)
+        return self.image_layers(F.normalize(features.float(), dim=-1)), self.text_layers(text)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, E) -> logits (B, K)."""
+        return self.clip.logits(*self.project(features))
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        if self.settings.objective == "class":
+            return super().loss(features, labels)
+        images, texts = self.project(features)
+        pairs = self.clip.logits(images, texts[labels])  # (B, B)
+        return contrastive_loss(pairs, labels, self.settings.plain_pairs)

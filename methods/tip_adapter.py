@@ -1,0 +1,169 @@
+"""Tip-Adapter: the training images as a memory that votes beside the class names.
+
+Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
+arXiv:2207.09519. The features of the N training images are keys (N, E), on the unit sphere; their
+labels, one-hot, are values (N, K). With f an image's feature on the unit sphere,
+
+    logits = s · f·norm(W)ᵀ + α · exp(-β (1 - f·keysᵀ)) · values                  (K,)
+
+so every key votes for its class, the more the nearer it is: β is how sharply, α how much votes
+count beside zero-shot CLIP. `tip_adapter` learns nothing by gradients; `tip_adapter_f` then trains
+the keys. α and β come from a grid, by accuracy on validation (the published code searches on the
+test set).
+
+Classes without training images get no votes: among the novel names Tip-Adapter is zero-shot CLIP.
+"""
+
+from dataclasses import dataclass
+from math import inf
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_min import UserError
+from methods.base import TrainingSettings
+from methods.zero_shot import TemplateSettings, ZeroShot
+
+ALPHAS = [0.0] + [2.0 ** (i / 2) for i in range(-6, 15)]  # 0, 1/8 … 128
+BETAS = [2.0 ** (i / 2) for i in range(-4, 15)]  # 1/4 … 128
+
+
+class WithSupport(ZeroShot):
+    """A method that keeps features of its training images, the support set.
+
+    support (N, E), on the unit sphere; support_labels (N,), rows of the names it was made with.
+    How many there are is known once they are there: before `remember`, none.
+    """
+
+    trains_support = False
+
+    def __init__(self, clip, classnames, template, settings):
+        super().__init__(clip, classnames, template, settings)
+        self.learned_names = list(classnames)
+        empty = torch.empty(0, clip.config.embed_dim, device=clip.device)
+        self.support = nn.Parameter(empty, requires_grad=self.trains_support)
+        self.support_labels = torch.empty(0, dtype=torch.int64, device=clip.device)
+
+    def remember(self, train, views: int = 1, augment: str = "none") -> None:
+        """Keep the features of `train`: of CLIP's own crop, or the mean of random views."""
+        if augment == "none":
+            features = F.normalize(train.features(self.clip).float(), dim=-1)  # (N, E)
+        else:
+            features = sum(self._view(train, augment) for _ in range(views)) / views
+        self.support.data = F.normalize(features, dim=-1)
+        self.support_labels = train.labels.clone()
+
+    @torch.no_grad()
+    def _view(self, train, augment: str) -> Tensor:
+        parts = torch.arange(len(train)).split(64)
+        features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
+        return F.normalize(torch.cat(features).float(), dim=-1)
+
+    def votes(self) -> Tensor:
+        """One row a support image, one-hot at its class, (N, K); of another class's, all zero."""
+        places = {name: k for k, name in enumerate(self.classnames)}
+        rows = [
+            F.one_hot(torch.tensor(places[name]), len(places))
+            if name in places
+            else torch.zeros(len(places))
+            for name in self.learned_names
+        ]
+        return torch.stack(rows).float().to(self.support.device)[self.support_labels]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return {"support": self.support, "support_labels": self.support_labels}
+
+    def load_adapter(self, state: dict[str, Tensor]) -> None:
+        """As always, but for the number of images, which is the saved one's."""
+        before = self.support.data, self.support_labels
+        count = len(state["support"]) if "support" in state else 0
+        self.support.data = self.support.new_zeros(count, self.support.shape[1])
+        self.support_labels = self.support_labels.new_zeros(count)
+        try:
+            super().load_adapter(state)
+        except UserError:
+            self.support.data, self.support_labels = before
+            raise
+
+
+@dataclass(frozen=True)
+class TipAdapterSettings(TemplateSettings):
+    alpha: Annotated[float, "α, the weight of the votes; below 0: chosen on validation"] = -1.0
+    beta: Annotated[float, "β, their sharpness; below 0: chosen on validation"] = -1.0
+    augment: Annotated[
+        Literal["none", "crop-flip"], "keys are of CLIP's own crop, or of random crops and flips"
+    ] = "none"
+    views: Annotated[int, "random views whose mean is a key"] = 10
+    limits = {"views": (1, inf)}
+
+
+class TipAdapter(WithSupport):
+    title = "training images as a memory that votes (training-free)"
+    Settings = TipAdapterSettings
+    recipes = {"default": {}, "paper": {"augment": "crop-flip"}}
+
+    def __init__(self, clip, classnames, template, settings):
+        super().__init__(clip, classnames, template, settings)
+        self.alpha = torch.tensor(max(settings.alpha, 0.0), device=clip.device)
+        self.beta = torch.tensor(max(settings.beta, 0.0), device=clip.device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, E) -> logits (B, K)."""
+        return super().forward(features) + self.alpha * self.cache_logits(features, self.beta)
+
+    def cache_logits(self, features: Tensor, beta) -> Tensor:
+        """exp(-β (1 - f·keysᵀ)) · values: (B, E) -> (B, K)."""
+        distance = 1 - F.normalize(features.float(), dim=-1) @ self.support.T  # (B, N)
+        return (-beta * distance).exp() @ self.votes()
+
+    def fit(self, train, val, descend) -> None:
+        s = self.settings
+        self.remember(train, s.views, s.augment)
+        self.search(val)
+
+    @torch.no_grad()
+    def search(self, val) -> None:
+        """Set α and β to the best on validation; of equally good ones, to the smallest."""
+        features = val.features(self.clip)
+        zero_shot = super().forward(features)  # (V, K)
+        alphas = ALPHAS if self.settings.alpha < 0 else [self.settings.alpha]
+        betas = BETAS if self.settings.beta < 0 else [self.settings.beta]
+        best = (-1.0, 0.0, 0.0)
+        for beta in betas:
+            votes = self.cache_logits(features, beta)
+            for alpha in alphas:
+                right = (zero_shot + alpha * votes).argmax(dim=1) == val.labels
+                best = max(best, (right.double().mean().item(), -alpha, -beta))
+        self.alpha.fill_(-best[1])
+        self.beta.fill_(-best[2])
+        print(f"α {-best[1]:.4g}, β {-best[2]:.4g}: {100 * best[0]:.2f} % on validation")
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return {**super().adapter_state(), "alpha": self.alpha, "beta": self.beta}
+
+
+@dataclass(frozen=True)
+class TipAdapterFSettings(TrainingSettings, TipAdapterSettings):
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-4
+    epochs: Annotated[int, "passes over the training images, at most"] = 20
+    batch_size: Annotated[int, "images in one step"] = 256
+    schedule: Annotated[Literal["epoch", "step"], "the cosine moves once per epoch or step"] = (
+        "step"
+    )
+    limits = {**TrainingSettings.limits, **TipAdapterSettings.limits}
+
+
+class TipAdapterF(TipAdapter):
+    title = "the same memory, its keys trained"
+    Settings = TipAdapterFSettings
+    recipes = {"default": {}, "paper": {"augment": "crop-flip", "patience": 0}}
+    trains_support = True
+
+    def fit(self, train, val, descend) -> None:
+        """Start from Tip-Adapter's keys, α and β; train the keys; choose α and β again."""
+        super().fit(train, val, descend)
+        descend(self, train, val)
+        self.search(val)

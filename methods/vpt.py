@@ -1,0 +1,106 @@
+"""VPT: learned tokens among the patches of an image.
+
+Jia et al., "Visual Prompt Tuning", arXiv:2203.12119. N vectors p (N, D) join the sequence that the
+image tower reads, right after the class token, and are all that learns of the tower:
+
+    shallow    [class, p_1 … p_N, patches] -> block 0 -> block 1 -> …
+    deep       the same, but before every later block the N outputs at the prompts' places are
+               thrown away, and N vectors of that block's own stand there instead
+
+Attention has no order but what positions add, and prompts have none: their place in the sequence
+does not matter, only the block at which they enter (`--first-block`).
+
+Two classifiers: CLIP's own text features (`--head text`), which can name unseen classes, and the
+paper's, a linear layer on the class token (`--head linear`), which starts at random and can not.
+"""
+
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clip_min import UserError
+from methods.base import TrainingSettings
+from methods.zero_shot import TemplateSettings, ZeroShot
+
+
+@dataclass(frozen=True)
+class VPTSettings(TrainingSettings, TemplateSettings):
+    lr: Annotated[float, "peak learning rate"] = 2e-3
+    n_tokens: Annotated[int, "N, the learned tokens (in every block, if deep)"] = 50
+    deep: Annotated[bool, "tokens of its own for every block"] = False
+    first_block: Annotated[int, "block, from 0, before which the tokens enter"] = 0
+    dropout: Annotated[float, "dropout on the learned tokens"] = 0.1
+    head: Annotated[Literal["text", "linear"], "CLIP's text features, or a linear layer"] = "text"
+    limits = {
+        **TrainingSettings.limits,
+        "n_tokens": (0, inf),
+        "first_block": (0, inf),
+        "dropout": (0, 1),
+    }
+
+
+class VPT(ZeroShot):
+    title = "learned tokens among the image's patches (VPT)"
+    Settings = VPTSettings
+    input = "images"
+    recipes = {
+        "default": {},
+        # The paper searches lr, weight decay and N for every data set, on validation.
+        "paper": {
+            "head": "linear",
+            "optimizer": "sgd",
+            "lr": 0.25,
+            "weight_decay": 1e-3,
+            "epochs": 100,
+            "warmup_epochs": 10,
+            "batch_size": 64,
+            "patience": 0,
+        },
+        "mri": {"head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
+        "demo": {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0},
+    }
+
+    def __init__(self, clip, classnames, template, settings: VPTSettings):
+        super().__init__(clip, classnames, template, settings)
+        width, depth = clip.config.vision_width, clip.config.vision_layers
+        if settings.first_block >= depth:
+            raise UserError(
+                f"--first-block {settings.first_block}: expected 0 to {depth - 1}, since this "
+                f"model's image tower has {depth} blocks"
+            )
+        places = depth - settings.first_block if settings.deep else 1
+        bound = sqrt(6 / (3 * clip.config.patch_size**2 + width))  # Xavier's, of a patch embedding
+        prompts = torch.empty(places, settings.n_tokens, width).uniform_(-bound, bound)
+        self.visual_prompts = nn.Parameter(prompts.to(clip.device))  # (places, N, D)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.head = None
+        if settings.head == "linear":
+            self.names_unseen = False
+            self.head = nn.Linear(width, len(classnames))
+            nn.init.kaiming_normal_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+            self.head.to(clip.device)
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """images (B, 3, n, n) -> the class token after the last block (B, D)."""
+        tower, n = self.clip.visual, self.settings.n_tokens
+        blocks = tower.transformer.resblocks
+        x = tower.embed(images.to(tower.conv1.weight.dtype))  # (B, T, D)
+        for i, block in enumerate(blocks):
+            place = i - self.settings.first_block
+            if 0 <= place < len(self.visual_prompts):
+                prompts = self.dropout(self.visual_prompts[place]).to(x.dtype)  # (N, D)
+                patches = x[:, 1 + (n if place else 0) :]  # without the last block's prompts
+                x = torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), patches], dim=1)
+            x = block(x, read=slice(0, 1) if i == len(blocks) - 1 else None)
+        return tower.ln_post(x[:, 0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, n, n) -> logits (B, K)."""
+        x = self.class_token(images)  # (B, D)
+        if self.head is not None:
+            return self.head(x.float())
+        return self.clip.logits(x @ self.clip.visual.proj, self.class_features())
