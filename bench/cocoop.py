@@ -18,7 +18,7 @@ from pathlib import Path
 import clip as openai_clip
 import torch
 import torch.nn.functional as F
-from side_by_side import relative, seconds, show
+from side_by_side import first_step_mb, relative, seconds, show
 from torch import nn
 
 from clip_min import CLIP, CONFIGS, CLIPConfig, tokenize
@@ -140,15 +140,7 @@ def measure(way: str, classes: int, batch: int) -> None:
     """In that process: print the MB by which a first step raises the resident memory."""
     ours, published, features, labels = build(classes, batch)
     step = stepper(ours if way == "ours" else published, features, labels)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    step()
-    print((_status("VmHWM") - before) / 1e3)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))  # kB
+    print(first_step_mb(step))
 
 
 def available_mb() -> float:

@@ -1,13 +1,15 @@
 """The demo task's results table: every method, mean and spread over seeds.
 
-    python bench/demo_table.py [--methods zero_shot,lora] [--seeds 1,2,3] [--out DIR]
+    python bench/demo_table.py [--rows "zero_shot,lora,vpt --deep"] [--seeds 1,2,3] [--out DIR]
 
-Runs `python train.py --method NAME --seed S` as a user would, one after another, and reads the
-results.json of each. Seconds are of the whole command, memory its peak.
+Runs `python train.py --method ROW --seed S` as a user would, one after another, and reads the
+results.json of each. Seconds are of the whole command, memory its peak. What labels test images
+jointly (transductive) gets a table of its own, with zero-shot on the same tasks beside it.
 """
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -15,51 +17,85 @@ import tempfile
 import time
 from pathlib import Path
 
-from side_by_side import show
+from side_by_side import markdown, show
 
 from methods import METHODS
 
 ROOT = Path(__file__).parent.parent
+# Settings that a reader would ask for by name, each after its method.
+VARIANTS = {
+    "zero_shot": ["--templates ensemble"],
+    "vpt": ["--deep"],
+    "finetune": ["--objective contrastive"],
+    "em_dirichlet": ["--use-support"],
+}
+ALL = [f"{name} {flags}".strip() for name in METHODS for flags in ["", *VARIANTS.get(name, [])]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--rows", default=",".join(ALL), help="methods, with flags if you like")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--out", help="keep the runs here; default: nowhere")
     flags = parser.parse_args()
+    seeds = [int(s) for s in flags.seeds.split(",")]
+    inductive, transductive = [], []
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(flags.out or temporary).resolve()
-        methods, seeds = flags.methods.split(","), [int(s) for s in flags.seeds.split(",")]
-        rows = [measure(method, seeds, out) for method in methods]
-    zero = rows[0] if rows[0]["method"] == "zero_shot" else None
-    gains = {
-        row["method"]: {f"{part}_gain": row[part] - zero[part] for part in ("base", "novel", "hm")}
-        for row in rows
-        if zero and row is not zero and row["hm"] is not None
-    }
-    show(f"demo task, {len(seeds)} seeds: mean (and standard deviation)", rows, gains=gains)
+        for row in flags.rows.split(","):
+            results, walls = run(row, seeds, out)
+            if METHODS[row.split()[0]].transductive:
+                zero_shot = [result["zero_shot"] for result in results]
+                transductive += [
+                    {"method": "zero-shot, same tasks", **accuracies(zero_shot)},
+                    {"method": row, **accuracies(results)},
+                ]
+            else:
+                costs = {
+                    "parameters": results[0]["parameters"],
+                    "seconds": statistics.mean(walls),
+                    "peak MB": max(result["peak_memory_mb"] for result in results),
+                }
+                inductive.append({"method": row, **accuracies(results), **costs})
+    if transductive:
+        print(f"transductive tasks, {len(seeds)} seeds\n\n{markdown(transductive)}\n")
+    if inductive:
+        zero = next((row for row in inductive if row["method"] == "zero_shot"), None)
+        gains = {
+            row["method"]: {
+                f"{part}_gain": row[part] - zero[part] for part in ("base", "novel", "hm")
+            }
+            for row in inductive
+            if zero and row is not zero and row["hm"] is not None
+        }
+        title = f"demo task, {len(seeds)} seeds: mean and standard deviation"
+        show(title, inductive, transductive=transductive, gains=gains)
 
 
-def measure(method: str, seeds: list[int], out: Path) -> dict:
+def run(row: str, seeds: list[int], out: Path) -> tuple[list[dict], list[float]]:
+    """Train `row` with every seed -> the runs' results, and the seconds each took."""
     results, walls = [], []
     for seed in seeds:
-        command = [sys.executable, "train.py", "--method", method, "--seed", str(seed)]
+        folder = out / row.replace(" ", "_") / str(seed)
+        command = [sys.executable, "train.py", "--method", *shlex.split(row)]
+        command += ["--seed", str(seed), "--out", str(folder)]
         started = time.perf_counter()
-        subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=True, stdout=sys.stderr)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         walls.append(time.perf_counter() - started)
-        path = out / "demo" / "demo" / f"{method}-s10-seed{seed}" / "results.json"
+        (path,) = folder.rglob("results.json")
         results.append(json.loads(path.read_text()))
-    row = {"method": method}
+    return results, walls
+
+
+def accuracies(results: list[dict]) -> dict:
+    """Mean and standard deviation over runs of base, novel and HM; None where a run has none."""
+    cells = {}
     for part in ("base", "novel", "hm"):
         values = [result[part] for result in results]
         known = None not in values
-        row[part] = statistics.mean(values) if known else None
-        row[f"{part} std"] = statistics.stdev(values) if known and len(values) > 1 else None
-    row["parameters"] = results[0]["parameters"]
-    row["seconds"] = statistics.mean(walls)
-    row["peak MB"] = max(result["peak_memory_mb"] for result in results)
-    return row
+        cells[part] = statistics.mean(values) if known else None
+        cells[f"{part} std"] = statistics.stdev(values) if known and len(values) > 1 else None
+    return cells
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ slows all of them, and by the median of the rounds.
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+# The repository before this folder, whose methods.py is a benchmark and not the package.
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def hardware() -> str:
@@ -38,6 +42,19 @@ def seconds(ways: dict[str, Callable], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def first_step_mb(step: Callable) -> float:
+    """MB by which a first call raises this process's resident memory at its peak; Linux alone."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    step()
+    return (_status("VmHWM") - before) / 1e3
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))  # kB
+
+
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest difference, as a part of the largest value."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
@@ -46,24 +63,31 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def show(title: str, rows: list[dict], **summary) -> None:
     """Print rows as a table, then everything as one last line of JSON."""
     print(f"{title}\n{hardware()}\n")
-    columns = list(rows[0])
-    cells = [columns] + [[_cell(row[c]) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
+    print(markdown(rows))
     print("\n" + json.dumps({"rows": rows, **summary, "hardware": hardware()}))
 
 
-def _cell(value) -> str:
+def markdown(rows: list[dict]) -> str:
+    """A Markdown table, aligned to read well as it is; a column "x std" stands in x, after ±."""
+    columns = [c for c in rows[0] if c.removesuffix(" std") not in rows[0] or c[-4:] != " std"]
+    cells = [columns] + [[_cell(row[c], row.get(f"{c} std")) for c in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]])
+    lines = []
+    for first, *rest in cells:
+        numbers = [cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True)]
+        lines.append(" | ".join(["", first.ljust(widths[0]), *numbers, ""]).strip())
+    return "\n".join(lines)
+
+
+def _cell(value, spread=None) -> str:
+    if spread is not None:
+        return f"{value:.2f} ± {spread:.2f}"
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.2f}"
-    return str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _wait() -> None:
