@@ -87,8 +87,8 @@ class Batches:
         return normalize(pixels.to(self.device))
 
     def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
-        """What this method takes: image features (B, E), or images."""
-        if method.input == "features":
+        """What this method takes: image features (B, E), or images, which augmented ones are."""
+        if method.input == "features" and augment == "none":
             return self.features(method.clip)[chosen]
         return self.images(chosen, augment)
 

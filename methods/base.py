@@ -88,7 +88,8 @@ class Method(nn.Module):
     title: ClassVar[str] = ""  # one line for --help
     Settings: ClassVar[type] = Settings
     recipes: ClassVar[dict[str, dict]] = {"default": {}}  # name -> settings; the first is default
-    input: ClassVar[str] = "images"  # what forward takes: "images", or the image "features"
+    # What forward takes: "images"; or image "features", and images where they are augmented.
+    input: ClassVar[str] = "images"
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     transductive: ClassVar[bool] = False  # does forward label the images of a batch jointly?
 
@@ -122,6 +123,13 @@ class Method(nn.Module):
         if self._kept is None:
             self._kept = self.text_features()
         return self._kept
+
+    def image_features(self, x: Tensor) -> Tensor:
+        """For methods whose image tower is frozen: features (B, E), as given or of images x."""
+        if x.dim() == 2:
+            return x
+        with no_grad():
+            return self.clip.encode_image(x)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, n, n), normalised (or features (B, E), see `input`) -> logits (B, K)."""

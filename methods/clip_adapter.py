@@ -77,9 +77,9 @@ class ClipAdapter(ZeroShot):
         shape = (clip.config.embed_dim, settings.reduction, settings.ratio, settings.learn_ratio)
         self.adapters = nn.ModuleDict({side: Adapter(*shape) for side in sides}).to(clip.device)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, E) -> logits (B, K)."""
-        x = {"image": features.float(), "text": self.class_features().float()}
+    def forward(self, x: Tensor) -> Tensor:
+        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
+        features = {"image": self.image_features(x), "text": self.class_features()}
         for side, adapter in self.adapters.items():
-            x[side] = adapter(x[side])
-        return self.clip.logits(x["image"], x["text"])
+            features[side] = adapter(features[side].float())
+        return self.clip.logits(features["image"], features["text"])

@@ -50,17 +50,11 @@ class ContextSettings(TrainingSettings):
 class LearnedContext(Method):
     """What CoOp and CoCoOp share: learned vectors, and a frozen image tower."""
 
+    input = "features"
+
     def __init__(self, clip, classnames, template, settings: ContextSettings):
         super().__init__(clip, classnames, template, settings)
-        self.input = "features" if settings.augment == "none" else "images"
         self.context = nn.Parameter(initial_context(clip, settings.n_ctx, settings.ctx_init))
-
-    def image_features(self, x: Tensor) -> Tensor:
-        """What the frozen image tower makes of x, (B, E); nothing there needs a gradient."""
-        if self.input == "features":
-            return x
-        with torch.no_grad():
-            return self.clip.encode_image(x)
 
 
 @dataclass(frozen=True)

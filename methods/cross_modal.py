@@ -41,12 +41,13 @@ class CrossModal(ZeroShot):
         super().__init__(clip, classnames, template, settings)
         self.head = nn.Parameter(F.normalize(self.class_features().float(), dim=-1))  # (K, E)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, E), of images or texts -> logits (B, K)."""
-        return self.clip.logit_scale.exp() * F.normalize(features.float(), dim=-1) @ self.head.T
+    def forward(self, x: Tensor) -> Tensor:
+        """features (B, E), of texts too, or images (B, 3, n, n) if augmented -> logits (B, K)."""
+        x = F.normalize(self.image_features(x).float(), dim=-1)
+        return self.clip.logit_scale.exp() * x @ self.head.T
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """features (B, E) of images, labels (B,) -> scalar, over as many texts besides."""
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x as in `forward`, labels (B,) -> scalar, over these images and as many texts."""
         texts = torch.randint(len(self.classnames), labels.shape).to(labels.device)  # (B,)
-        x = torch.cat([features, self.class_features()[texts]])  # (2B, E)
-        return F.cross_entropy(self(x), torch.cat([labels, texts]))
+        samples = torch.cat([self.image_features(x), self.class_features()[texts]])  # (2B, E)
+        return F.cross_entropy(self(samples), torch.cat([labels, texts]))

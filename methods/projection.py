@@ -54,18 +54,19 @@ class Projection(ZeroShot):
                 nn.init.zeros_(layer.bias)
         return layers
 
-    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features (B, E) -> the same, and class features (K, E), after their layers."""
-        text = F.normalize(self.class_features().float(), dim=-1)
-        return self.image_layers(F.normalize(features.float(), dim=-1)), self.text_layers(text)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x as in `forward` -> image features (B, E) and class features (K, E), both projected."""
+        images = F.normalize(self.image_features(x).float(), dim=-1)
+        texts = F.normalize(self.class_features().float(), dim=-1)
+        return self.image_layers(images), self.text_layers(texts)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, E) -> logits (B, K)."""
-        return self.clip.logits(*self.project(features))
+    def forward(self, x: Tensor) -> Tensor:
+        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
+        return self.clip.logits(*self.project(x))
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.settings.objective == "class":
-            return super().loss(features, labels)
-        images, texts = self.project(features)
+            return super().loss(x, labels)
+        images, texts = self.project(x)
         pairs = self.clip.logits(images, texts[labels])  # (B, B)
         return contrastive_loss(pairs, labels, self.settings.plain_pairs)

@@ -109,8 +109,9 @@ class TipAdapter(WithSupport):
         self.alpha = torch.tensor(max(settings.alpha, 0.0), device=clip.device)
         self.beta = torch.tensor(max(settings.beta, 0.0), device=clip.device)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, E) -> logits (B, K)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
+        features = self.image_features(x)
         return super().forward(features) + self.alpha * self.cache_logits(features, self.beta)
 
     def cache_logits(self, features: Tensor, beta) -> Tensor:

@@ -117,6 +117,6 @@ class ZeroShot(Method):
                 self._text = self.text_features()
         return self._text
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, E) -> logits (B, K)."""
-        return self.clip.logits(features, self.class_features())
+    def forward(self, x: Tensor) -> Tensor:
+        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
+        return self.clip.logits(self.image_features(x), self.class_features())
