@@ -116,7 +116,8 @@ def _image_folder(file: Path, root: Path, paths: list[str]) -> Path:
     if first.is_absolute() or any(".." in Path(path).parts for path in paths):
         raise UserError(f"{file}: {first}: expected paths below a folder of images")
     depth = len(first.parts)
-    for place in [root, file.parent, *(p.parents[depth - 1] for p in root.rglob(first.name))]:
+    found = (path.absolute() for path in root.rglob(first.name))
+    for place in [root, file.parent, *(path.parents[depth - 1] for path in found)]:
         if (place / first).is_file():
             return place
     raise UserError(

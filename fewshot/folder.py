@@ -20,6 +20,7 @@ from clip_min import UserError
 from fewshot.images import ENDINGS, Pictures
 
 PARTS = ("train", "val", "test")
+CLASSES_FILE = "classes.txt or classes.json"
 
 # What every reader of a data set gives: class names, and pictures for train, val and test. Without
 # a val part (None), the experiment takes a few training pictures.
@@ -87,14 +88,8 @@ def class_of(label: str, known: dict[str, str], where: str) -> str:
     if name is None:
         near = difflib.get_close_matches(label, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{where}: {label!r} is not in classes.txt or classes.json{hint}")
+        raise UserError(f"{where}: {label!r} is not in {CLASSES_FILE}{hint}")
     return name
-
-
-def in_order(names, known: dict[str, str]) -> list[str]:
-    """These class names in the order of the classes' file, or as they are without one."""
-    order = dict.fromkeys(known.values())
-    return [name for name in order if name in names] if order else list(names)
 
 
 def read_classes(
@@ -116,11 +111,12 @@ def read_classes(
                 raise UserError(f"{root}: two folders are both the class {name!r}; rename one")
             if files:
                 folders[name] = files
-    names = expected or in_order(folders, known)
-    if expected is None and len(names) < 2:
-        found = f"only the class {names[0]!r}" if names else "no class folder with images"
+    names = expected or list(dict.fromkeys(known.values())) or list(folders)
+    if expected is None and len(folders) < 2:
+        only = "".join(f"only the class {name!r}" for name in folders)
+        found = only or "no class folder with images"
         raise UserError(f"{root}: has {found}; expected two or more folders CLASS/*.jpg")
-    same_classes(str(root), set(folders), names if expected else known.values() or names, "train/")
+    same_classes(str(root), set(folders), names, "train/" if expected else CLASSES_FILE)
     files = [file for name in names for file in folders[name]]
     counts = torch.tensor([len(folders[name]) for name in names])
     return names, Pictures(files, torch.arange(len(names)).repeat_interleave(counts))

@@ -21,10 +21,10 @@ import torch
 
 from clip_min import UserError
 from fewshot.folder import (
+    CLASSES_FILE,
     PARTS,
     Parts,
     class_of,
-    in_order,
     read_classnames,
     read_text,
     same_classes,
@@ -62,25 +62,28 @@ def read_manifest(root: Path) -> Parts:
             f"{rows[0].where}: the labels are numbers, and CLIP reads names; list them in "
             f"{root}/classes.txt, a name a line"
         )
-    spelled = {}
-    for label in sorted({row.label for row in rows}):
-        where = next(row.where for row in rows if row.label == label)
-        name = class_of(label, known, where)
-        if not known and name in spelled.values():
-            other = next(other for other in spelled if spelled[other] == name)
-            raise UserError(f"{where}: {other!r} and {label!r} are both the class {name!r}")
-        spelled[label] = name
-    names = in_order(list(dict.fromkeys(spelled.values())), known)
+    first = {row.label: row.where for row in reversed(rows)}  # label -> where it is first written
+    spelled = {label: class_of(label, known, first[label]) for label in sorted(first)}
+    if not known:
+        labels = {name: label for label, name in spelled.items()}  # the last of those named so
+        for label, name in spelled.items():
+            if (other := labels[name]) != label:
+                said = f"{label!r} and {other!r} are both the class {name!r}"
+                raise UserError(f"{first[label]}: {said}; write them alike")
+    learned = dict.fromkeys(spelled[row.label] for row in rows if row.part == "train")
+    names = list(dict.fromkeys(known.values())) or [n for n in spelled.values() if n in learned]
     if len(names) < 2:
-        raise UserError(f"{rows[0].where}: {names[0]!r} is the only class; expected two or more")
+        raise UserError(f"{root}: trains on {len(names)} classes; expected two or more")
+    number = {name: k for k, name in enumerate(names)}
     parts = {}
     for part in PARTS:
-        mine = sorted((names.index(spelled[r.label]), r.path) for r in rows if r.part == part)
+        mine = sorted((spelled[row.label], row.path) for row in rows if row.part == part)
         if mine or part != "val":
-            found = {names[label] for label, _ in mine}
             file = whole if whole.is_file() else root / f"{part}.csv"
-            same_classes(f"{file} ({part})", found, names, "the others")
-            labels = torch.tensor([label for label, _ in mine])
+            of = CLASSES_FILE if part == "train" else "train"
+            same_classes(f"{file} ({part})", {name for name, _ in mine}, names, of)
+            mine.sort(key=lambda named: number[named[0]])  # stable: still by path in a class
+            labels = torch.tensor([number[name] for name, _ in mine])
             parts[part] = Pictures([path for _, path in mine], labels)
     return names, parts["train"], parts.get("val"), parts["test"]
 
