@@ -18,8 +18,11 @@ else from it before these. We have compared with a second writing of the rule, n
 theirs.
 """
 
+import itertools
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,7 +38,7 @@ FEW_VAL = 4  # validation pictures a class, at most
 
 def find_split(root: Path, name: str) -> Path:
     """The one file called `name` (a pattern) in or below root."""
-    found = sorted(root.rglob(name))
+    found = [file for folder in _folders(root) for file in sorted(folder.glob(name))]
     if len(found) != 1:
         many = f"{len(found)} files {name}" if found else f"no {name}"
         raise UserError(
@@ -115,12 +118,22 @@ def _image_folder(file: Path, root: Path, paths: list[str]) -> Path:
     first = Path(paths[0])
     if first.is_absolute() or any(".." in Path(path).parts for path in paths):
         raise UserError(f"{file}: {first}: expected paths below a folder of images")
-    depth = len(first.parts)
-    found = (path.absolute() for path in root.rglob(first.name))
-    for place in [root, file.parent, *(path.parents[depth - 1] for path in found)]:
+    for place in itertools.chain(_folders(root), [file.parent]):
         if (place / first).is_file():
             return place
     raise UserError(
         f"{file}: its first picture, {first}, is nowhere below {root}; unpack the images there, or "
         "give the folder that holds them as --data-root"
     )
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """root and all folders below it, each once; links to folders are followed."""
+    seen = set()
+    for folder, below, _ in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()  # a link back: round and round otherwise
+            continue
+        seen.add(real)
+        below.sort()
+        yield Path(folder)

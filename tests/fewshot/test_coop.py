@@ -57,6 +57,13 @@ def test_the_file_may_lie_elsewhere(root, tmp_path):
     assert load(root, file=file).classnames == NAMES
 
 
+def test_pictures_behind_a_link_are_found_and_a_link_back_does_no_harm(root, tmp_path, split):
+    (root / "deep").rename(tmp_path / "elsewhere")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(root)
+    assert load(root).train.source[0] == root / "linked/jpg" / split["train"][0][0]
+
+
 class Datum:
     def __init__(self, path, label, classname):
         self.path, self.label, self.classname = path, label, classname
