@@ -5,14 +5,17 @@ are named, novel the rest. A method learns from S pictures of each base class an
 validation pictures of base classes. Each half of the test set is then scored against its own names
 alone.
 
-The test pictures are read here and given to the final evaluation; nothing before it sees them.
+The test pictures are read here and given to the final evaluation; nothing before it sees them, but
+for a check that none of them is learned from.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from clip_min import UserError
 from fewshot import cache, coop
@@ -64,7 +67,7 @@ def make_task(
         return read_batches(pictures, size, device, skip_bad, folder, notes)
 
     names = dataset.classnames
-    return Task(
+    task = Task(
         classnames=[names[i] for i in learned],
         train=batches(train),
         val=batches(val),
@@ -73,6 +76,26 @@ def make_task(
             for part, ids in parts.items()
         },
         notes=notes,
+    )
+    seen = (task.train.pixels, task.val.pixels)
+    if twice := sum(shared(test.batches.pixels, *seen) for test in task.tests.values()):
+        notes.append(f"{twice} test images are also learned from or validated on, pixel for pixel")
+    return task
+
+
+def shared(pixels: Tensor, *others: Tensor) -> int:
+    """How many of these pictures (N, 3, n, n) are among others, (M, 3, n, n) each."""
+
+    def middle(picture: Tensor) -> bytes:
+        """One row of a picture: enough to tell most apart, and cheap."""
+        return picture[:, picture.shape[1] // 2].numpy().tobytes()
+
+    alike: dict[bytes, list[Tensor]] = {}
+    for picture in itertools.chain(*others):
+        alike.setdefault(middle(picture), []).append(picture)
+    return sum(
+        any(torch.equal(picture, other) for other in alike.get(middle(picture), []))
+        for picture in pixels
     )
 
 
