@@ -22,8 +22,9 @@ from fewshot.run import Run
 from fewshot.task import make_test
 from methods import METHODS, Settings
 
-MOVED = ("device", "data_root", "split_file", "model")  # may differ from what a run was made with
-OTHER = {"dataset", "split", "template", "skip_bad_images"}  # flags of --run DIR --dataset other
+# What may differ from what a run was made with, and what --dataset other takes besides.
+MOVED = ("device", "data_root", "split_file", "base_classes", "model")
+OTHER = ("dataset", "split", "template", "skip_bad_images")
 
 
 def main() -> None:
@@ -155,9 +156,9 @@ def parse(argv: list[str]) -> dict:
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
     if "run" in given:
-        read = {"run", "image", "device", "data_root", "split_file", "model", "cache"}
+        read = {"run", "image", "cache", *MOVED}
         read |= {"classes"} if "image" in given else set()
-        read |= OTHER if "dataset" in given and "image" not in given else set()
+        read |= {*OTHER} if "dataset" in given and "image" not in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")
     if "classes" in given and "image" not in given:

@@ -45,7 +45,7 @@ def read_folder(root: Path, seed: int) -> Parts:
 
 
 def readable(label: str) -> str:
-    """ "tiger-lily", "tiger_lily" -> "tiger lily"."""
+    """A label as a name: "tiger-lily" and "tiger_lily" are "tiger lily"."""
     return " ".join(label.replace("-", " ").replace("_", " ").split())
 
 
@@ -113,9 +113,8 @@ def read_classes(
                 folders[name] = files
     names = expected or list(dict.fromkeys(known.values())) or list(folders)
     if expected is None and len(folders) < 2:
-        only = "".join(f"only the class {name!r}" for name in folders)
-        found = only or "no class folder with images"
-        raise UserError(f"{root}: has {found}; expected two or more folders CLASS/*.jpg")
+        found = [f"only the class {name!r}" for name in folders] or ["no class folder with images"]
+        raise UserError(f"{root}: has {found[0]}; expected two or more folders CLASS/*.jpg")
     same_classes(str(root), set(folders), names, "train/" if expected else CLASSES_FILE)
     files = [file for name in names for file in folders[name]]
     counts = torch.tensor([len(folders[name]) for name in names])

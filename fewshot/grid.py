@@ -54,12 +54,15 @@ def table(method: str, summary: dict) -> str:
         rows[f"{method}, {shots} shot{'s' if shots != '1' else ''}"] = spread
     columns = list(summary["zero_shot"])
     width = max(len(name) for name in rows) + 2
-    titles = ("HM" if column == "hm" else column for column in columns)
-    lines = [" " * width + "".join(f"{title:>16}" for title in titles)]
+    lines = [" " * width + "".join(f"{_title(column):>16}" for column in columns)]
     for name, spread in rows.items():
         cells = (_cell(spread.get(column)) for column in columns)
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
+
+
+def _title(part: str) -> str:
+    return "HM" if part == "hm" else part
 
 
 def _cell(score: dict | None) -> str:
@@ -82,7 +85,9 @@ def save_plot(method: str, summary: dict, path: Path) -> None:
         if None not in scores:
             means = [score["mean"] for score in scores]
             stds = [score["std"] or 0 for score in scores]
-            axes.errorbar(shots, means, stds, marker="o", capsize=3, color=f"C{i}", label=part)
+            axes.errorbar(
+                shots, means, stds, marker="o", capsize=3, color=f"C{i}", label=_title(part)
+            )
         axes.axhline(zero_shot["mean"], color=f"C{i}", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, [str(number) for number in shots])

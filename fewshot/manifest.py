@@ -77,14 +77,14 @@ def read_manifest(root: Path) -> Parts:
     number = {name: k for k, name in enumerate(names)}
     parts = {}
     for part in PARTS:
-        mine = sorted((spelled[row.label], row.path) for row in rows if row.part == part)
+        mine = [row for row in rows if row.part == part]
         if mine or part != "val":
             file = whole if whole.is_file() else root / f"{part}.csv"
             of = CLASSES_FILE if part == "train" else "train"
-            same_classes(f"{file} ({part})", {name for name, _ in mine}, names, of)
-            mine.sort(key=lambda named: number[named[0]])  # stable: still by path in a class
-            labels = torch.tensor([number[name] for name, _ in mine])
-            parts[part] = Pictures([path for _, path in mine], labels)
+            same_classes(f"{file} ({part})", {spelled[row.label] for row in mine}, names, of)
+            chosen = sorted((number[spelled[row.label]], row.path) for row in mine)
+            labels = torch.tensor([label for label, _ in chosen])
+            parts[part] = Pictures([path for _, path in chosen], labels)
     return names, parts["train"], parts.get("val"), parts["test"]
 
 
@@ -96,9 +96,10 @@ def read_rows(file: Path, part: str | None = None) -> list[Row]:
         reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
         columns = [(name or "").strip() for name in reader.fieldnames or []]
         if missing := [name for name in needed if name not in columns]:
+            has = ", ".join(columns) or "none"
             raise UserError(
-                f"{file}: has no column {missing[0]!r}; its first line is "
-                f"{','.join(columns) or 'empty'!r}, expected {','.join(needed)}"
+                f"{file}: has no column {missing[0]!r}; its first line should name "
+                f"{', '.join(needed)}, and names {has}"
             )
         reader.fieldnames = columns
         for cells in reader:

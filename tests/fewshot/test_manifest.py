@@ -191,7 +191,7 @@ def repeat_a_row(root: Path) -> None:
     [
         (replace("train.csv", "path,label", "image,label"), "train.csv: has no column 'path'"),
         (replace("train.csv", "path,label", "path,class"), "train.csv: has no column 'label'"),
-        (text("train.csv", ""), "train.csv: has no column 'path'; its first line is 'empty'"),
+        (text("train.csv", ""), "should name path, label, and names none"),
         (text("train.csv", "path,label\n"), "train.csv: lists no pictures"),
         (lambda root: (root / "test.csv").unlink(), "test.csv: there is no such file"),
         (replace("test.csv", ",rose", ","), "test.csv, line "),

@@ -107,7 +107,7 @@ def test_flags_that_do_not_fit_another_data_set_are_one_line(
 
 
 def test_base_classes_by_name_are_learned_and_the_others_are_novel(
-    script, train, tmp_path, data, model
+    script, train, tmp_path, data, model, is_one_line
 ):
     file = tmp_path / "mine.txt"
     file.write_text("egg flower\n\n  blue bell \n")
@@ -127,6 +127,10 @@ def test_base_classes_by_name_are_learned_and_the_others_are_novel(
     again = script("eval", "--run", run)
     assert again.code == 0, again.err
     assert last_lines(again.out, 1)[0].split()[1] == f"{found['base']:.2f}"
+    file.rename(tmp_path / "moved.txt")
+    assert is_one_line(script("eval", "--run", run), str(file), "there is no such file")
+    moved = script("eval", "--run", run, "--base-classes", tmp_path / "moved.txt")
+    assert last_lines(moved.out) == last_lines(again.out)
 
 
 @pytest.mark.parametrize(
