@@ -54,7 +54,8 @@ def read_split(file: Path, root: Path) -> Parts:
         split = json.loads(read_text(file))
     except ValueError as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(split, dict) or not all(_is_part(split.get(p)) for p in ("train", "test")):
+    needed = ["train", "test"] + (["val"] if isinstance(split, dict) and split.get("val") else [])
+    if not isinstance(split, dict) or not all(_is_part(split.get(part)) for part in needed):
         raise UserError(
             f'{file}: expected {{"train": [[path, label, classname], …], "val": …, "test": …}}'
         )
@@ -69,6 +70,8 @@ def read_split(file: Path, root: Path) -> Parts:
         raise UserError(
             f"{file}: labels are {sorted(names)[:5]} …; expected 0 to K - 1, all of them"
         )
+    if len(set(names.values())) < len(names):
+        raise UserError(f"{file}: two labels have one class name; expected a name for each")
 
     base = _image_folder(file, root, [path for _, path, *_ in entries])
     rows = [Row(base / path, name, part, str(file)) for part, path, _, name in entries]

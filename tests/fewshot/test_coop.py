@@ -167,6 +167,8 @@ def without(part: str):
         (without("test"), 'expected {"train"'),
         (lambda split: json.dumps(split | {"train": []}), 'expected {"train"'),
         (lambda split: json.dumps(split | {"train": [["a.png", 0]]}), 'expected {"train"'),
+        (lambda split: json.dumps(split | {"val": [["a.png", 0]]}), 'expected {"train"'),
+        (lambda split: json.dumps(split).replace("rose", "iris"), "two labels have one class name"),
         (change("train", 1, "0"), 'expected {"train"'),
         (change("train", 2, "thistle"), "elsewhere"),
         (change("train", 1, 9), "expected 0 to K - 1, all of them"),
