@@ -3,33 +3,61 @@
 python train.py --method lora                                 the demo task, offline, a minute
 python train.py --method lora --dataset folder --data-root DIR --model ViT-B/16
 python train.py --method lora --dataset flowers102            downloads data and model
+python train.py --method lora --shots 1,2,4 --seeds 1,2,3     nine runs, and their mean ± std
 python train.py --method lora --help                          that method's settings
 """
 
 import functools
+import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from clip_min import UserError, weights
+from clip_min.files import write_text
+from fewshot import cache, datasets, grid
 from fewshot.experiment import Experiment, evaluate, nearest, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
 from fewshot.report import save_curves, table
-from fewshot.run import Run, provenance
+from fewshot.run import Run, provenance, read_json
 from fewshot.transductive import Queries
 from methods import METHODS, Settings
 
 
-def main() -> None:
-    method_name, recipe, settings, experiment, out, resume = parse(sys.argv[1:])
-    print(f"{method_name} on {experiment.dataset}, model {experiment.model}, {experiment.device}")
-    print(f"recipe {recipe}: {describe(settings)}")
+@dataclass
+class Plan:
+    """What the command line asks for: a method, and a run for each number of shots and seed."""
 
-    clip, task = experiment.load()
+    method: str
+    recipe: str
+    settings: Settings
+    experiments: list[Experiment]
+    out: Path
+    resume: bool
+    cache: Path | None
+
+
+def main() -> None:
+    plan = parse(sys.argv[1:])
+    first = plan.experiments[0]
+    print(f"{plan.method} on {first.dataset}, model {first.model}, {first.device}")
+    print(f"recipe {plan.recipe}: {describe(plan.settings)}")
+    results = {}
+    for number, experiment in enumerate(plan.experiments, 1):
+        if len(plan.experiments) > 1:
+            print(f"\nrun {number}/{len(plan.experiments)}: {experiment.folder(plan.method)}")
+        results[experiment.shots, experiment.seed] = train(plan, experiment)
+    if len(results) > 1:
+        summarise(plan, results)
+
+
+def train(plan: Plan, experiment: Experiment) -> dict:
+    """One run, to its folder -> its results.json."""
+    clip, task = experiment.load(plan.cache)
     for note in task.notes:
         print(f"note: {note}")
     tested = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
@@ -39,24 +67,30 @@ def main() -> None:
     )
 
     config = {
-        "method": method_name,
-        "recipe": recipe,
-        "settings": asdict(settings),
+        "method": plan.method,
+        "recipe": plan.recipe,
+        "settings": asdict(plan.settings),
         "experiment": asdict(experiment),
         "model": experiment.model,
         "fingerprint": weights.fingerprint(clip),
         "classnames": {part: test.classnames for part, test in task.tests.items()},
         **provenance(),
     }
-    path = out / experiment.folder(method_name)
-    run = Run.resume(path, config) if resume else None
+    path = plan.out / experiment.folder(plan.method)
+    run = None
+    if plan.resume and (len(plan.experiments) == 1 or (path / "config.json").exists()):
+        run = Run.resume(path, config)
+        if len(plan.experiments) > 1 and (path / "results.json").exists():
+            print("finished before")
+            return read_json(path / "results.json", "remove the run's folder to run it again")
 
-    queries = Queries.of(METHODS[method_name], settings, experiment.seed)
+    queries = Queries.of(METHODS[plan.method], plan.settings, experiment.seed)
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
     zero_shot = evaluate(unadapted, task, queries)  # first: some methods add parts to this CLIP
 
     torch.manual_seed(experiment.seed)
-    method = METHODS[method_name](clip, task.classnames, experiment.template, settings)
+    method = METHODS[plan.method](clip, task.classnames, experiment.template, plan.settings)
+    resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     started = time.perf_counter()
     method.fit(
@@ -71,19 +105,34 @@ def main() -> None:
 
     scores = evaluate(method, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    memory = peak_memory_mb()
+    memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
     brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all")}
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
-    run.write_json("results.json", {**scores, "zero_shot": brief, **measured})
+    results = {**scores, "zero_shot": brief, **measured}
+    run.write_json("results.json", results)
 
     if queries:
         print(queries.describe(scores))
-    print(table({"zero-shot": zero_shot, method_name: scores}))
+    print(table({"zero-shot": zero_shot, plan.method: scores}))
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")
+    return results
 
 
-def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, bool]:
+def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
+    """Mean and spread over the seeds: a table, a JSON file and a plot, beside the runs."""
+    summary = {"method": plan.method, "recipe": plan.recipe, **grid.summarise(results)}
+    shots, seeds = "-".join(summary["shots"]), "-".join(map(str, summary["seeds"]))
+    folder = (plan.out / plan.experiments[0].folder(plan.method)).parent
+    file = folder / f"{plan.method}-grid-s{shots}-seed{seeds}.json"
+    write_text(file, json.dumps(summary, indent=2) + "\n")
+    grid.save_plot(plan.method, summary, file.with_suffix(".png"))
+    print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
+    print(grid.table(plan.method, summary))
+    print(f"grid: {file}")
+
+
+def parse(argv: list[str]) -> Plan:
     """Two passes: which method, and then its own settings beside the common ones."""
     first = Parser(add_help=False)
     first.add_argument("--method")
@@ -92,13 +141,17 @@ def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, bool]:
     first.add_argument("--recipe")
     known, _ = first.parse_known_args(argv)
     listed = "\n".join(f"  {name:<12}{m.title}" for name, m in METHODS.items())
-    parser = Parser(description=f"{__doc__}\nmethods:\n{listed}")
+    parser = Parser(description=f"{__doc__}\nmethods:\n{listed}\n\ndata sets:\n{datasets.listed()}")
     group = parser.add_argument_group("run")
     group.add_argument("--method", help="the method to train, listed above")
     group.add_argument("--recipe", help="a named set of defaults for the method's settings")
     group.add_argument("--out", help="folder that run folders are made in [runs]")
-    group.add_argument("--resume", action="store_true", help="go on with a run that was killed")
+    group.add_argument("--resume", action="store_true", help="go on with what was killed")
+    group.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
+    group.add_argument("--cache", help=cache.HELP)
     add_flags(parser.add_argument_group("experiment"), Experiment)
+    shots = next(a for a in parser._actions if a.dest == "shots")
+    shots.type, shots.help = grid.numbers, f"{shots.help}; several, as 1,2,4: a run for each"
     if known.method is None:
         parser.parse(argv)  # --help ends here
         raise UserError(f"--method is missing; methods are {', '.join(METHODS)}")
@@ -114,15 +167,23 @@ def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, bool]:
     title = f"{known.method}: recipe {recipe} of {', '.join(method.recipes)}"
     add_flags(parser.add_argument_group(title), method.Settings, preset)
     given = parser.parse(argv)
+    if "seed" in given and "seeds" in given:
+        raise UserError("--seed and --seeds: give one of them")
     settings = method.Settings(**{**preset, **pick(method.Settings, given)})
-    experiment = Experiment(**pick(Experiment, given))
-    return (
+    common = pick(Experiment, given)
+    experiments = [
+        Experiment(**{**common, "shots": shots, "seed": seed})
+        for shots in given.get("shots", [defaults.shots])
+        for seed in given.get("seeds", [given.get("seed", defaults.seed)])
+    ]
+    return Plan(
         known.method,
         recipe,
         settings,
-        experiment,
+        experiments,
         Path(given.get("out", "runs")),
         given["resume"],
+        cache.place(given.get("cache", "")),
     )
 
 

@@ -14,7 +14,20 @@ from torch import Tensor
 from clip_min import UserError
 from clip_min.files import read_safetensors, write_safetensors
 
-FOLDER = Path(os.environ.get("CLIP_MIN_CACHE", Path.home() / ".cache" / "clip_min"))
+
+def place(flag: str = "") -> Path | None:
+    """The cache's folder: as --cache says, else CLIP_MIN_CACHE, else ~/.cache/clip_min.
+
+    "none" is nowhere. Nothing in it is needed: it may be removed at any time.
+    """
+    text = flag or os.environ.get("CLIP_MIN_CACHE", "")
+    if text == "none":
+        return None
+    return Path(text).expanduser() if text else Path.home() / ".cache" / "clip_min"
+
+
+FOLDER = place()
+HELP = "folder that keeps decoded pixels and image features, or none [~/.cache/clip_min]"
 
 
 def key(*parts) -> str:

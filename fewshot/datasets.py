@@ -1,13 +1,12 @@
-"""Data sets: pictures with class names, in train, val and test.
+"""Data sets: pictures with class names, in train, val and test. One row of DATASETS is one of them.
 
-demo        drawn by fewshot/demo.py; nothing to download
-folder      a folder of your own: root/train/CLASS/*.jpg and root/test/CLASS/*.jpg (and val/),
-            or root/CLASS/*.jpg, split by the seed
-flowers102  Oxford's 102 flowers, torchvision's (the official) split, downloaded and md5-checked
+    python -m fewshot.datasets      the table: templates, counts, where from, licences
+
+Where a data set has no validation part, the experiment sets a few training pictures aside. Counts
+are checked when a set is loaded: a download that was cut short must not become a number.
 """
 
 import difflib
-import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ from pathlib import Path
 import torch
 
 from clip_min import UserError
-from fewshot import demo
-from fewshot.images import ENDINGS, Pictures
+from fewshot import coop, demo
+from fewshot.folder import Parts, read_folder
+from fewshot.images import ENDINGS, Pictures  # noqa: F401 (both are part of what a data set is)
+from fewshot.manifest import is_manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -26,132 +27,268 @@ class Dataset:
     train: Pictures
     val: Pictures | None  # None: the experiment takes a few training pictures
     test: Pictures
-
-
-def load(name: str, root: Path | None, seed: int) -> Dataset:
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"data sets are {', '.join(DATASETS)}"
-        raise UserError(f"--dataset {name}: unknown; {hint}")
-    return DATASETS[name].load(root, seed)
-
-
-def load_demo(root: Path | None, seed: int) -> Dataset:
-    """102 species of drawn flowers, 10 pictures each in train, val and test."""
-    if root is not None:
-        raise UserError(f"--data-root {root}: the demo is drawn, not read; add --dataset folder")
-    splits = [Pictures(*demo.split(name)) for name in ("train", "val", "test")]
-    return Dataset(list(demo.CLASSNAMES), demo.TEMPLATE, *splits)
-
-
-def load_flowers102(root: Path | None, seed: int) -> Dataset:
-    """Nilsback and Zisserman, "Automated flower classification over a large number of classes",
-    2008. 102 classes; torchvision's split: 1020 train, 1020 val, 6149 test images.
-
-    https://www.robots.ox.ac.uk/~vgg/data/flowers/102/
-    """
-    from torchvision.datasets import Flowers102
-
-    root = root or Path("data")
-
-    def split(name: str) -> Pictures:
-        part = Flowers102(root, name, download=True)
-        return Pictures([Path(p) for p in part._image_files], torch.tensor(part._labels))
-
-    try:
-        train, val, test = split("train"), split("val"), split("test")
-    except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong md5
-        raise UserError(
-            f"--dataset flowers102: could not be had in {root} ({error}); connect to download it "
-            "(0.35 GB), or give the folder that holds flowers-102/ as --data-root"
-        ) from None
-    counts = (len(train), len(val), len(test))
-    if counts != (1020, 1020, 6149):
-        raise UserError(f"{root}/flowers-102: {counts} images, expected (1020, 1020, 6149)")
-    classnames = [name.rstrip("?") for name in Flowers102.classes]  # "pink-yellow dahlia?"
-    return Dataset(classnames, "a photo of a {}, a type of flower.", train, val, test)
-
-
-def load_folder(root: Path | None, seed: int) -> Dataset:
-    """Your own pictures; a class is a folder, named as the class is ("-" and "_" are spaces)."""
-    if root is None:
-        raise UserError("--dataset folder: say where your pictures are with --data-root FOLDER")
-    if not root.is_dir():
-        raise UserError(f"--data-root {root}: expected a folder of pictures; there is none")
-    template = "a photo of a {}."
-    if not (root / "train").is_dir() or not (root / "test").is_dir():
-        names, pictures = _read_classes(root)
-        return Dataset(names, template, *_split(pictures, seed))
-    names, train = _read_classes(root / "train")
-    test = _read_classes(root / "test", names)[1]
-    val = _read_classes(root / "val", names)[1] if (root / "val").is_dir() else None
-    return Dataset(names, template, train, val, test)
-
-
-def _read_classes(root: Path, names: list[str] | None = None) -> tuple[list[str], Pictures]:
-    """Class names and pictures of root/CLASS/*; with `names`, the classes that must be there."""
-    folders = {}
-    for folder in sorted(root.iterdir()):
-        if folder.is_dir() and not folder.name.startswith("."):
-            files = sorted(  # ".": what file managers hide beside pictures, under their names
-                p
-                for p in folder.rglob("*")
-                if p.suffix.lower() in ENDINGS and not p.name.startswith(".")
-            )
-            name = " ".join(folder.name.replace("-", " ").replace("_", " ").split())
-            if not name:
-                raise UserError(f"{folder}: a folder's name is its class, and this names none")
-            if name in folders:
-                raise UserError(f"{root}: two folders are both the class {name!r}; rename one")
-            if files:
-                folders[name] = files
-    if names is None and len(folders) < 2:
-        found = (
-            f"only the class {next(iter(folders))!r}" if folders else "no class folder with images"
-        )
-        raise UserError(f"{root}: has {found}; expected two or more folders CLASS/*.jpg")
-    if names is not None and set(folders) != set(names):
-        odd = sorted(set(folders) ^ set(names))
-        raise UserError(
-            f"{root}: its classes are not those of train/: {', '.join(odd)} in one only"
-        )
-    names = names or list(folders)
-    files = [file for name in names for file in folders[name]]
-    counts = torch.tensor([len(folders[name]) for name in names])
-    return names, Pictures(files, torch.arange(len(names)).repeat_interleave(counts))
-
-
-def _split(pictures: Pictures, seed: int) -> tuple[Pictures, Pictures, Pictures]:
-    """Half of each class to train, a fifth to val, the rest to test, drawn by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = ([], [], [])
-    for label in range(int(pictures.labels.max()) + 1):
-        members = (pictures.labels == label).nonzero().flatten()
-        if len(members) < 3:
-            raise UserError(
-                f"{pictures.source[members[0]].parent}: {len(members)} images; a class needs 3 or "
-                "more, to have one each in train, val and test"
-            )
-        members = members[torch.randperm(len(members), generator=generator)]
-        val = max(1, len(members) // 5)
-        test = max(1, round(0.3 * len(members)))
-        for part, chosen in zip(
-            parts, members.split([len(members) - val - test, val, test]), strict=True
-        ):
-            part.append(chosen)
-    train, val, test = (pictures[torch.cat(part)] for part in parts)
-    return train, val, test
+    split: str = "official"  # or "coop": then shots are drawn by CoOp's rule
 
 
 @dataclass(frozen=True)
 class Entry:
-    load: Callable[[Path | None, int], Dataset]
-    model: str  # what is tuned if --model is not given
-    about: str
+    """What is known of a data set before it is read; 0 or empty: not known, or none."""
 
+    read: Callable[[Path | None, int], Parts]
+    about: str
+    model: str = "ViT-B/16"  # what is tuned if --model is not given
+    template: str = "a photo of a {}."
+    classes: int = 0
+    images: tuple[int, int, int] | None = None  # train, val, test
+    coop_file: str = ""  # CoOp's split of it
+    coop_images: tuple[int, int, int] | None = None  # the same three of that split
+    url: str = ""
+    paper: str = ""
+    licence: str = ""
+
+
+def load(
+    name: str, root: Path | None, seed: int, split: str = "official", split_file: Path | None = None
+) -> Dataset:
+    """A data set by its name, in its own split ("official") or CoOp's ("coop", of `split_file`)."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"data sets are {', '.join(DATASETS)}"
+        raise UserError(f"--dataset {name}: unknown; {hint}")
+    entry = DATASETS[name]
+    if split == "coop":
+        names, *parts = _read_coop(name, root, split_file)
+    elif split_file:
+        raise UserError(f"--split-file {split_file}: is for --split coop; add that")
+    else:
+        names, *parts = entry.read(root, seed)
+    counts = tuple(0 if part is None else len(part) for part in parts)
+    expected = entry.coop_images if split == "coop" else entry.images
+    if expected and counts != expected:
+        where = root or "data"
+        raise UserError(
+            f"{where}: {counts} images, expected {expected} (train, val, test) for {name}; if a "
+            "download was cut short, remove what is there and start again"
+        )
+    if entry.classes and len(names) != entry.classes:
+        raise UserError(f"{name}: has {len(names)} classes, expected {entry.classes}")
+    return Dataset(names, entry.template, *parts, split)
+
+
+def read_demo(root: Path | None, seed: int) -> Parts:
+    """102 species of drawn flowers, 10 pictures each in train, val and test."""
+    if root is not None:
+        raise UserError(f"--data-root {root}: the demo is drawn, not read; add --dataset folder")
+    splits = [Pictures(*demo.split(name)) for name in ("train", "val", "test")]
+    return list(demo.CLASSNAMES), *splits
+
+
+def read_own(root: Path | None, seed: int) -> Parts:
+    """Pictures of one's own: as folders (fewshot/folder.py) or by CSV (fewshot/manifest.py)."""
+    root = _own(root)
+    return read_manifest(root) if is_manifest(root) else read_folder(root, seed)
+
+
+def read_flowers102(root: Path | None, seed: int) -> Parts:
+    """The official split, as torchvision has it: 10 train and 10 val images a class."""
+    from torchvision.datasets import Flowers102
+
+    def read(root: Path) -> Parts:
+        parts = [Flowers102(root, name, download=True) for name in ("train", "val", "test")]
+        names = [name.rstrip("?") for name in Flowers102.classes]  # "pink-yellow dahlia?"
+        files = [[Path(file) for file in part._image_files] for part in parts]
+        labels = [torch.tensor(part._labels) for part in parts]
+        return names, *map(Pictures, files, labels)
+
+    return _download("flowers102", "flowers-102/", root, read)
+
+
+EUROSAT_NAMES = {  # folder -> a name that CLIP can read: CoOp's
+    "AnnualCrop": "Annual Crop Land",
+    "Forest": "Forest",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "River": "River",
+    "SeaLake": "Sea or Lake",
+}
+
+
+def read_eurosat(root: Path | None, seed: int) -> Parts:
+    """torchvision's images. They come without a split, so here 70 % of each class, drawn by a fixed
+    seed whatever --seed is, are for training and 30 % for testing; CoOp's split is --split coop.
+    """
+    from torchvision.datasets import EuroSAT
+
+    def read(root: Path) -> Parts:
+        whole = EuroSAT(root, download=True)
+        labels = torch.tensor([label for _, label in whole.samples])
+        everything = Pictures([Path(file) for file, _ in whole.samples], labels)
+        names = [EUROSAT_NAMES.get(name, name) for name in whole.classes]
+        train, test = [], []
+        generator = torch.Generator().manual_seed(0)
+        for label in range(len(names)):
+            members = (labels == label).nonzero().flatten()
+            members = members[torch.randperm(len(members), generator=generator)]
+            few = round(0.3 * len(members))
+            test.append(members[:few].sort().values)
+            train.append(members[few:].sort().values)
+        return names, everything[torch.cat(train)], None, everything[torch.cat(test)]
+
+    return _download("eurosat", "eurosat/", root, read)
+
+
+def read_cifar100(root: Path | None, seed: int) -> Parts:
+    """The official train and test images, 32 x 32 pixels, in memory.
+
+    They are published as pickles. torchvision reads them, after it has found their md5 right.
+    """
+    from torchvision.datasets import CIFAR100
+
+    def read(root: Path) -> Parts:
+        train, test = (CIFAR100(root, train=part, download=True) for part in (True, False))
+        names = [name.replace("_", " ") for name in train.classes]
+        pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
+        labels = [torch.tensor(part.targets) for part in (train, test)]
+        train, test = map(Pictures, pixels, labels)
+        return names, train, None, test
+
+    return _download("cifar100", "cifar-100-python/", root, read)
+
+
+def read_hymenoptera(root: Path | None, seed: int) -> Parts:
+    """Ants and bees: train/, and val/ as test. One file, a GIF, is no picture of either."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    def read(root: Path) -> Parts:
+        base = root if (root / "train").is_dir() else root / "hymenoptera_data"
+        if not (base / "train").is_dir():
+            download_and_extract_archive(HYMENOPTERA, root)
+        folders = {"ant": "ants", "bee": "bees"}
+        parts = []
+        for part in ("train", "val"):
+            files = [sorted((base / part / name).glob("*.jpg")) for name in folders.values()]
+            labels = [label for label in range(len(files)) for _ in files[label]]
+            parts.append(Pictures(files[0] + files[1], torch.tensor(labels)))
+        return list(folders), parts[0], None, parts[1]
+
+    return _download("hymenoptera", "hymenoptera_data/", root, read)
+
+
+def _read_coop(name: str, root: Path | None, file: Path | None) -> Parts:
+    pattern = DATASETS[name].coop_file
+    if not pattern:
+        have = ", ".join(key for key, entry in DATASETS.items() if entry.coop_file)
+        raise UserError(f"--split coop: CoOp has none for {name}; it has for {have}")
+    root = _own(root if name == "folder" else root or Path("data"))
+    return coop.read_split(file or coop.find_split(root, pattern), root)
+
+
+def _own(root: Path | None) -> Path:
+    if root is None:
+        raise UserError("--dataset folder: say where your pictures are with --data-root FOLDER")
+    if not root.is_dir():
+        raise UserError(f"--data-root {root}: expected a folder of pictures; there is none")
+    return root
+
+
+def _download(name: str, folder: str, root: Path | None, read: Callable[[Path], Parts]) -> Parts:
+    """What `read` makes of the data in `root`, downloaded to there first if need be."""
+    root = root or Path("data")
+    try:
+        return read(root)
+    except (OSError, RuntimeError) as error:  # no network, no space; RuntimeError: a wrong md5
+        raise UserError(
+            f"--dataset {name}: could not be had in {root} ({error}); connect to download it, or "
+            f"give the folder that holds {folder} as --data-root"
+        ) from None
+
+
+HYMENOPTERA = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 
 DATASETS = {
-    "demo": Entry(load_demo, "demo", "102 species of drawn flowers, nothing to download"),
-    "folder": Entry(load_folder, "demo", "your own pictures in --data-root"),
-    "flowers102": Entry(load_flowers102, "ViT-B/16", "Oxford 102 flowers, downloaded"),
+    "demo": Entry(
+        read_demo,
+        "drawn flowers of 102 species, nothing to download",
+        model="demo",
+        template=demo.TEMPLATE,
+        classes=102,
+        images=(1020, 1020, 1020),
+        licence="MIT, as this code",
+    ),
+    "folder": Entry(
+        read_own,
+        "your own pictures in --data-root: folders, or a CSV",
+        model="demo",
+        coop_file="split_zhou_*.json",
+    ),
+    "flowers102": Entry(
+        read_flowers102,
+        "Oxford 102 flowers (0.35 GB)",
+        template="a photo of a {}, a type of flower.",
+        classes=102,
+        images=(1020, 1020, 6149),
+        coop_file="split_zhou_OxfordFlowers.json",
+        coop_images=(4093, 1633, 2463),
+        url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        paper="Nilsback and Zisserman, 2008, Automated flower classification over a large number "
+        "of classes",
+        licence="see URL",
+    ),
+    "eurosat": Entry(
+        read_eurosat,
+        "satellite images of land, 64 x 64 pixels (0.09 GB)",
+        template="a centered satellite photo of {}.",
+        classes=10,
+        images=(18900, 0, 8100),
+        coop_file="split_zhou_EuroSAT.json",
+        coop_images=(13500, 5400, 8100),
+        url="https://github.com/phelber/EuroSAT",
+        paper="Helber et al., 2019, EuroSAT, arXiv:1709.00029",
+        licence="see URL",
+    ),
+    "cifar100": Entry(
+        read_cifar100,
+        "things and animals, 32 x 32 pixels (0.17 GB)",
+        classes=100,
+        images=(50000, 0, 10000),
+        url="https://www.cs.toronto.edu/~kriz/cifar.html",
+        paper="Krizhevsky, 2009, Learning multiple layers of features from tiny images",
+        licence="see URL",
+    ),
+    "hymenoptera": Entry(
+        read_hymenoptera,
+        "ants and bees, of PyTorch's transfer-learning tutorial (0.05 GB)",
+        template="a photo of a {}, a type of insect.",
+        classes=2,
+        images=(244, 0, 153),
+        url=HYMENOPTERA,
+        licence="see URL",
+    ),
 }
+
+
+def listed() -> str:
+    """The data sets, a line each, for --help."""
+    return "\n".join(f"  {name:<12}{entry.about}" for name, entry in DATASETS.items())
+
+
+def main() -> None:
+    """Print the whole table, as Markdown."""
+    print("| `--dataset` | template | classes | train / val / test | CoOp's split | from |")
+    print("|---|---|---|---|---|---|")
+    for name, entry in DATASETS.items():
+        images, theirs = (
+            " / ".join(f"{n:,}" for n in counts) if counts else ""
+            for counts in (entry.images, entry.coop_images)
+        )
+        parts = [entry.about, entry.paper, entry.url, entry.licence and f"licence: {entry.licence}"]
+        cells = [f"`{name}`", f"`{entry.template}`", entry.classes or "yours", images or "yours"]
+        print(f"| {' | '.join(map(str, cells))} | {theirs} | {'; '.join(filter(None, parts))} |")
+
+
+if __name__ == "__main__":
+    main()

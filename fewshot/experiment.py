@@ -13,6 +13,7 @@ import torch
 
 from clip_min import CLIP, UserError, weights
 from fewshot import cache, datasets
+from fewshot.folder import read_text
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
 from fewshot.task import Task, make_task
 from fewshot.transductive import Queries, evaluate_tasks
@@ -30,6 +31,12 @@ class Experiment:
     classes: Annotated[
         Literal["base-novel", "all"], "learn half of the classes and test both halves, or all"
     ] = "base-novel"
+    base_classes: Annotated[str, "file that names the base classes, one a line; default: half"] = ""
+    split: Annotated[
+        Literal["official", "coop"],
+        "the data set's own split, or CoOp's with its way to draw shots",
+    ] = "official"
+    split_file: Annotated[str, "CoOp's split_zhou_*.json; default: the one below --data-root"] = ""
     template: Annotated[str, "text with {} for the class name; default: the data set's own"] = ""
     skip_bad_images: Annotated[bool, "leave out unreadable images, and list them"] = False
     device: Annotated[str, "cpu, cuda, cuda:1, …; default: cuda if there is one"] = ""
@@ -42,6 +49,10 @@ class Experiment:
             raise UserError(f"--shots {self.shots}: expected 1 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+        if self.base_classes and self.classes == "all":
+            raise UserError(
+                "--base-classes is for base-novel, and --classes all has no halves; drop one"
+            )
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -50,23 +61,41 @@ class Experiment:
 
     def load(self, folder: Path | None = cache.FOLDER) -> tuple[CLIP, Task]:
         """The model, and the task as it sees it; fills in `template` if it was left open."""
-        root = Path(self.data_root).expanduser() if self.data_root else None
-        dataset = datasets.load(self.dataset, root, self.seed)
+        dataset = self.load_dataset()
         self.template = self.template or dataset.template
         clip = weights.load(self.model, self.device)
         size = clip.config.image_size
         device = torch.device(self.device)
-        task = make_task(
-            dataset, self.shots, self.seed, self.classes, size, device, self.skip_bad_images, folder
+        base = self.base(dataset.classnames) if self.base_classes else None
+        drawn = (self.shots, self.seed, self.classes, size, device, self.skip_bad_images)
+        return clip, make_task(dataset, *drawn, folder, base)
+
+    def load_dataset(self) -> datasets.Dataset:
+        root, file = (
+            Path(text).expanduser() if text else None for text in (self.data_root, self.split_file)
         )
-        return clip, task
+        return datasets.load(self.dataset, root, self.seed, self.split, file)
+
+    def base(self, classnames: list[str]) -> list[int]:
+        """The numbers of the classes that the file `base_classes` names."""
+        file = Path(self.base_classes).expanduser()
+        names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        chosen = {classnames.index(nearest(f"{file}: class", n, classnames)) for n in names}
+        if not 0 < len(chosen) < len(classnames):
+            raise UserError(
+                f"{file}: names {len(chosen)} of {len(classnames)} classes; expected some, with "
+                "others left to be novel"
+            )
+        return sorted(chosen)
 
     def folder(self, method: str) -> Path:
         """Where a run belongs: DATASET/MODEL/METHOD-sSHOTS-seedSEED."""
         data = self.dataset
         if data == "folder":  # resolved, since "." and ".." are no names
             data = Path(self.data_root).expanduser().resolve().name
-        data = data if self.classes == "base-novel" else f"{data}-all"
+        data += "-coop" if self.split == "coop" else ""
+        data += "-all" if self.classes == "all" else ""
+        data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
         model = Path(self.model).stem if Path(self.model).suffix else self.model.replace("/", "-")
         return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
 

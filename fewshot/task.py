@@ -1,23 +1,27 @@
 """The protocol: halves of the classes, a few pictures of each, and what is tested on what.
 
-Base-to-novel: base is the first half of the classes (the larger one, if they are odd), novel the
-rest. A method learns from S pictures of each base class and chooses by validation pictures of base
-classes. Each half of the test set is then scored against its own names alone.
+Base-to-novel: base is the first half of the classes (the larger one, if they are odd) or those that
+are named, novel the rest. A method learns from S pictures of each base class and chooses by
+validation pictures of base classes. Each half of the test set is then scored against its own names
+alone.
 
-The test pictures are read here and given to the final evaluation; nothing before it sees them.
+The test pictures are read here and given to the final evaluation; nothing before it sees them, but
+for a check that none of them is learned from.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from clip_min import UserError
-from fewshot import cache
+from fewshot import cache, coop
+from fewshot.coop import FEW_VAL  # validation pictures a class, where they have to be few
 from fewshot.datasets import Dataset
 from fewshot.images import Batches, Pictures, read
-
-FEW_VAL = 4  # validation pictures a class, at most, where the data set has no validation part
 
 
 @dataclass
@@ -44,23 +48,26 @@ def make_task(
     device: torch.device,
     skip_bad: bool = False,
     folder: Path | None = cache.FOLDER,
+    base: Sequence[int] | None = None,
 ) -> Task:
-    """Split `dataset` (classes: "base-novel" or "all"), draw the shots, read the pictures."""
-    count = len(dataset.classnames)
-    half = (count + 1) // 2 if classes == "base-novel" else count
-    parts = {"base": range(half), "novel": range(half, count)} if half < count else {}
-    parts = parts or {"all": range(count)}
-    learned = range(half)
+    """Split `dataset` (classes: "base-novel" or "all"), draw the shots, read the pictures.
+
+    base: the base classes' numbers, if they are not the first half.
+    """
+    everything = range(len(dataset.classnames))
+    learned = everything
+    if classes == "base-novel":
+        learned = everything[: (len(everything) + 1) // 2] if base is None else sorted(base)
+    parts = {"base": learned, "novel": [k for k in everything if k not in set(learned)]}
+    if not parts["novel"]:
+        parts = {"all": everything}
     train, val, notes = draw(dataset, learned, shots, seed)
 
     def batches(pictures: Pictures) -> Batches:
-        pictures, pixels, skipped = read(pictures, size, skip_bad, folder)
-        if skipped:
-            notes.append(f"skipped {len(skipped)} unreadable files: {', '.join(skipped)}")
-        return Batches(pictures, pixels, device, folder)
+        return read_batches(pictures, size, device, skip_bad, folder, notes)
 
     names = dataset.classnames
-    return Task(
+    task = Task(
         classnames=[names[i] for i in learned],
         train=batches(train),
         val=batches(val),
@@ -70,16 +77,64 @@ def make_task(
         },
         notes=notes,
     )
+    seen = (task.train.pixels, task.val.pixels)
+    if twice := sum(shared(test.batches.pixels, *seen) for test in task.tests.values()):
+        notes.append(f"{twice} test images are also learned from or validated on, pixel for pixel")
+    return task
+
+
+def shared(pixels: Tensor, *others: Tensor) -> int:
+    """How many of these pictures (N, 3, n, n) are among others, (M, 3, n, n) each."""
+
+    def middle(picture: Tensor) -> bytes:
+        """One row of a picture: enough to tell most apart, and cheap."""
+        return picture[:, picture.shape[1] // 2].numpy().tobytes()
+
+    alike: dict[bytes, list[Tensor]] = {}
+    for picture in itertools.chain(*others):
+        alike.setdefault(middle(picture), []).append(picture)
+    return sum(
+        any(torch.equal(picture, other) for other in alike.get(middle(picture), []))
+        for picture in pixels
+    )
+
+
+def make_test(
+    dataset: Dataset, size: int, device: torch.device, skip_bad: bool, folder: Path | None
+) -> Task:
+    """All classes' test pictures, and none to learn from: for a run on another data set."""
+    notes = []
+    batches = read_batches(dataset.test, size, device, skip_bad, folder, notes)
+    names = dataset.classnames
+    return Task(names, None, None, {"all": Test(names, batches)}, notes)
+
+
+def read_batches(
+    pictures: Pictures,
+    size: int,
+    device: torch.device,
+    skip_bad: bool,
+    folder: Path | None,
+    notes: list[str],
+) -> Batches:
+    """The pictures, read; those that were skipped are added to `notes`."""
+    pictures, pixels, skipped = read(pictures, size, skip_bad, folder)
+    if skipped:
+        notes.append(f"skipped {len(skipped)} unreadable files: {', '.join(skipped)}")
+    return Batches(pictures, pixels, device, folder)
 
 
 def draw(
-    dataset: Dataset, classes: range, shots: int, seed: int
+    dataset: Dataset, classes: Sequence[int], shots: int, seed: int
 ) -> tuple[Pictures, Pictures, list[str]]:
     """`shots` training pictures of each class and its validation pictures -> train, val, notes.
 
     A class with fewer gives what it has. Without a validation part, min(shots, 4) of a class are
-    set aside for validation first, but never more than half of it.
+    set aside for validation first, but never more than half of it. CoOp's split has a rule of its
+    own: fewshot/coop.py.
     """
+    if dataset.split == "coop":
+        return draw_coop(dataset, classes, shots, seed)
     pool = _of_classes(dataset.train, classes)
     generator = torch.Generator().manual_seed(seed)
     train, val, short = [], [], {}
@@ -92,22 +147,46 @@ def draw(
         train.append(left[:shots])
         if len(left) < shots:
             short[dataset.classnames[classes[label]]] = len(left)
-    notes = []
-    if short:
-        listed = ", ".join(f"{name} {n}" for name, n in list(short.items())[:5])
-        more = ", …" if len(short) > 5 else ""
-        notes.append(f"fewer than {shots} training images in {len(short)} classes: {listed}{more}")
     val = pool[torch.cat(val)] if dataset.val is None else _of_classes(dataset.val, classes)
     if len(val) == 0:
         raise UserError(
             "no class has more than one training image, so none is left for validation; give more, "
             "or a val/ folder"
         )
-    return pool[torch.cat(train)], val, notes
+    return pool[torch.cat(train)], val, _note_short(short, shots)
 
 
-def _of_classes(pictures: Pictures, classes: range) -> Pictures:
+def draw_coop(
+    dataset: Dataset, classes: Sequence[int], shots: int, seed: int
+) -> tuple[Pictures, Pictures, list[str]]:
+    """The same by CoOp's rule: all classes are drawn, and these are kept."""
+    if dataset.val is None:
+        raise UserError("--split coop: the split has no validation part, and CoOp's rule needs one")
+    train, val = coop.draw(dataset.train, dataset.val, shots, seed)
+    counts = dataset.train.labels.bincount(minlength=len(dataset.classnames)).tolist()
+    short = {dataset.classnames[k]: counts[k] for k in classes if counts[k] < shots}
+    notes = [f"{note}; CoOp's rule repeats some" for note in _note_short(short, shots)]
+    train, val = (
+        _of_classes(part[chosen], classes)
+        for part, chosen in ((dataset.train, train), (dataset.val, val))
+    )
+    return train, val, notes
+
+
+def _note_short(short: dict[str, int], shots: int) -> list[str]:
+    """A note on classes with fewer pictures than `shots`: name -> how many."""
+    if not short:
+        return []
+    listed = ", ".join(f"{name} {n}" for name, n in list(short.items())[:5])
+    more = ", …" if len(short) > 5 else ""
+    return [f"fewer than {shots} training images in {len(short)} classes: {listed}{more}"]
+
+
+def _of_classes(pictures: Pictures, classes: Sequence[int]) -> Pictures:
     """The pictures of these classes, labels counted from 0."""
-    inside = (pictures.labels >= classes.start) & (pictures.labels < classes.stop)
-    chosen = pictures[inside.nonzero().flatten()]
-    return Pictures(chosen.source, chosen.labels - classes.start)
+    most = max(max(classes), int(pictures.labels.max()) if len(pictures) else 0)
+    new = torch.full((most + 1,), -1)  # old label -> new one
+    new[torch.tensor(classes)] = torch.arange(len(classes))
+    labels = new[pictures.labels]  # (N,)
+    inside = labels >= 0
+    return Pictures(pictures[inside.nonzero().flatten()].source, labels[inside])

@@ -59,8 +59,9 @@ class TrainingSettings(Settings):
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     augment: Annotated[
-        Literal["none", "crop-flip"],
-        "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip",
+        Literal["none", "crop-flip", "randaugment"],
+        "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip; "
+        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719",
     ] = "none"
 
     limits = {

@@ -190,7 +190,7 @@ def test_an_unknown_data_set_is_an_error_with_the_nearest_name():
 def test_the_demo_set_is_the_drawn_one_and_takes_no_folder(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        demo, "split", lambda name: asked.append(name) or (torch.zeros(1), torch.zeros(1))
+        demo, "split", lambda name: asked.append(name) or (torch.zeros(1020), torch.zeros(1020))
     )
     data = datasets.load("demo", None, 1)
     assert asked == ["train", "val", "test"]

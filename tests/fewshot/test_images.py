@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.transforms import RandAugment
 
 from clip_min import UserError, crop, normalize
 from fewshot import images
@@ -335,3 +336,29 @@ def test_augmentation_sees_what_the_centre_crop_cuts_off():
     torch.manual_seed(0)
     seen = batches.images(torch.zeros(50, dtype=torch.long), "crop-flip")
     assert (seen - black).amax() > 3
+
+
+def test_randaugment_is_torchvisions_after_crop_flip_from_the_global_generator(pictures):
+    batches, chosen = batches_of(pictures, 32), torch.tensor([0, 3, 3, 6])
+    torch.manual_seed(7)
+    crops = batches._crop_flip(chosen)
+    expected = torch.stack([RandAugment(2, 9)(crop) for crop in crops])
+    torch.manual_seed(7)
+    seen = batches.images(chosen, "randaugment")
+    assert torch.equal(seen, normalize(expected))
+    assert not torch.equal(seen, normalize(crops))
+    assert not torch.equal(batches.images(chosen, "randaugment"), seen)  # drawn anew each time
+
+
+def test_flowers102_whole_is_under_1300_megabytes():
+    """8,189 pictures as one tensor, written in place: nothing else of that size is made."""
+    one = read(Pictures(torch.zeros(1, 3, 30, 40, dtype=torch.uint8), torch.zeros(1)), 224)[1]
+    assert one.nbytes * (1020 + 1020 + 6149) < 1.3e9
+
+
+def test_reading_makes_one_tensor_and_no_copy_of_it(pictures, monkeypatch):
+    made = []
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    pixels = read(pictures, 32, folder=None)[1]
+    assert pixels.data_ptr() in [tensor.data_ptr() for tensor in made]

@@ -353,7 +353,9 @@ def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
     return method
 
 
-@pytest.mark.parametrize(("optimizer", "augment"), [("adamw", "crop-flip"), ("sgd", "none")])
+@pytest.mark.parametrize(
+    ("optimizer", "augment"), [("adamw", "crop-flip"), ("sgd", "none"), ("adamw", "randaugment")]
+)
 @pytest.mark.parametrize(
     "kill",
     [

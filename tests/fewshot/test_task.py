@@ -8,7 +8,7 @@ import torch
 from clip_min import UserError
 from fewshot.datasets import Dataset
 from fewshot.images import Pictures
-from fewshot.task import make_task
+from fewshot.task import make_task, shared
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_classes_too_small_for_any_validation_are_an_error(dataset):
 
 def test_unreadable_files_are_skipped_in_every_part_and_noted(noise, tmp_path):
     def part(name: str) -> Pictures:
-        files = [noise(tmp_path / f"{name}{i}.png", i) for i in range(4)]
+        files = [noise(tmp_path / f"{name}{i}.png", 9 * len(name) + i) for i in range(4)]
         files[1].write_bytes(b"not a picture")
         return Pictures(files, torch.tensor([0, 0, 1, 1]))
 
@@ -161,3 +161,46 @@ def test_unreadable_files_are_skipped_in_every_part_and_noted(noise, tmp_path):
     assert len(task.notes) == 3
     for name, note in zip(("train", "val", "test"), task.notes, strict=True):
         assert note == f"skipped 1 unreadable files: {tmp_path / name}1.png"
+
+
+def test_a_test_picture_that_is_learned_from_is_noted_whatever_its_name(noise, tmp_path):
+    def part(name: str, seeds: list[int]) -> Pictures:
+        files = [noise(tmp_path / f"{name}{i}.png", seed) for i, seed in enumerate(seeds)]
+        return Pictures(files, torch.tensor([0, 0, 1, 1]))
+
+    def notes(test_seeds: list[int]) -> list[str]:
+        train, val = part("train", [1, 2, 3, 4]), part("val", [5, 6, 7, 8])
+        data = Dataset(["a", "b"], "a {}", train, val, part("test", test_seeds))
+        return make_task(data, 2, 1, "all", 4, torch.device("cpu"), folder=None).notes
+
+    assert notes([9, 10, 11, 12]) == []
+    (note,) = notes([9, 4, 4, 5])
+    assert note == "3 test images are also learned from or validated on, pixel for pixel"
+
+
+def test_pictures_that_agree_in_their_middle_row_alone_are_not_the_same():
+    dice = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, 3, 6, 6), dtype=torch.uint8, generator=dice)
+    pixels[1, :, 3] = pixels[0, :, 3]
+    a, b = pixels[[0, 2]], pixels[[1, 3]]
+    assert (shared(a, b), shared(a, a), shared(a, b, a.flip(0).clone(), a)) == (0, 2, 2)
+
+
+@pytest.mark.parametrize("base", [[4, 1], [0], [0, 2, 4]])
+def test_named_base_classes_are_learned_in_the_data_sets_order(dataset, numbers, base):
+    data = dataset(5)
+    cpu = torch.device("cpu")
+    task = make_task(data, 3, 1, "base-novel", 4, cpu, base=base)
+    truth = dict(zip(numbers(data.train.source), data.train.labels.tolist(), strict=True))
+    novel = [k for k in range(5) if k not in base]
+    assert task.classnames == [f"class {k}" for k in sorted(base)]
+    assert task.tests["novel"].classnames == [f"class {k}" for k in novel]
+    learned = [sorted(base)[k] for k in task.train.labels.tolist()]
+    assert [truth[n] for n in numbers(task.train.pixels)] == learned
+    tested = dict(zip(numbers(data.test.source), data.test.labels.tolist(), strict=True))
+    for part, classes in (("base", sorted(base)), ("novel", novel)):
+        batches = task.tests[part].batches
+        assert [tested[n] for n in numbers(batches.pixels)] == [
+            classes[k] for k in batches.labels.tolist()
+        ]
+        assert len(batches) == 5 * len(classes)

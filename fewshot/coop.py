@@ -1,0 +1,142 @@
+"""CoOp's splits and few-shot sampling, which most published few-shot numbers rest on.
+
+Zhou et al., "Learning to Prompt for Vision-Language Models", arXiv:2109.01134. A split is a JSON
+file of theirs, split_zhou_NAME.json, read as it is:
+
+    {"train": [["image_06765.jpg", 0, "pink primrose"], …], "val": …, "test": …}
+
+where a path is relative to a folder of images whose name differs from data set to data set.
+
+The draw is that of Dassl, the library CoOp runs on: seed Python's `random`; then, for each class in
+the order in which train first names it, `random.sample` S of its training pictures, in the order
+of the file; then min(S, 4) of its validation pictures likewise, with the same generator. A class
+that has fewer is drawn from with replacement (`random.choices`), so pictures repeat. All classes
+are drawn before the base half is taken.
+
+Is it Dassl's exact stream? By their code as published, yes: they seed `random`, and draw nothing
+else from it before these. We have compared with a second writing of the rule, not with a run of
+theirs.
+"""
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_min import UserError
+from fewshot.folder import Parts, read_text
+from fewshot.images import Pictures
+from fewshot.manifest import Row, exist, listed_once
+
+FEW_VAL = 4  # validation pictures a class, at most
+
+
+def find_split(root: Path, name: str) -> Path:
+    """The one file called `name` (a pattern) in or below root."""
+    found = [file for folder in _folders(root) for file in sorted(folder.glob(name))]
+    if len(found) != 1:
+        many = f"{len(found)} files {name}" if found else f"no {name}"
+        raise UserError(
+            f"--split coop: {root} has {many}; say which to read with --split-file (CoOp's "
+            "DATASETS.md links to them: https://github.com/KaiyangZhou/CoOp)"
+        )
+    return found[0]
+
+
+def read_split(file: Path, root: Path) -> Parts:
+    """The split of `file`, whose pictures lie somewhere below root."""
+    try:
+        split = json.loads(read_text(file))
+    except ValueError as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
+    needed = ["train", "test"] + (["val"] if isinstance(split, dict) and split.get("val") else [])
+    if not isinstance(split, dict) or not all(_is_part(split.get(part)) for part in needed):
+        raise UserError(
+            f'{file}: expected {{"train": [[path, label, classname], …], "val": …, "test": …}}'
+        )
+    entries = [
+        (part, *entry) for part in ("train", "val", "test") for entry in split.get(part) or []
+    ]
+    names = {label: name for _, _, label, name in reversed(entries)}
+    for part, path, label, name in entries:
+        if names[label] != name:
+            raise UserError(f"{file}: {part}: {path}: class {label} is {names[label]!r} elsewhere")
+    if sorted(names) != list(range(len(names))):
+        raise UserError(
+            f"{file}: labels are {sorted(names)[:5]} …; expected 0 to K - 1, all of them"
+        )
+    if len(set(names.values())) < len(names):
+        raise UserError(f"{file}: two labels have one class name; expected a name for each")
+
+    base = _image_folder(file, root, [path for _, path, *_ in entries])
+    rows = [Row(base / path, name, part, str(file)) for part, path, _, name in entries]
+    listed_once(rows)
+    exist([row.path for row in rows], [row.where for row in rows])
+
+    def pictures(part: str) -> Pictures:
+        mine = [(base / path, label) for p, path, label, _ in entries if p == part]
+        return Pictures([path for path, _ in mine], torch.tensor([label for _, label in mine]))
+
+    val = pictures("val") if split.get("val") else None
+    return [names[k] for k in range(len(names))], pictures("train"), val, pictures("test")
+
+
+def draw(train: Pictures, val: Pictures | None, shots: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the pictures that Dassl would draw from train and from val."""
+    dice = random.Random(seed)
+    chosen = sample(train.labels.tolist(), shots, dice)
+    few = sample([] if val is None else val.labels.tolist(), min(shots, FEW_VAL), dice)
+    return torch.tensor(chosen), torch.tensor(few, dtype=torch.long)
+
+
+def sample(labels: list[int], count: int, dice: random.Random) -> list[int]:
+    """`count` numbers of each label, with replacement where a label has fewer."""
+    members: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        members.setdefault(label, []).append(i)
+    chosen = []
+    for of_class in members.values():
+        enough = len(of_class) >= count
+        chosen += dice.sample(of_class, count) if enough else dice.choices(of_class, k=count)
+    return chosen
+
+
+def _is_part(entries) -> bool:
+    """Is this a list of [path, label, classname], with something in it?"""
+    return bool(entries) and isinstance(entries, list) and all(map(_is_entry, entries))
+
+
+def _is_entry(entry) -> bool:
+    kinds = [str, int, str]
+    return isinstance(entry, list) and [type(value) for value in entry] == kinds
+
+
+def _image_folder(file: Path, root: Path, paths: list[str]) -> Path:
+    """The folder in or below root that the paths start from: where the first of them is."""
+    first = Path(paths[0])
+    if first.is_absolute() or any(".." in Path(path).parts for path in paths):
+        raise UserError(f"{file}: {first}: expected paths below a folder of images")
+    for place in itertools.chain(_folders(root), [file.parent]):
+        if (place / first).is_file():
+            return place
+    raise UserError(
+        f"{file}: its first picture, {first}, is nowhere below {root}; unpack the images there, or "
+        "give the folder that holds them as --data-root"
+    )
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """root and all folders below it, each once; links to folders are followed."""
+    seen = set()
+    for folder, below, _ in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()  # a link back: round and round otherwise
+            continue
+        seen.add(real)
+        below.sort()
+        yield Path(folder)

@@ -1,0 +1,162 @@
+"""Pictures of your own, as folders: a folder is a class, named as the class is.
+
+    root/train/CLASS/*.jpg   root/test/CLASS/*.jpg   (and root/val/CLASS/*.jpg)
+    root/CLASS/*.jpg         one tree: split by the seed
+
+"-" and "_" in a folder's name are spaces. Where folders cannot be named so, a file beside them says
+how the classes are called, and in which order:
+
+    root/classes.txt         a name a line; a folder bears the name, or the line's number from 0
+    root/classes.json        {"folder": "name", …}, as {"n01440764": "tench"} or {"1": "rose"}
+"""
+
+import difflib
+import json
+from pathlib import Path
+
+import torch
+
+from clip_min import UserError
+from fewshot.images import ENDINGS, Pictures
+
+PARTS = ("train", "val", "test")
+CLASSES_FILE = "classes.txt or classes.json"
+
+# What every reader of a data set gives: class names, and pictures for train, val and test. Without
+# a val part (None), the experiment takes a few training pictures.
+Parts = tuple[list[str], Pictures, Pictures | None, Pictures]
+
+
+def read_folder(root: Path, seed: int) -> Parts:
+    known = read_classnames(root)
+    here = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    if not {"train", "test"} <= here:
+        if here and here <= {*PARTS}:
+            raise UserError(
+                f"{root}: has {', '.join(f'{name}/' for name in sorted(here))} alone; expected "
+                "train/ and test/ (and val/), or one folder a class"
+            )
+        names, pictures = read_classes(root, known)
+        return names, *split(pictures, seed)
+    names, train = read_classes(root / "train", known)
+    test = read_classes(root / "test", known, names)[1]
+    val = read_classes(root / "val", known, names)[1] if "val" in here else None
+    return names, train, val, test
+
+
+def readable(label: str) -> str:
+    """A label as a name: "tiger-lily" and "tiger_lily" are "tiger lily"."""
+    return " ".join(label.replace("-", " ").replace("_", " ").split())
+
+
+def read_classnames(root: Path) -> dict[str, str]:
+    """Label -> class name by root/classes.txt or classes.json, in order; {} where there is none."""
+    text, mapping = root / "classes.txt", root / "classes.json"
+    if text.is_file() and mapping.is_file():
+        raise UserError(f"{root}: has both classes.txt and classes.json; keep one")
+    if text.is_file():
+        names = [name for line in read_text(text).splitlines() if (name := line.strip())]
+        named = dict(enumerate(names))
+    elif mapping.is_file():
+        try:
+            named = json.loads(read_text(mapping))
+        except ValueError as error:
+            raise UserError(f"{mapping}: cannot be read as JSON ({error})") from None
+        if not isinstance(named, dict) or not all(
+            isinstance(name, str) and name.strip() for name in named.values()
+        ):
+            raise UserError(f'{mapping}: expected a JSON object of names, {{"label": "name", …}}')
+        if all(label.isdecimal() for label in named):
+            named = {label: named[label] for label in sorted(named, key=int)}
+    else:
+        return {}
+    file = text if text.is_file() else mapping
+    names = list(named.values())
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{file}: {twice[0]!r} stands there twice; a class is named once")
+    if len(names) < 2:
+        raise UserError(f"{file}: names {len(names)} classes; expected two or more")
+    known = {str(label): name for label, name in named.items()}
+    return known if file == mapping else known | {name: name for name in names}
+
+
+def class_of(label: str, known: dict[str, str], where: str) -> str:
+    """The name of the class that is written `label` in `where`."""
+    if not known:
+        return readable(label)
+    name = known.get(label, known.get(readable(label)))
+    if name is None:
+        near = difflib.get_close_matches(label, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{where}: {label!r} is not in {CLASSES_FILE}{hint}")
+    return name
+
+
+def read_classes(
+    root: Path, known: dict[str, str], expected: list[str] | None = None
+) -> tuple[list[str], Pictures]:
+    """Class names and pictures of root/CLASS/*; `expected`: the classes that must be there."""
+    folders = {}
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            files = sorted(  # ".": what file managers hide beside pictures, under their names
+                p
+                for p in folder.rglob("*")
+                if p.suffix.lower() in ENDINGS and not p.name.startswith(".")
+            )
+            name = class_of(folder.name, known, str(folder)) if files else readable(folder.name)
+            if not name:
+                raise UserError(f"{folder}: a folder's name is its class, and this names none")
+            if name in folders:
+                raise UserError(f"{root}: two folders are both the class {name!r}; rename one")
+            if files:
+                folders[name] = files
+    names = expected or list(dict.fromkeys(known.values())) or list(folders)
+    if expected is None and len(folders) < 2:
+        found = [f"only the class {name!r}" for name in folders] or ["no class folder with images"]
+        raise UserError(f"{root}: has {found[0]}; expected two or more folders CLASS/*.jpg")
+    same_classes(str(root), set(folders), names, "train/" if expected else CLASSES_FILE)
+    files = [file for name in names for file in folders[name]]
+    counts = torch.tensor([len(folders[name]) for name in names])
+    return names, Pictures(files, torch.arange(len(names)).repeat_interleave(counts))
+
+
+def same_classes(where: str, found: set[str], expected, of: str) -> None:
+    """Every class of train is in every part, and no other."""
+    if odd := sorted(found ^ set(expected)):
+        more = ", …" if len(odd) > 5 else ""
+        raise UserError(
+            f"{where}: its classes are not those of {of}: {', '.join(odd[:5])}{more} in one only"
+        )
+
+
+def split(pictures: Pictures, seed: int) -> tuple[Pictures, Pictures, Pictures]:
+    """Half of each class to train, a fifth to val, the rest to test, drawn by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = ([], [], [])
+    for label in range(int(pictures.labels.max()) + 1):
+        members = (pictures.labels == label).nonzero().flatten()
+        if len(members) < 3:
+            raise UserError(
+                f"{pictures.source[members[0]].parent}: {len(members)} images; a class needs 3 or "
+                "more, to have one each in train, val and test"
+            )
+        members = members[torch.randperm(len(members), generator=generator)]
+        val = max(1, len(members) // 5)
+        test = max(1, round(0.3 * len(members)))
+        for part, chosen in zip(
+            parts, members.split([len(members) - val - test, val, test]), strict=True
+        ):
+            part.append(chosen)
+    train, val, test = (pictures[torch.cat(part)] for part in parts)
+    return train, val, test
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without the mark that spreadsheets put in front."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None

@@ -1,0 +1,98 @@
+"""A grid of runs: every number of shots with every seed. Its table, file and plot.
+
+    --shots 1,2,4 --seeds 1,2,3      nine runs, each in a folder of its own, and their mean ± std
+
+The spread is the sample standard deviation over the seeds (n - 1); one seed has none.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from clip_min.files import replacing
+
+
+def numbers(text: str) -> list[int]:
+    """The type of a flag: "1,2,4" -> [1, 2, 4]."""
+    try:
+        return list(dict.fromkeys(int(number) for number in text.split(",")))
+    except ValueError:
+        message = f"invalid value: {text!r}; expected a number, or several as 1,2,4"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def summarise(results: dict[tuple[int, int], dict]) -> dict:
+    """(shots, seed) -> scores of one run  =>  what they come to over seeds.
+
+    {"seeds": [1, 2], "zero_shot": {"base": {"mean", "std", "values"}, …}, "shots": {"4": {…}, …}}
+    A score that there is not (novel of a method that cannot name new classes) is left out.
+    """
+    shots = list(dict.fromkeys(s for s, _ in results))
+    runs = {s: [result for (of, _), result in results.items() if of == s] for s in shots}
+    return {
+        "seeds": list(dict.fromkeys(seed for _, seed in results)),
+        # The test pictures may depend on the seed, but not on the shots.
+        "zero_shot": _spread([result["zero_shot"] for result in runs[shots[0]]]),
+        "shots": {str(s): _spread(runs[s]) for s in shots},
+    }
+
+
+def _spread(runs: list[dict]) -> dict[str, dict]:
+    spread = {}
+    for part in ("base", "novel", "hm", "all"):
+        values = [run[part] for run in runs if run[part] is not None]
+        if values:
+            std = statistics.stdev(values) if len(values) > 1 else None
+            spread[part] = {"mean": statistics.mean(values), "std": std, "values": values}
+    return spread
+
+
+def table(method: str, summary: dict) -> str:
+    """One line of zero-shot CLIP, one for each number of shots."""
+    rows = {"zero-shot": summary["zero_shot"]}
+    for shots, spread in summary["shots"].items():
+        rows[f"{method}, {shots} shot{'s' if shots != '1' else ''}"] = spread
+    columns = list(summary["zero_shot"])
+    width = max(len(name) for name in rows) + 2
+    lines = [" " * width + "".join(f"{_title(column):>16}" for column in columns)]
+    for name, spread in rows.items():
+        cells = (_cell(spread.get(column)) for column in columns)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _title(part: str) -> str:
+    return "HM" if part == "hm" else part
+
+
+def _cell(score: dict | None) -> str:
+    if score is None:
+        return "n/a"
+    return f"{score['mean']:.2f}" + ("" if score["std"] is None else f" ± {score['std']:.2f}")
+
+
+def save_plot(method: str, summary: dict, path: Path) -> None:
+    """Accuracy against shots, with the spread; dashed: zero-shot CLIP."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shots = [int(number) for number in summary["shots"]]
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for i, (part, zero_shot) in enumerate(summary["zero_shot"].items()):
+        scores = [spread.get(part) for spread in summary["shots"].values()]
+        if None not in scores:
+            means = [score["mean"] for score in scores]
+            stds = [score["std"] or 0 for score in scores]
+            axes.errorbar(
+                shots, means, stds, marker="o", capsize=3, color=f"C{i}", label=_title(part)
+            )
+        axes.axhline(zero_shot["mean"], color=f"C{i}", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shots, [str(number) for number in shots])
+    axes.set(xlabel="images a class", ylabel="accuracy (%)", title=method)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,139 @@
+"""Pictures of your own, as a list: a CSV file says which picture is of which class.
+
+    root/train.csv, root/test.csv (and root/val.csv)    path,label
+                                                        photos/0012.jpg,tiger lily
+    root/data.csv, all in one                           path,label,split
+                                                        photos/0012.jpg,tiger lily,train
+
+A path is relative to the CSV's folder and stays below it; other columns are ignored. The order of
+the rows means nothing: pictures are sorted by class and path, so the draw of the shots depends on
+the seed alone. Without a classes.txt or classes.json (fewshot/folder.py) classes are in the order
+of their labels.
+"""
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from clip_min import UserError
+from fewshot.folder import (
+    CLASSES_FILE,
+    PARTS,
+    Parts,
+    class_of,
+    read_classnames,
+    read_text,
+    same_classes,
+)
+from fewshot.images import Pictures
+
+
+class Row(NamedTuple):
+    path: Path
+    label: str
+    part: str  # train, val or test
+    where: str  # for a message: "/data/train.csv, line 3"
+
+
+def is_manifest(root: Path) -> bool:
+    return any((root / f"{name}.csv").is_file() for name in ("data", "train", "test"))
+
+
+def read_manifest(root: Path) -> Parts:
+    whole = root / "data.csv"
+    if whole.is_file() and (root / "train.csv").is_file():
+        raise UserError(f"{root}: has both data.csv and train.csv; keep one")
+    if whole.is_file():
+        rows = read_rows(whole)
+    else:
+        files = [root / "train.csv", root / "test.csv"]
+        files += [file for file in [root / "val.csv"] if file.is_file()]
+        rows = [row for file in files for row in read_rows(file, file.stem)]
+    listed_once(rows)
+    exist([row.path for row in rows], [row.where for row in rows])
+
+    known = read_classnames(root)
+    if not known and all(row.label.isdecimal() for row in rows):
+        raise UserError(
+            f"{rows[0].where}: the labels are numbers, and CLIP reads names; list them in "
+            f"{root}/classes.txt, a name a line"
+        )
+    first = {row.label: row.where for row in reversed(rows)}  # label -> where it is first written
+    spelled = {label: class_of(label, known, first[label]) for label in sorted(first)}
+    if not known:
+        labels = {name: label for label, name in spelled.items()}  # the last of those named so
+        for label, name in spelled.items():
+            if (other := labels[name]) != label:
+                said = f"{label!r} and {other!r} are both the class {name!r}"
+                raise UserError(f"{first[label]}: {said}; write them alike")
+    learned = dict.fromkeys(spelled[row.label] for row in rows if row.part == "train")
+    names = list(dict.fromkeys(known.values())) or [n for n in spelled.values() if n in learned]
+    if len(names) < 2:
+        raise UserError(f"{root}: trains on {len(names)} classes; expected two or more")
+    number = {name: k for k, name in enumerate(names)}
+    parts = {}
+    for part in PARTS:
+        mine = [row for row in rows if row.part == part]
+        if mine or part != "val":
+            file = whole if whole.is_file() else root / f"{part}.csv"
+            of = CLASSES_FILE if part == "train" else "train"
+            same_classes(f"{file} ({part})", {spelled[row.label] for row in mine}, names, of)
+            chosen = sorted((number[spelled[row.label]], row.path) for row in mine)
+            labels = torch.tensor([label for label, _ in chosen])
+            parts[part] = Pictures([path for _, path in chosen], labels)
+    return names, parts["train"], parts.get("val"), parts["test"]
+
+
+def read_rows(file: Path, part: str | None = None) -> list[Row]:
+    """The rows of one CSV; `part`: what they are all for, else the column `split` says it."""
+    needed = ["path", "label"] + ([] if part else ["split"])
+    rows = []
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
+        columns = [(name or "").strip() for name in reader.fieldnames or []]
+        if missing := [name for name in needed if name not in columns]:
+            has = ", ".join(columns) or "none"
+            raise UserError(
+                f"{file}: has no column {missing[0]!r}; its first line should name "
+                f"{', '.join(needed)}, and names {has}"
+            )
+        reader.fieldnames = columns
+        for cells in reader:
+            where = f"{file}, line {reader.line_num}"
+            values = [(cells[name] or "").strip() for name in needed]
+            if not all(values):
+                raise UserError(f"{where}: its {needed[values.index('')]} is empty")
+            if not part and values[2] not in PARTS:
+                raise UserError(f"{where}: split is {values[2]!r}; expected train, val or test")
+            path = Path(os.path.normpath(file.parent / values[0]))
+            if not path.is_relative_to(os.path.normpath(file.parent)):
+                raise UserError(f"{where}: {values[0]} lies outside {file.parent}; move it there")
+            rows.append(Row(path, values[1], part or values[2], where))
+    except csv.Error as error:
+        raise UserError(f"{file}: cannot be read as CSV ({error})") from None
+    if not rows:
+        raise UserError(f"{file}: lists no pictures")
+    return rows
+
+
+def listed_once(rows: list[Row]) -> None:
+    """A picture in train and test would make the test worthless; a repeated row is a slip."""
+    seen: dict[Path, Row] = {}
+    for row in rows:
+        if earlier := seen.get(row.path):
+            raise UserError(
+                f"{row.where}: {row.path} ({row.part}, {row.label}) is there already "
+                f"({earlier.part}, {earlier.label}: {earlier.where}); a picture is listed once"
+            )
+        seen[row.path] = row
+
+
+def exist(paths: list[Path], where: list[str]) -> None:
+    """All of these files are there, or the first that is not is named, and the others counted."""
+    if gone := [i for i, path in enumerate(paths) if not path.is_file()]:
+        more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
+        raise UserError(f"{where[gone[0]]}: {paths[gone[0]]} is no file{more}")

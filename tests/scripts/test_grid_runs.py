@@ -1,0 +1,142 @@
+"""A grid of --shots and --seeds: each run is the one it is alone, and a killed grid goes on."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+import fewshot.run
+import train as train_script
+
+BASE = Path("noise/tiny")
+GRID = ("--shots", "2,4", "--seeds", "1,2")
+NAMES = [f"lora-s{shots}-seed{seed}" for shots in (2, 4) for seed in (1, 2)]
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(script, flags, tmp_path_factory):
+    """A grid that went well: its folder, and what it printed."""
+    out = tmp_path_factory.mktemp("grid")
+    result = script("train", *flags, "--out", out, *GRID)
+    assert result.code == 0, result.err
+    return out, result.out
+
+
+def test_every_run_of_a_grid_is_the_one_it_is_alone(whole, train, trained, tmp_path):
+    out, _ = whole
+    folders = sorted(path.name for path in (out / BASE).iterdir() if path.is_dir())
+    assert folders == NAMES
+    adapter = "adapter.safetensors"
+    assert (out / BASE / "lora-s4-seed1" / adapter).read_bytes() == (
+        trained.path / adapter
+    ).read_bytes()
+    alone = train(tmp_path, "--shots", 2, "--seed", 2)  # after others, in one process
+    assert (out / BASE / alone.name / adapter).read_bytes() == (alone / adapter).read_bytes()
+    left = {path.name for path in (out / BASE / alone.name).iterdir()}
+    assert left == {path.name for path in trained.path.iterdir()}
+
+
+def test_the_summary_is_mean_and_spread_of_the_runs(whole):
+    out, printed = whole
+    file = out / BASE / "lora-grid-s2-4-seed1-2.json"
+    summary = json.loads(file.read_text())
+    assert file.with_suffix(".png").stat().st_size > 5000
+    lines = printed.splitlines()
+    assert lines[-1] == f"grid: {file}"
+    assert lines[-6] == "mean ± standard deviation, seeds 1, 2"
+    for row, shots in ((-3, 2), (-2, 4)):
+        runs = [results(out / BASE / f"lora-s{shots}-seed{seed}") for seed in (1, 2)]
+        shown = []
+        for part in ("base", "novel", "hm"):
+            values = [run[part] for run in runs]
+            mean, std = statistics.mean(values), statistics.stdev(values)
+            assert summary["shots"][str(shots)][part]["mean"] == pytest.approx(mean)
+            shown += [f"{mean:.2f}", "±", f"{std:.2f}"]
+        assert lines[row].split() == ["lora,", str(shots), "shots", *shown]
+    zero_shot = results(out / BASE / "lora-s2-seed1")["zero_shot"]
+    assert lines[-4].split()[:2] == ["zero-shot", f"{zero_shot['base']:.2f}"]
+
+
+def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(
+    whole, script, flags, tmp_path, monkeypatch
+):
+    real, epochs = fewshot.run.Run.log_epoch, []
+
+    def killed(run, entry):
+        real(run, entry)
+        epochs.append((run.path.name, entry["epoch"]))
+        if epochs[-1] == ("lora-s2-seed2", 1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fewshot.run.Run, "log_epoch", killed)
+    result = script("train", *flags, "--out", tmp_path, *GRID)
+    assert result.code == 130
+    assert "--resume" in result.err
+    assert not list(tmp_path.rglob("*grid*"))
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lora-s2-seed1/*")}
+
+    epochs.clear()
+    monkeypatch.setattr(
+        fewshot.run.Run, "log_epoch", lambda run, e: epochs.append(run.path.name) or real(run, e)
+    )
+    result = script("train", *flags, "--out", tmp_path, *GRID, "--resume")
+    assert result.code == 0, result.err
+    assert "lora-s2-seed1" not in epochs
+    assert set(epochs) == set(NAMES[1:])
+    assert result.out.count("finished before") == 1
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    for name in NAMES:
+        mine, theirs = (out / BASE / name / "adapter.safetensors" for out in (tmp_path, whole[0]))
+        assert mine.read_bytes() == theirs.read_bytes()
+    assert not list(tmp_path.rglob("*.old*"))
+
+    epochs.clear()  # and once more: nothing is left to do, and the table is the same
+    again = script("train", *flags, "--out", tmp_path, *GRID, "--resume")
+    assert epochs == []
+    assert again.out.splitlines()[-6:-1] == whole[1].splitlines()[-6:-1]
+
+
+def test_resuming_a_grid_with_another_setting_is_an_error(whole, script, flags, is_one_line):
+    result = script("train", *flags, "--out", whole[0], *GRID, "--lr", 0.02, "--resume")
+    assert is_one_line(result, "--resume", "lr 0.01, not 0.02")
+
+
+def test_one_number_each_is_a_run_and_no_grid(script, flags, tmp_path, trained):
+    result = script("train", *flags, "--out", tmp_path, "--shots", "4", "--seeds", "1")
+    assert [path.name for path in (tmp_path / BASE).iterdir()] == ["lora-s4-seed1"]
+
+    def untimed(out: str) -> list[str]:
+        """What was printed, without seconds, memory and the run's place."""
+        return [re.sub(r" +[\d.]+ s$", "", line) for line in out.splitlines()[:-2]]
+
+    assert untimed(result.out) == untimed(trained.out)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--seed", "1", "--seeds", "1,2"), "--seed and --seeds: give one of them"),
+        (("--shots", "1,x"), "--shots: invalid value: '1,x'; expected a number, or several"),
+        (("--shots", "4,0"), "--shots 0: expected 1 or more"),
+        (("--seeds", "1,-2"), "--seed -2: expected 0 to"),
+    ],
+)
+def test_a_wrong_grid_is_one_line_before_anything_runs(
+    more, said, script, flags, tmp_path, is_one_line
+):
+    assert is_one_line(script("train", *flags, *more, "--out", tmp_path), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_experiments_of_a_plan_are_every_pair():
+    plan = train_script.parse(["--method", "lora", "--shots", "1,16", "--seeds", "3,4"])
+    pairs = [(experiment.shots, experiment.seed) for experiment in plan.experiments]
+    assert pairs == [(1, 3), (1, 4), (16, 3), (16, 4)]
+    (alone,) = train_script.parse(["--method", "lora", "--seed", "7"]).experiments
+    assert (alone.shots, alone.seed) == (10, 7)

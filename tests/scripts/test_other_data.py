@@ -1,0 +1,183 @@
+"""A run on another data set, base classes by name, another place for the cache."""
+
+import json
+import shutil
+from pathlib import Path
+
+import byhand
+import pytest
+import torch
+from PIL import Image
+
+import clip_min
+
+RUN = "noise/tiny/lora-s4-seed1"
+OTHERS = {"amber_lily": (200, 150, 60), "night": (10, 10, 30), "moss-green": (70, 120, 40)}
+
+
+def last_lines(out: str, count: int = 3) -> list[str]:
+    return out.splitlines()[-count:]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A folder of three classes; one is among those of the run."""
+    root = tmp_path_factory.mktemp("other") / "plants"
+    dice = torch.Generator().manual_seed(5)
+    for part, count in (("train", 1), ("test", 7)):
+        for name, colour in OTHERS.items():
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(-60, 61, (36, 40, 3), generator=dice)
+                pixels = (noise + torch.tensor(colour)).clamp(0, 255).to(torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_a_run_on_another_data_set_is_the_merged_model_on_its_names(script, trained, other, model):
+    where = ("--dataset", "folder", "--data-root", other)
+    result = script("eval", "--run", trained.path, *where)
+    assert (result.code, result.err) == (0, "")
+    names = sorted(OTHERS)
+    clips = {"zero-shot": clip_min.load(model), "lora": byhand.merged_clip(trained.path)}
+    expected = [
+        [name, f"{byhand.accuracy(clip, other / 'test', names):.2f}"]
+        for name, clip in clips.items()
+    ]
+    lines = last_lines(result.out)
+    assert lines[0].split() == ["all"]
+    assert [line.split() for line in lines[1:]] == expected
+    assert expected[0][1] != expected[1][1]  # else the adapter may not have been used
+    assert "folder: 3 classes, 21 test images; 'a photo of a {}.'" in result.out
+
+
+def test_the_template_is_the_other_data_sets_unless_one_is_given(script, trained, other):
+    common = ("eval", "--run", trained.path, "--dataset", "folder", "--data-root", other)
+    result = script(*common, "--template", "zebra crossing {} at night in fog")
+    assert "'zebra crossing {} at night in fog'" in result.out
+    assert last_lines(result.out) != last_lines(script(*common).out)
+
+
+def test_a_run_needs_its_own_data_no_more(script, trained, other, tmp_path):
+    run = Path(shutil.copytree(trained.path, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["experiment"]["data_root"] = "/nowhere"
+    (run / "config.json").write_text(json.dumps(config))
+    where = ("--dataset", "folder", "--data-root", other)
+    assert last_lines(script("eval", "--run", run, *where).out) == last_lines(
+        script("eval", "--run", trained.path, *where).out
+    )
+
+
+def test_prompts_without_a_template_name_other_classes_and_classwise_ones_cannot(
+    script, data, other, model, tmp_path, is_one_line
+):
+    common = ("train", "--method", "coop", "--dataset", "folder", "--data-root", data)
+    few = ("--model", model, "--epochs", 1, "--shots", 2)
+    where = ("--dataset", "folder", "--data-root", other)
+    for kind, more in (("shared", ()), ("own", ("--class-specific",))):
+        assert script(*common, *few, *more, "--out", tmp_path / kind).code == 0
+        run = next((tmp_path / kind).glob("*/*/coop*"))
+        result = script("eval", "--run", run, *where)
+        if kind == "shared":
+            assert result.code == 0, result.err
+            assert last_lines(result.out)[-1].startswith("coop")
+        else:
+            assert is_one_line(result, "cannot name classes it was not trained on")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--dataset", "flower102"), "--dataset flower102: unknown; did you mean flowers102"),
+        (("--dataset", "folder"), "say where your pictures are with --data-root"),
+        (("--dataset", "demo", "--shots", "3"), "--shots: a run knows its own; leave it out"),
+        (("--dataset", "demo", "--image", "a.png"), "--dataset: a run knows its own"),
+        (("--split", "coop"), "--split: a run knows its own; leave it out"),
+        (("--dataset", "demo", "--template", "flower"), "has no {} for the class name"),
+    ],
+)
+def test_flags_that_do_not_fit_another_data_set_are_one_line(
+    more, said, script, trained, is_one_line
+):
+    assert is_one_line(script("eval", "--run", trained.path, *more), said)
+
+
+# ---------------------------------------------------------------------------- base classes by name
+
+
+def test_base_classes_by_name_are_learned_and_the_others_are_novel(
+    script, train, tmp_path, data, model, is_one_line
+):
+    file = tmp_path / "mine.txt"
+    file.write_text("egg flower\n\n  blue bell \n")
+    run = train(tmp_path / "runs", "--base-classes", file)
+    assert run == tmp_path / "runs/noise-mine/tiny/lora-s4-seed1"
+    config = json.loads((run / "config.json").read_text())
+    base, novel = ["blue bell", "egg flower"], ["amber lily", "cyan lotus", "dark iris"]
+    assert config["classnames"] == {"base": base, "novel": novel}
+    found = json.loads((run / "results.json").read_text())
+    clip = byhand.merged_clip(run)
+    folders = {
+        "base": ["blue-bell", "egg flower"],
+        "novel": ["amber_lily", "cyan lotus", "dark-iris"],
+    }
+    for part, names in folders.items():
+        assert found[part] == pytest.approx(byhand.accuracy(clip, data / "test", names))
+    again = script("eval", "--run", run)
+    assert again.code == 0, again.err
+    assert last_lines(again.out, 1)[0].split()[1] == f"{found['base']:.2f}"
+    file.rename(tmp_path / "moved.txt")
+    assert is_one_line(script("eval", "--run", run), str(file), "there is no such file")
+    moved = script("eval", "--run", run, "--base-classes", tmp_path / "moved.txt")
+    assert last_lines(moved.out) == last_lines(again.out)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "said"),
+    [
+        ("blue bel\n", (), "class blue bel: unknown; did you mean blue bell"),
+        ("", (), "names 0 of 5 classes"),
+        ("amber lily\nblue bell\ncyan lotus\ndark iris\negg flower", (), "names 5 of 5 classes"),
+        ("blue bell\n", ("--classes", "all"), "--base-classes is for base-novel"),
+        (None, (), "there is no such file"),
+    ],
+)
+def test_base_classes_that_cannot_be_are_one_line(
+    text, more, said, script, flags, tmp_path, is_one_line
+):
+    file = tmp_path / "mine.txt"
+    if text is not None:
+        file.write_text(text)
+    result = script("train", *flags, "--base-classes", file, *more, "--out", tmp_path / "runs")
+    assert is_one_line(result, said)
+    assert not (tmp_path / "runs").exists()
+
+
+# -------------------------------------------------------------------------------------- the cache
+
+
+def test_the_cache_lies_where_the_flag_says_or_nowhere(script, flags, tmp_path, monkeypatch):
+    def kept(folder: Path) -> list[str]:
+        return sorted({path.parent.name for path in folder.rglob("*.safetensors")})
+
+    monkeypatch.setenv("CLIP_MIN_CACHE", str(tmp_path / "env"))
+    run = ("train", *flags, "--epochs", 1, "--out")
+    assert script(*run, tmp_path / "a", "--cache", tmp_path / "here").code == 0
+    assert kept(tmp_path / "here") == ["features", "pixels"]
+    assert script(*run, tmp_path / "b", "--cache", "none").code == 0
+    assert not (tmp_path / "env").exists()
+    assert script(*run, tmp_path / "c").code == 0
+    assert kept(tmp_path / "env") == ["features", "pixels"]
+    monkeypatch.setenv("CLIP_MIN_CACHE", "none")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    result = script("eval", "--run", tmp_path / "c" / RUN)
+    assert result.code == 0, result.err
+    assert not (tmp_path / "home").exists()
+
+
+def test_help_lists_the_data_sets(script):
+    for name in ("train", "eval"):
+        shown = script(name, "--help").out
+        for dataset in ("demo", "folder", "flowers102", "eurosat", "cifar100", "hymenoptera"):
+            assert f"\n  {dataset} " in shown
