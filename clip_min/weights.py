@@ -1,4 +1,4 @@
-"""Weights: where a CLIP comes from, and how its tensors are named there.
+"""Weights: where a CLIP comes from.
 
     load("demo")               the small CLIP that ships with this package
     load("ViT-B/16")           OpenAI's weights from the Hugging Face hub, cached where it caches
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from clip_min.errors import UserError
 from clip_min.files import read_safetensors, write_safetensors
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
+from clip_min.names import to_our_names
 
 DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
@@ -230,66 +231,7 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-# ------------------------------------------------------------------------------------------- names
-
-# Hugging Face -> ours: an ordered list of (pattern, replacement), applied to the whole name.
-_FROM_HUGGING_FACE = [
-    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),  # their spelling
-    (r"^vision_model\.post_layernorm", "visual.ln_post"),
-    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
-    (r"^visual_projection\.weight", "visual.proj"),
-    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
-    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"^text_model\.final_layer_norm", "ln_final"),
-    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
-    (r"^text_projection\.weight", "text_projection"),
-    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
-    (r"\.layer_norm1\.", ".ln_1."),
-    (r"\.layer_norm2\.", ".ln_2."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-]
-# Tensors some files carry that are not weights: sizes, the causal mask, position counters.
-_NOT_WEIGHTS = re.compile(
-    r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$"
-)
-
-
-def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename (and, for Hugging Face, fuse and transpose) a CLIP's tensors to our names."""
-    state = {name: t for name, t in state.items() if not _NOT_WEIGHTS.search(name)}
-    if "vision_model.embeddings.class_embedding" in state:
-        return _from_hugging_face(state)
-    return {  # OpenAI's names; open_clip's are the same, or have the text tower under "text."
-        re.sub(r"attn\.in_proj_", "attn.in_proj.", name.removeprefix("text.")): tensor
-        for name, tensor in state.items()
-    }
-
-
-def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {}
-    for name, tensor in state.items():
-        if re.search(r"\.self_attn\.[kv]_proj\.", name):
-            continue  # fused with its q_proj
-        if ".self_attn.q_proj." in name:
-            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            if len({part.shape for part in parts}) > 1:
-                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-                raise ValueError(
-                    f"{name} and its k_proj and v_proj have shapes {shapes}: not equal"
-                )
-            tensor = torch.cat(parts)
-            name = name.replace(".self_attn.q_proj.", ".attn.in_proj.")  # (3D, D), (3D,)
-        for pattern, replacement in _FROM_HUGGING_FACE:
-            name = re.sub(pattern, replacement, name)
-        if name in ("visual.proj", "text_projection"):
-            tensor = tensor.T  # theirs is a Linear, (E, D); OpenAI's a matrix, (D, E)
-        ours[name] = tensor
-    return ours
-
+# ------------------------------------------------------------------------------------------- sizes
 
 _TELL_SIZES = {  # what the sizes of a CLIP are read off, and how many dimensions it has
     "visual.conv1.weight": 4,
