@@ -21,10 +21,11 @@ from fewshot.loop import descend
 from fewshot.report import save_curves, table
 from fewshot.run import Run, provenance
 from methods import METHODS, Settings
+from methods.init_from import load_into
 
 
 def main() -> None:
-    method_name, recipe, settings, experiment, out, resume = parse(sys.argv[1:])
+    method_name, recipe, settings, experiment, out, init_from, resume = parse(sys.argv[1:])
     print(f"{method_name} on {experiment.dataset}, model {experiment.model}, {experiment.device}")
     print(f"recipe {recipe}: {describe(settings)}")
 
@@ -44,6 +45,7 @@ def main() -> None:
         "experiment": asdict(experiment),
         "model": experiment.model,
         "fingerprint": weights.fingerprint(clip),
+        "init_from": init_from,
         "classnames": {part: test.classnames for part, test in task.tests.items()},
         **provenance(),
     }
@@ -55,6 +57,8 @@ def main() -> None:
 
     torch.manual_seed(experiment.seed)
     method = METHODS[method_name](clip, task.classnames, experiment.template, settings)
+    if init_from is not None:
+        load_into(method, Path(init_from).expanduser(), config["fingerprint"])
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     started = time.perf_counter()
     method.fit(
@@ -79,7 +83,7 @@ def main() -> None:
     print(f"adapter: {run.path / 'adapter.safetensors'}")
 
 
-def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, bool]:
+def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, str | None, bool]:
     """Two passes: which method, and then its own settings beside the common ones."""
     first = Parser(add_help=False)
     first.add_argument("--method")
@@ -93,6 +97,11 @@ def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, bool]:
     group.add_argument("--method", help="the method to train, listed above")
     group.add_argument("--recipe", help="a named set of defaults for the method's settings")
     group.add_argument("--out", help="folder that run folders are made in [runs]")
+    group.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="start from an adapter: a run's folder, PEFT's folder, CLIP-LoRA's or loralib's file",
+    )
     group.add_argument("--resume", action="store_true", help="go on with a run that was killed")
     add_flags(parser.add_argument_group("experiment"), Experiment)
     if known.method is None:
@@ -118,6 +127,7 @@ def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, bool]:
         settings,
         experiment,
         Path(given.get("out", "runs")),
+        given.get("init_from"),
         given["resume"],
     )
 
