@@ -12,7 +12,7 @@ from pathlib import Path
 from clip_min import UserError, crop, normalize, weights
 from fewshot.experiment import Experiment, evaluate, nearest, run_script
 from fewshot.flags import Parser, add_flags, pick
-from fewshot.images import open_image
+from fewshot.images import autocast, open_image
 from fewshot.report import table
 from fewshot.run import Run
 from methods import METHODS, Settings
@@ -82,7 +82,7 @@ def classify(run: Run | None, method_class, settings, experiment: Experiment, gi
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
     images = [crop(open_image(Path(path)), clip.config.image_size) for path in given["image"]]
-    with method.inference():
+    with method.inference(), autocast(clip.device, experiment.precision):
         for path, pixels in zip(given["image"], images, strict=True):
             x = normalize(pixels[None].to(clip.device))  # (1, 3, n, n)
             x = clip.encode_image(x) if method.input == "features" else x

@@ -32,6 +32,9 @@ class Experiment:
     template: Annotated[str, "text with {} for the class name; default: the data set's own"] = ""
     skip_bad_images: Annotated[bool, "leave out unreadable images, and list them"] = False
     device: Annotated[str, "cpu, cuda, cuda:1, …; default: cuda if there is one"] = ""
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], "of the forward pass; what is learned stays fp32"
+    ] = "fp32"
 
     def __post_init__(self):
         if self.dataset in datasets.DATASETS:
@@ -56,8 +59,18 @@ class Experiment:
         size = clip.config.image_size
         device = torch.device(self.device)
         task = make_task(
-            dataset, self.shots, self.seed, self.classes, size, device, self.skip_bad_images, folder
+            dataset,
+            self.shots,
+            self.seed,
+            self.classes,
+            size,
+            device,
+            self.skip_bad_images,
+            folder,
+            self.precision,
         )
+        if self.precision == "fp16" and device.type == "cpu":
+            task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
         return clip, task
 
     def folder(self, method: str) -> Path:

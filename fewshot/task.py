@@ -44,6 +44,7 @@ def make_task(
     device: torch.device,
     skip_bad: bool = False,
     folder: Path | None = cache.FOLDER,
+    precision: str = "fp32",
 ) -> Task:
     """Split `dataset` (classes: "base-novel" or "all"), draw the shots, read the pictures."""
     count = len(dataset.classnames)
@@ -57,7 +58,7 @@ def make_task(
         pictures, pixels, skipped = read(pictures, size, skip_bad, folder)
         if skipped:
             notes.append(f"skipped {len(skipped)} unreadable files: {', '.join(skipped)}")
-        return Batches(pictures, pixels, device, folder)
+        return Batches(pictures, pixels, device, folder, precision)
 
     names = dataset.classnames
     return Task(
