@@ -46,7 +46,7 @@ def load_into(method: Method, path: Path, fingerprint: str) -> None:
         state, settings = read(path, method, fingerprint)
         differ = [k for k in MEANING if k in settings and not _same(method, k, settings[k])]
         if differ:
-            flags = " ".join(f"--{key.replace('_', '-')} {settings[key]}" for key in differ)
+            flags = " ".join(_flag(key, settings[key]) for key in differ)
             raise UserError(f"{path}: was made with other settings than these; give {flags}")
         try:
             method.load_adapter(state)
@@ -54,6 +54,14 @@ def load_into(method: Method, path: Path, fingerprint: str) -> None:
             raise UserError(f"{path}: {error}") from None
     except UserError as error:
         raise UserError(f"--init-from {error}") from None
+
+
+def _flag(key: str, value) -> str:
+    """What to type for a setting: --image-rank 4, --class-specific, --no-class-specific."""
+    key = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no-{key}"
+    return f"--{key} {value}"
 
 
 def read(path: Path, method: Method, fingerprint: str) -> tuple[dict[str, Tensor], dict]:
@@ -110,6 +118,8 @@ def read_run(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict]:
             f"{path}: was trained on {config.get('model')} with fingerprint {made}, "
             f"but the model here has {fingerprint}; give the right one with --model"
         )
+    unused = {"image": "text_", "text": "image_"}.get(settings.get("towers"), "no such setting")
+    settings = {key: value for key, value in settings.items() if not key.startswith(unused)}
     return read_safetensors(path / "adapter.safetensors")[0], settings
 
 

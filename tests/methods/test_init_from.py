@@ -370,6 +370,23 @@ def test_a_run_of_the_same_method_is_taken_over_to_the_bit(name, new_clip, tmp_p
     assert equal(method.adapter_state(), load_file(tmp_path / "adapter.safetensors"))
 
 
+def test_settings_of_a_tower_that_does_not_learn_do_not_count(new_clip, tmp_path):
+    write_run(new_lora(new_clip(), towers="image", text_rank=7), tmp_path)
+    load_into(new_lora(new_clip(), towers="image", text_rank=3), tmp_path, "abc")
+
+
+def test_a_switch_to_give_is_written_as_one(new_clip, tmp_path):
+    kind = METHODS["coop"]
+    for there, flag in ((True, "--class-specific"), (False, "--no-class-specific")):
+        made, method = (
+            kind(new_clip(), NAMES, TEMPLATE, kind.Settings(class_specific=value))
+            for value in (there, not there)
+        )
+        write_run(made, tmp_path)
+        with pytest.raises(UserError, match=f"; give {flag}$"):
+            load_into(method, tmp_path, "abc")
+
+
 def test_a_run_that_does_not_fit_is_one_line(new_clip, tmp_path):
     lora = new_lora(new_clip())
     write_run(lora, tmp_path)

@@ -467,11 +467,9 @@ def test_help_without_a_method_lists_the_methods(script):
     ],
 )
 def test_the_recipe_follows_from_the_model_and_flags_win_over_it(argv, recipe, lr, model):
-    name, chosen, settings, experiment, out, resume = train_script.parse(
-        ["--method", "lora", *argv]
-    )
+    name, chosen, settings, experiment, *rest = train_script.parse(["--method", "lora", *argv])
     assert (name, chosen, settings.lr, experiment.model) == ("lora", recipe, lr, model)
-    assert (out, resume) == (Path("runs"), False)
+    assert rest == [Path("runs"), None, False]
 
 
 def test_a_recipe_that_a_method_lacks_is_an_error():
