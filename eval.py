@@ -16,7 +16,7 @@ from clip_min import UserError, crop, normalize, weights
 from fewshot import cache, datasets
 from fewshot.experiment import Experiment, evaluate, nearest, run_script
 from fewshot.flags import Parser, add_flags, pick
-from fewshot.images import open_image
+from fewshot.images import autocast, open_image
 from fewshot.report import table
 from fewshot.run import Run
 from fewshot.task import make_test
@@ -95,7 +95,7 @@ def transfer(run: Run, method_class, settings, experiment: Experiment, given: di
     check_model(run, clip)
     folder = cache.place(given.get("cache", ""))
     size, device = clip.config.image_size, torch.device(other.device)
-    task = make_test(dataset, size, device, other.skip_bad_images, folder)
+    task = make_test(dataset, size, device, other.skip_bad_images, folder, experiment.precision)
     for note in task.notes:
         print(f"note: {note}")
     images = len(task.tests["all"].batches)
@@ -130,7 +130,7 @@ def classify(run: Run | None, method_class, settings, experiment: Experiment, gi
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
     images = [crop(open_image(Path(path)), clip.config.image_size) for path in given["image"]]
-    with method.inference():
+    with method.inference(), autocast(clip.device, experiment.precision):
         for path, pixels in zip(given["image"], images, strict=True):
             x = normalize(pixels[None].to(clip.device))  # (1, 3, n, n)
             x = clip.encode_image(x) if method.input == "features" else x

@@ -26,6 +26,7 @@ from fewshot.report import save_curves, table
 from fewshot.run import Run, provenance, read_json
 from fewshot.transductive import Queries
 from methods import METHODS, Settings
+from methods.init_from import load_into
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Plan:
     settings: Settings
     experiments: list[Experiment]
     out: Path
+    init_from: Path | None
     resume: bool
     cache: Path | None
 
@@ -73,6 +75,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         "experiment": asdict(experiment),
         "model": experiment.model,
         "fingerprint": weights.fingerprint(clip),
+        "init_from": str(plan.init_from) if plan.init_from else None,
         "classnames": {part: test.classnames for part, test in task.tests.items()},
         **provenance(),
     }
@@ -90,6 +93,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
 
     torch.manual_seed(experiment.seed)
     method = METHODS[plan.method](clip, task.classnames, experiment.template, plan.settings)
+    if plan.init_from:
+        load_into(method, plan.init_from, config["fingerprint"])
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     started = time.perf_counter()
@@ -149,6 +154,11 @@ def parse(argv: list[str]) -> Plan:
     group.add_argument("--resume", action="store_true", help="go on with what was killed")
     group.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
     group.add_argument("--cache", help=cache.HELP)
+    group.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="start from an adapter: a run's folder, PEFT's folder, CLIP-LoRA's or loralib's file",
+    )
     add_flags(parser.add_argument_group("experiment"), Experiment)
     shots = next(a for a in parser._actions if a.dest == "shots")
     shots.type, shots.help = grid.numbers, f"{shots.help}; several, as 1,2,4: a run for each"
@@ -182,6 +192,7 @@ def parse(argv: list[str]) -> Plan:
         settings,
         experiments,
         Path(given.get("out", "runs")),
+        Path(given["init_from"]).expanduser() if "init_from" in given else None,
         given["resume"],
         cache.place(given.get("cache", "")),
     )

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and never with pickle."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,28 @@ def replacing(path: str | Path) -> Iterator[str]:
         ) from None
 
 
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Fill the temporary folder this yields; on success it becomes `path`, which must be new.
+
+    On any failure nothing of it remains.
+    """
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path}: is there already; choose another place")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+            folder = Path(temporary) / path.name  # a folder in it, since it is for its owner alone
+            folder.mkdir()
+            yield folder
+            folder.rename(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not be written ({error}); free space or choose another place"
+        ) from None
+
+
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
@@ -64,3 +87,16 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise UserError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); get it again") from None
+
+
+def read_json(path: Path, hint: str) -> dict:
+    """A JSON object; `hint` says, where there is no such file, what was expected."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value

@@ -218,11 +218,15 @@ class CLIP(TextTower):
 
         The cosine of each image with each text, times the model's own temperature.
         """
-        image_features = F.normalize(image_features, dim=-1)
-        text_features = F.normalize(text_features, dim=-1)
-        if text_features.dim() == 2:
-            return self.logit_scale.exp() * image_features @ text_features.T
-        return self.logit_scale.exp() * torch.einsum("be,bke->bk", image_features, text_features)
+        dtype = self.logit_scale.dtype
+        # Not autocast: times 100 and rounded to 8 bits, the logits of like classes would be equal.
+        with torch.autocast(image_features.device.type, enabled=False):
+            image_features = F.normalize(image_features.to(dtype), dim=-1)
+            text_features = F.normalize(text_features.to(dtype), dim=-1)
+            scale = self.logit_scale.exp()
+            if text_features.dim() == 2:
+                return scale * image_features @ text_features.T
+            return scale * torch.einsum("be,bke->bk", image_features, text_features)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """images (B, 3, n, n), tokens (K, L) -> logits (B, K)."""

@@ -1,4 +1,4 @@
-"""Weights: where a CLIP comes from, and how its tensors are named there.
+"""Weights: where a CLIP comes from.
 
     load("demo")               the small CLIP that ships with this package
     load("ViT-B/16")           OpenAI's weights from the Hugging Face hub, cached where it caches
@@ -6,6 +6,12 @@
     load("model.safetensors")  OpenAI's, Hugging Face's or open_clip's names, told by the keys
 
     python -m clip_min.weights convert IN OUT.safetensors
+
+Which activation a model was trained with, no tensor tells. Everything here computes QuickGELU, as
+all of OpenAI's models do. Many of open_clip's own (LAION's and DataComp's ViT-B/16, say) were
+trained with plain GELU: they load here without an error, and give wrong features. Check before use:
+open_clip's name for such weights has no "-quickgelu" and is not tagged "openai"; beside them,
+`open_clip_config.json` has no "quick_gelu": true, or `config.json` says "hidden_act": "gelu".
 
 Loading is strict: a missing, unexpected or misshapen tensor is an error that names it. Nothing is
 ever unpickled: `.pt` state dicts go through `torch.load(weights_only=True)`, which admits tensors
@@ -29,16 +35,34 @@ from torch import Tensor, nn
 from clip_min.errors import UserError
 from clip_min.files import read_safetensors, write_safetensors
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
+from clip_min.names import to_our_names
 
 DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
-# OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them.
+# OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them: where,
+# at which revision, and the file's sha256, as several unrelated public projects pin them.
 HUB_FILE = "open_clip_model.safetensors"
-HUB_REPOS = {
-    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
-    "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
-    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",
-    "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
+HUB = {
+    "ViT-B/32": (
+        "timm/vit_base_patch32_clip_224.openai",
+        "a6f597a30f7b82c51704746581f9a4e41421e878",
+        "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31",
+    ),
+    "ViT-B/16": (
+        "timm/vit_base_patch16_clip_224.openai",
+        "977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d",
+        "4b8699299b1e8997753c64b052ba32031449d5d853f55a039148560ee02b820f",
+    ),
+    "ViT-L/14": (
+        "timm/vit_large_patch14_clip_224.openai",
+        "18d0535469bb561bf468d76c1d73aa35156c922b",
+        "9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e",
+    ),
+    "ViT-L/14@336px": (
+        "timm/vit_large_patch14_clip_336.openai",
+        "81e38efc4637de5023b10e75a7f9bd1c6fa6b010",
+        "fbc415c3d0d7b79faed8f5ccfb740c32b7c4f5ffe7283b851f89c6231c01a8e0",
+    ),
 }
 
 # sha256 of OpenAI's files, as published in their download addresses.
@@ -147,44 +171,72 @@ def _locate(name: str) -> Path:
     """The local file behind a name or path; OpenAI's names are fetched from the hub."""
     if name == "demo":
         return DEMO
-    if name in HUB_REPOS:
+    if name in HUB:
         return _download(name)
     path = Path(name).expanduser()
     if not path.is_file():
-        known = ", ".join(["demo", *HUB_REPOS])
+        known = ", ".join(["demo", *HUB])
         raise UserError(f"{name}: neither a weights file nor a known model; models are {known}")
     return path
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """The file in the hub's cache; fetched first, if it is not there."""
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.utils import HfHubHTTPError
 
-    repo = HUB_REPOS[name]
+    repo, revision, sha256 = HUB[name]
     advice = f"or give a file: --model path/to/{re.sub('[/@]', '-', name)}.pt"
     try:
-        cached = try_to_load_from_cache(repo, HUB_FILE)  # first: without a network, too, at once
-        return Path(cached if isinstance(cached, str) else hf_hub_download(repo, HUB_FILE))
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{name}: {repo} is not in the hub's cache and the hub cannot be reached; connect once "
-            f"to download it, {advice}"
-        ) from None
+        path = try_to_load_from_cache(repo, HUB_FILE, revision=revision)
+        if not isinstance(path, str):
+            url = hf_hub_url(repo, HUB_FILE, revision=revision)
+            try:  # once: the download itself would knock for half a minute at a closed door
+                get_hf_file_metadata(url)
+            except HfHubHTTPError:
+                raise
+            except Exception as error:
+                raise UserError(
+                    f"{name}: {repo} is not in the hub's cache and the hub cannot be reached "
+                    f"({_first_line(error)}); connect once to download it, {advice}"
+                ) from None
+            path = hf_hub_download(repo, HUB_FILE, revision=revision)
+    except UserError:
+        raise
     except Exception as error:  # refused, cut off, no room: types of three libraries
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        login = "log in with `hf auth login`, " if status in (401, 403) else ""
         raise UserError(
-            f"{name}: {repo}/{HUB_FILE} could not be downloaded ({_first_line(error)}); {advice}"
+            f"{name}: {repo}/{HUB_FILE} could not be downloaded ({_first_line(error)}); "
+            f"{login}{advice}"
         ) from None
+    found = _sha256(path)
+    if found != sha256:
+        raise UserError(
+            f"{path}: sha256 is {found[:16]}…, but {repo} has {sha256[:16]}…; delete this file, "
+            "and it is downloaded again"
+        )
+    return Path(path)
+
+
+def _sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     """OpenAI's TorchScript archive, or a state dict, possibly inside a training checkpoint."""
     expected = OPENAI_SHA256.get(path.name)
     if expected is not None:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        found = digest.hexdigest()
+        found = _sha256(path)
         if found != expected:
             raise UserError(
                 f"{path}: sha256 is {found[:16]}…, but OpenAI's {path.name} has {expected[:16]}…; "
@@ -230,66 +282,7 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-# ------------------------------------------------------------------------------------------- names
-
-# Hugging Face -> ours: an ordered list of (pattern, replacement), applied to the whole name.
-_FROM_HUGGING_FACE = [
-    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),  # their spelling
-    (r"^vision_model\.post_layernorm", "visual.ln_post"),
-    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
-    (r"^visual_projection\.weight", "visual.proj"),
-    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
-    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"^text_model\.final_layer_norm", "ln_final"),
-    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
-    (r"^text_projection\.weight", "text_projection"),
-    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
-    (r"\.layer_norm1\.", ".ln_1."),
-    (r"\.layer_norm2\.", ".ln_2."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-]
-# Tensors some files carry that are not weights: sizes, the causal mask, position counters.
-_NOT_WEIGHTS = re.compile(
-    r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$"
-)
-
-
-def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename (and, for Hugging Face, fuse and transpose) a CLIP's tensors to our names."""
-    state = {name: t for name, t in state.items() if not _NOT_WEIGHTS.search(name)}
-    if "vision_model.embeddings.class_embedding" in state:
-        return _from_hugging_face(state)
-    return {  # OpenAI's names; open_clip's are the same, or have the text tower under "text."
-        re.sub(r"attn\.in_proj_", "attn.in_proj.", name.removeprefix("text.")): tensor
-        for name, tensor in state.items()
-    }
-
-
-def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {}
-    for name, tensor in state.items():
-        if re.search(r"\.self_attn\.[kv]_proj\.", name):
-            continue  # fused with its q_proj
-        if ".self_attn.q_proj." in name:
-            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            if len({part.shape for part in parts}) > 1:
-                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-                raise ValueError(
-                    f"{name} and its k_proj and v_proj have shapes {shapes}: not equal"
-                )
-            tensor = torch.cat(parts)
-            name = name.replace(".self_attn.q_proj.", ".attn.in_proj.")  # (3D, D), (3D,)
-        for pattern, replacement in _FROM_HUGGING_FACE:
-            name = re.sub(pattern, replacement, name)
-        if name in ("visual.proj", "text_projection"):
-            tensor = tensor.T  # theirs is a Linear, (E, D); OpenAI's a matrix, (D, E)
-        ours[name] = tensor
-    return ours
-
+# ------------------------------------------------------------------------------------------- sizes
 
 _TELL_SIZES = {  # what the sizes of a CLIP are read off, and how many dimensions it has
     "visual.conv1.weight": 4,

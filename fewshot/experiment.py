@@ -40,6 +40,9 @@ class Experiment:
     template: Annotated[str, "text with {} for the class name; default: the data set's own"] = ""
     skip_bad_images: Annotated[bool, "leave out unreadable images, and list them"] = False
     device: Annotated[str, "cpu, cuda, cuda:1, …; default: cuda if there is one"] = ""
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], "of the forward pass; what is learned stays fp32"
+    ] = "fp32"
 
     def __post_init__(self):
         if self.dataset in datasets.DATASETS:
@@ -68,7 +71,10 @@ class Experiment:
         device = torch.device(self.device)
         base = self.base(dataset.classnames) if self.base_classes else None
         drawn = (self.shots, self.seed, self.classes, size, device, self.skip_bad_images)
-        return clip, make_task(dataset, *drawn, folder, base)
+        task = make_task(dataset, *drawn, folder, base, self.precision)
+        if self.precision == "fp16" and device.type == "cpu":
+            task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
+        return clip, task
 
     def load_dataset(self) -> datasets.Dataset:
         root, file = (

@@ -56,10 +56,19 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """fp32: changes nothing. bf16, fp16: matrix products run in it, weights and sums stay fp32."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
 class Batches:
     """N labelled pictures in memory, ready to be fed to a method.
 
     pixels (N, 3, n, n) uint8 crops; labels (N,). `folder`: the cache of features (None: no cache).
+    `precision`: in which a method computes on them, see `autocast`.
     """
 
     def __init__(
@@ -68,7 +77,9 @@ class Batches:
         pixels: Tensor,
         device: torch.device,
         folder: Path | None = cache.FOLDER,
+        precision: str = "fp32",
     ):
+        self.precision = precision
         self.pictures, self.pixels, self.device, self.folder = pictures, pixels, device, folder
         self.labels = pictures.labels.to(device)
         self._features = self._originals = None
@@ -80,6 +91,10 @@ class Batches:
     def shots(self) -> int:
         """Pictures in the largest class."""
         return int(self.labels.bincount().max())
+
+    def autocast(self) -> torch.autocast:
+        """What a method's forward pass on these pictures runs in."""
+        return autocast(self.device, self.precision)
 
     def images(self, chosen: Tensor, augment: str = "none") -> Tensor:
         """What the image tower reads: (B, 3, n, n), normalised, on the device."""
@@ -103,13 +118,15 @@ class Batches:
         """
         if self._features is None:
             machine = (torch.__version__, torch.get_num_threads(), self.device.type)
+            machine += () if self.precision == "fp32" else (self.precision,)
             name = cache.key(self.pixels, weights.fingerprint(clip.visual), batch_size, machine)
             features = cache.load(self.folder, "features", name)
             if features is None:
                 parts = torch.arange(len(self)).split(batch_size)
                 parts = tqdm(parts, "image features", leave=False, disable=None)
-                with torch.no_grad():
+                with torch.no_grad(), self.autocast():
                     features = torch.cat([clip.encode_image(self.images(p)) for p in parts])
+                features = features.float()
                 cache.save(self.folder, "features", name, features)
             self._features = features.to(self.device)
         return self._features

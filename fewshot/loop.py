@@ -35,12 +35,15 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
     steps = math.ceil(len(train) / s.batch_size)  # in one epoch
     total = s.steps_per_shot * train.shots or s.epochs * steps
     epochs = math.ceil(total / steps)
+    # fp16 has no small numbers: the loss is multiplied so that gradients do not vanish.
+    scaler = torch.amp.GradScaler(train.device.type, enabled=train.precision == "fp16")
 
     best = {name: tensor.detach().clone() for name, tensor in learned.items()}  # copies, not views
     at = {"epoch": 0, "best_val": -1.0, "best_epoch": 0, "seconds": 0.0, "stopped": ""}
     if resume and (saved := run.load_resume()):
         tensors, at = saved
         best = _restore(tensors, learned, optimizer)
+        scaler.load_state_dict(at.get("scaler", {}))
     bar = tqdm(total=total, initial=at["epoch"] * steps, unit="step", disable=None)
     while at["epoch"] < epochs and not at["stopped"]:
         started = time.perf_counter()
@@ -55,15 +58,18 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
             lr = s.warmup_lr if epoch < s.warmup_epochs else cosine(s.lr, s.min_lr, progress)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = method.loss(train.inputs(method, chosen, s.augment), train.labels[chosen])
+            with train.autocast():
+                loss = method.loss(train.inputs(method, chosen, s.augment), train.labels[chosen])
             if not loss.isfinite():
                 at["stopped"] = f"loss was {loss.item()} in epoch {epoch + 1}"
                 break
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
             if s.clip_norm:
+                scaler.unscale_(optimizer)
                 clip_grad_norm_(trained, s.clip_norm)
-            optimizer.step()
+            scaler.step(optimizer)  # leaves out a step whose gradient is not finite
+            scaler.update()
             losses.append(loss.item())
             bar.set_description(f"epoch {epoch + 1}/{epochs}")
             bar.set_postfix(loss=f"{losses[-1]:.3f}", best_val=f"{max(at['best_val'], 0):.1f}")
@@ -87,6 +93,8 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
         run.log_epoch(
             {"epoch": at["epoch"], "loss": mean, "val": val_accuracy, "seconds": at["seconds"]}
         )
+        if scaler.is_enabled():
+            at["scaler"] = scaler.state_dict()
         run.save_resume(_snapshot(learned, best, optimizer), at)
         bar.write(
             f"epoch {at['epoch']:3d}/{epochs}  loss {mean:7.4f}  val {val_accuracy:6.2f}  "

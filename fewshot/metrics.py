@@ -11,7 +11,7 @@ def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
     """Logits (N, K) of a method for all pictures, on the CPU."""
     parts = torch.arange(len(batches)).split(batch_size)
     parts = tqdm(parts, "testing", leave=False, disable=None if len(parts) > 8 else True)
-    with method.inference():
+    with method.inference(), batches.autocast():
         return torch.cat([method(batches.inputs(method, part)) for part in parts]).float().cpu()
 
 

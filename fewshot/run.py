@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
-from clip_min.files import read_safetensors, write_safetensors, write_text
+from clip_min.files import read_json, read_safetensors, write_safetensors, write_text
 
 # What every config has; versions and the command stand beside them.
 KEYS = ("method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames")
@@ -107,18 +107,6 @@ class Run:
             return None
         tensors, header = read_safetensors(self.path / "resume.safetensors")
         return tensors, json.loads(header["position"])
-
-
-def read_json(path: Path, hint: str) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; {hint}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def provenance() -> dict:

@@ -49,6 +49,7 @@ def make_task(
     skip_bad: bool = False,
     folder: Path | None = cache.FOLDER,
     base: Sequence[int] | None = None,
+    precision: str = "fp32",
 ) -> Task:
     """Split `dataset` (classes: "base-novel" or "all"), draw the shots, read the pictures.
 
@@ -64,7 +65,7 @@ def make_task(
     train, val, notes = draw(dataset, learned, shots, seed)
 
     def batches(pictures: Pictures) -> Batches:
-        return read_batches(pictures, size, device, skip_bad, folder, notes)
+        return read_batches(pictures, size, device, skip_bad, folder, notes, precision)
 
     names = dataset.classnames
     task = Task(
@@ -100,11 +101,16 @@ def shared(pixels: Tensor, *others: Tensor) -> int:
 
 
 def make_test(
-    dataset: Dataset, size: int, device: torch.device, skip_bad: bool, folder: Path | None
+    dataset: Dataset,
+    size: int,
+    device: torch.device,
+    skip_bad: bool,
+    folder: Path | None,
+    precision: str,
 ) -> Task:
     """All classes' test pictures, and none to learn from: for a run on another data set."""
     notes = []
-    batches = read_batches(dataset.test, size, device, skip_bad, folder, notes)
+    batches = read_batches(dataset.test, size, device, skip_bad, folder, notes, precision)
     names = dataset.classnames
     return Task(names, None, None, {"all": Test(names, batches)}, notes)
 
@@ -116,12 +122,13 @@ def read_batches(
     skip_bad: bool,
     folder: Path | None,
     notes: list[str],
+    precision: str,
 ) -> Batches:
     """The pictures, read; those that were skipped are added to `notes`."""
     pictures, pixels, skipped = read(pictures, size, skip_bad, folder)
     if skipped:
         notes.append(f"skipped {len(skipped)} unreadable files: {', '.join(skipped)}")
-    return Batches(pictures, pixels, device, folder)
+    return Batches(pictures, pixels, device, folder, precision)
 
 
 def draw(

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from math import inf
 from typing import Annotated, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, no_grad
+from torch import Tensor, nn
 
 from clip_min import CLIP, PromptTree, UserError, tokenize
 from clip_min.weights import mismatches
@@ -125,11 +126,15 @@ class Method(nn.Module):
             self._kept = self.text_features()
         return self._kept
 
+    def float32(self) -> torch.autocast:
+        """A context without autocast, for logits: in 16 bits those of like classes would tie."""
+        return torch.autocast(self.clip.device.type, enabled=False)
+
     def image_features(self, x: Tensor) -> Tensor:
         """For methods whose image tower is frozen: features (B, E), as given or of images x."""
         if x.dim() == 2:
             return x
-        with no_grad():
+        with torch.no_grad():
             return self.clip.encode_image(x)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -154,7 +159,7 @@ class Method(nn.Module):
         self.eval()
         self._inferring = True
         try:
-            with no_grad():
+            with torch.no_grad():
                 yield
         finally:
             self._inferring, self._kept = False, None
@@ -180,6 +185,6 @@ class Method(nn.Module):
         if problems := mismatches(state, mine):
             shown = "; ".join(problems[:8]) + (", …" if len(problems) > 8 else "")
             raise UserError(f"the adapter does not fit this method and model: {shown}")
-        with no_grad():
+        with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(state[name])

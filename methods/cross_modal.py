@@ -44,7 +44,8 @@ class CrossModal(ZeroShot):
     def forward(self, x: Tensor) -> Tensor:
         """features (B, E), of texts too, or images (B, 3, n, n) if augmented -> logits (B, K)."""
         x = F.normalize(self.image_features(x).float(), dim=-1)
-        return self.clip.logit_scale.exp() * x @ self.head.T
+        with self.float32():
+            return self.clip.logit_scale.exp() * x @ self.head.T
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """x as in `forward`, labels (B,) -> scalar, over these images and as many texts."""

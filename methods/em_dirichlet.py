@@ -85,7 +85,7 @@ class EMDirichlet(WithSupport):
             u = logits.softmax(dim=-1)
             if s.assignment == "hard":
                 u = F.one_hot(u.argmax(dim=-1), u.shape[-1]).double()
-        return logits
+        return logits.float()
 
 
 def log_dirichlet(log_z: Tensor, alpha: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class LinearProbe(Method):
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, E) -> logits (B, K)."""
-        return self.head(features.float())
+        with self.float32():
+            return self.head(features.float())
 
     def fit(self, train, val, descend) -> None:
         """Solve for W and b; choose C, of equally good ones the smallest."""

@@ -116,8 +116,9 @@ class TipAdapter(WithSupport):
 
     def cache_logits(self, features: Tensor, beta) -> Tensor:
         """exp(-β (1 - f·keysᵀ)) · values: (B, E) -> (B, K)."""
-        distance = 1 - F.normalize(features.float(), dim=-1) @ self.support.T  # (B, N)
-        return (-beta * distance).exp() @ self.votes()
+        with self.float32():
+            distance = 1 - F.normalize(features.float(), dim=-1) @ self.support.T  # (B, N)
+            return (-beta * distance).exp() @ self.votes()
 
     def fit(self, train, val, descend) -> None:
         s = self.settings

@@ -102,5 +102,6 @@ class VPT(ZeroShot):
         """images (B, 3, n, n) -> logits (B, K)."""
         x = self.class_token(images)  # (B, D)
         if self.head is not None:
-            return self.head(x.float())
+            with self.float32():
+                return self.head(x.float())
         return self.clip.logits(x @ self.clip.visual.proj, self.class_features())

@@ -11,12 +11,14 @@ import os
 import pickle
 import random
 import resource
+import struct
 import subprocess
 import sys
 import threading
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import clip
 import clip.clip
@@ -586,8 +588,8 @@ def test_openais_file_names_stand_for_openais_sha256(theirs, tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["ViT-B/99", "", "nowhere/model.safetensors", "RN50", "."])
 def test_an_unknown_name_is_told_the_known_ones(name):
     message = refusal(name)
-    assert all(known in message for known in ("demo", *weights.HUB_REPOS))
-    assert set(weights.HUB_REPOS) < set(CONFIGS)
+    assert all(known in message for known in ("demo", *weights.HUB))
+    assert set(weights.HUB) < set(CONFIGS)
 
 
 def test_an_unknown_ending_is_told_the_known_ones(tmp_path):
@@ -653,29 +655,49 @@ def test_the_command_refuses_a_target_of_another_ending(capsys, tmp_path):
 # --------------------------------------------------------------------------------------- the hub
 
 
+REPO, REVISION, _ = weights.HUB["ViT-B/16"]
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as its client asks for one public file."""
+    """As much of the Hugging Face hub as its client asks for one file."""
 
     files: dict[str, bytes] = {}
-    cut = None  # bytes after which a download breaks off
+    cuts: list[int] = []  # after so many bytes, the next downloads break off
+    refusal: tuple[int, str] | None = None  # status and error code of everything
     asked: list[str] = []
 
     def do_GET(self):
-        self.do_HEAD()
-        if self.path in self.files:
-            self.wfile.write(self.files[self.path][: self.cut])
+        body = self.answer()
+        cut = self.cuts.pop(0) if body and self.cuts else None
+        self.wfile.write(body[:cut])
 
     def do_HEAD(self):
-        self.asked.append(f"{self.command} {self.path}")
+        self.answer()
+
+    def answer(self) -> bytes:
+        """Send status and headers -> the body that belongs to them."""
+        start = self.headers.get("Range", "")
+        self.asked.append(f"{self.command} {self.path} {start}".strip())
         body = self.files.get(self.path)
-        self.send_response(404 if body is None else 200)
-        if body is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", 40 * "0")
-        self.send_header("Content-Length", str(len(body or b"")))
+        status, code = (200, "") if body is not None else (404, "EntryNotFound")
+        if self.refusal:
+            status, code = self.refusal
+        if status != 200:
+            body = b""
+        whole = body
+        if start and self.command == "GET":
+            status, body = 206, whole[int(start.removeprefix("bytes=").split("-")[0]) :]
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("Content-Length", str(len(body)))
+        if status == 206:
+            first = len(whole) - len(body)
+            self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
         self.end_headers()
+        return body
 
     def log_message(self, *_):
         pass
@@ -685,38 +707,139 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(monkeypatch, theirs, tmp_path):
     """A server that has ViT-B/16's file, in which is the small CLIP."""
     save_file(theirs.state_dict(), tmp_path / "served.safetensors")
-    address = "/timm/vit_base_patch16_clip_224.openai/resolve/main/open_clip_model.safetensors"
+    address = f"/{REPO}/resolve/{REVISION}/{weights.HUB_FILE}"
     content = (tmp_path / "served.safetensors").read_bytes()
     monkeypatch.setattr(Hub, "files", {address: content})
-    monkeypatch.setattr(Hub, "asked", [])
+    for name, value in {"asked": [], "cuts": [], "refusal": None}.items():
+        monkeypatch.setattr(Hub, name, value)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}"
+    server.sha256 = hashlib.sha256(content).hexdigest()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def test_a_name_is_downloaded_once_and_then_needs_no_network(root, hub, state, tmp_path):
+@pytest.fixture
+def fetch(hub, monkeypatch, tmp_path, capsys):
+    """(name, endpoint) -> the command on a name, against that server and a cache of its own.
+
+    In this process, since each new one takes seconds: what the client reads from the environment
+    is set where it keeps it.
+    """
+    import huggingface_hub.constants as client
+
+    monkeypatch.setitem(weights.HUB, "ViT-B/16", (REPO, REVISION, hub.sha256))
+    monkeypatch.setattr(client, "HF_HUB_CACHE", str(tmp_path / "home"))
+
+    def run(name: str = "ViT-B/16", endpoint: str = hub.url) -> SimpleNamespace:
+        monkeypatch.setattr(client, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            client,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        code = weights.main(["convert", name, str(tmp_path / "out.safetensors")])
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
+
+
+def test_a_name_is_downloaded_once_with_progress_and_then_needs_no_network(
+    root, hub, state, tmp_path
+):
+    """In a process and a terminal of its own, as a user would."""
+    import fcntl
+    import pty
+    import termios
+
+    program = (
+        "import sys; from clip_min import weights; "
+        f"weights.HUB['ViT-B/16'] = {(REPO, REVISION, hub.sha256)}; "
+        "sys.exit(weights.main(['convert', 'ViT-B/16', sys.argv[1]]))"
+    )
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    first = convert(root, "ViT-B/16", tmp_path / "first.safetensors", **environment)
-    assert first.returncode == 0, first.stderr
-    assert_holds(load(tmp_path / "first.safetensors"), state)
-    downloads = [line for line in Hub.asked if line.startswith("GET /timm/")]
-    assert len(downloads) == 1
+    environment |= {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    out, (terminal, its_end) = tmp_path / "out.safetensors", pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows, columns
+    command = [sys.executable, "-c", program, str(out)]
+    assert subprocess.run(command, cwd=root, env=environment, stderr=its_end).returncode == 0
+    shown = os.read(terminal, 65536).decode()
+    assert weights.HUB_FILE in shown
+    assert "100%" in shown
+    assert_holds(load(out), state)
+    assert len([line for line in Hub.asked if line.startswith(f"GET /{REPO}/")]) == 1
 
     Hub.asked.clear()
-    again = convert(root, "ViT-B/16", tmp_path / "again.safetensors", **environment)
+    out.unlink()
+    again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert (again.returncode, again.stderr, Hub.asked) == (0, "", [])
-    assert_holds(load(tmp_path / "again.safetensors"), state)
+    assert_holds(load(out), state)
 
 
-def test_a_file_that_the_hub_does_not_have_is_one_line(root, hub, tmp_path):
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    result = convert(root, "ViT-B/32", tmp_path / "out.safetensors", **environment)
+def test_what_is_cached_needs_no_hub(fetch, state, tmp_path):
+    assert fetch().returncode == 0
+    result = fetch(endpoint="http://127.0.0.1:9")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_holds(load(tmp_path / "out.safetensors"), state)
+
+
+def test_a_download_that_is_interrupted_goes_on_where_it_was(fetch, state, tmp_path, monkeypatch):
+    # The client keeps whole chunks, of 10 MB, which is more than the small CLIP's file.
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000)
+    Hub.cuts += [120_000, 200_000]
+    result = fetch()
+    assert result.returncode == 0, result.stderr
+    assert_holds(load(tmp_path / "out.safetensors"), state)
+    parts = [line.split()[2:] for line in Hub.asked if line.startswith("GET")]
+    assert parts == [[], ["bytes=100000-"], ["bytes=300000-"]]
+
+
+def test_a_file_that_the_hub_does_not_have_is_one_line(fetch, tmp_path):
+    result = fetch("ViT-B/32")
     assert_one_line_error(result, "ViT-B/32", "vit_base_patch32_clip_224.openai", "404")
     assert any("vit_base_patch32" in line for line in Hub.asked)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "refusal", [(401, "RepoNotFound"), (401, "GatedRepo"), (403, "GatedRepo"), (403, "")]
+)
+def test_a_hub_that_wants_to_know_who_asks_is_one_line(refusal, fetch, monkeypatch, tmp_path):
+    monkeypatch.setattr(Hub, "refusal", refusal)
+    result = fetch()
+    said = (f"ViT-B/16: {REPO}", str(refusal[0]), "hf auth login", "--model path/to/ViT-B-16.pt")
+    assert_one_line_error(result, *said)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_hub_that_does_not_answer_is_one_line_at_once(fetch, tmp_path):
+    """Nothing listens there. That the client does not try again shows in its silence."""
+    result = fetch(endpoint="http://127.0.0.1:9")
+    assert_one_line_error(result, "ViT-B/16", "cannot be reached", "--model path/to/ViT-B-16.pt")
+
+
+def test_a_file_that_is_not_the_published_one_is_one_line_and_never_used(
+    fetch, hub, state, tmp_path
+):
+    (address,) = Hub.files
+    spoiled = bytearray(Hub.files[address])
+    spoiled[-1] ^= 1
+    good, Hub.files[address] = Hub.files[address], bytes(spoiled)
+    found = hashlib.sha256(spoiled).hexdigest()
+    for _ in range(2):  # downloaded, and from the cache
+        result = fetch()
+        assert result.returncode == 2
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith(f"error: {tmp_path / 'home'}")
+        assert f"sha256 is {found[:16]}…, but {REPO} has {hub.sha256[:16]}…; delete" in last
+        assert not (tmp_path / "out.safetensors").exists()
+    Path(last.removeprefix("error: ").split(": sha256")[0]).unlink()  # as it says
+    Hub.files[address] = good
+    assert fetch().returncode == 0
+    assert_holds(load(tmp_path / "out.safetensors"), state)
 
 
 def test_offline_and_not_cached_is_one_line(root, tmp_path):
@@ -725,19 +848,25 @@ def test_offline_and_not_cached_is_one_line(root, tmp_path):
     assert_one_line_error(result, "ViT-L/14@336px", "cache", "--model path/to/ViT-L-14-336px.pt")
 
 
+def test_revisions_and_checksums_are_whole():
+    for name, (repo, revision, sha256) in weights.HUB.items():
+        assert name in CONFIGS
+        assert repo.startswith("timm/vit_")
+        assert len(bytes.fromhex(revision)) == 20
+        assert len(bytes.fromhex(sha256)) == 32
+
+
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_used_is_one_line(root, hub, tmp_path):
+def test_a_cache_that_cannot_be_used_is_one_line(fetch, tmp_path):
     (tmp_path / "home").write_text("a file where the cache should be")
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    result = convert(root, "ViT-B/16", tmp_path / "out.safetensors", **environment)
+    result = fetch()
     assert_one_line_error(result, "ViT-B/16", str(tmp_path / "home"))
 
 
 @pytest.mark.slow  # the hub's client tries again for some seconds, and says so
-def test_a_download_that_breaks_off_ends_in_one_line_of_ours(root, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(Hub, "cut", 1000)
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    result = convert(root, "ViT-B/16", tmp_path / "out.safetensors", **environment)
+def test_a_download_that_always_breaks_off_ends_in_one_line_of_ours(fetch):
+    Hub.cuts += 100 * [0]
+    result = fetch()
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ViT-B/16: ")

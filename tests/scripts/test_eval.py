@@ -71,6 +71,26 @@ def test_every_method_trains_and_is_tested_again_with_the_same_numbers(
     assert table_lines(result.out) == table_lines(trained.out)
 
 
+def test_a_run_in_16_bits_is_tested_and_used_in_16_bits(script, train, data, tmp_path):
+    """The same numbers, and probabilities that are near those of the run's own, but not those."""
+    path = train(tmp_path, "--precision", "bf16")
+    config = json.loads((path / "config.json").read_text())
+    saved = json.loads((path / "results.json").read_text())
+    result = script("eval", "--run", path)
+    assert result.code == 0, result.err
+    cells = [f"{saved[part]:.2f}" for part in ("base", "novel", "hm")]
+    assert table_lines(result.out)[2].split()[1:] == cells
+    files = sorted((data / "test/blue-bell").iterdir())
+    found = top(script("eval", "--run", path, "--image", *files).out)
+    config["experiment"]["precision"] = "fp32"
+    (path / "config.json").write_text(json.dumps(config))
+    full = top(script("eval", "--run", path, "--image", *files).out)
+    assert found != full
+    for name, lines in full.items():
+        half = {name: float(percent) for percent, name in found[name]}
+        assert all(abs(half[name] - float(percent)) < 2 for percent, name in lines)
+
+
 def test_the_table_needs_the_adapter_and_config_alone(script, run, trained):
     for file in run.iterdir():
         if file.name not in ("adapter.safetensors", "config.json"):

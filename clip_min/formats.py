@@ -1,0 +1,149 @@
+"""A CLIP as the files other software loads: openai-clip's, transformers' and open_clip's.
+
+    save_openai        one .safetensors file, for `clip.model.build_model`
+    save_hugging_face  a folder, for `transformers.CLIPModel.from_pretrained` and `CLIPProcessor`
+    save_open_clip     a folder, for `open_clip.create_model("local-dir:…")`; the weights in it are
+                       the file that `pretrained=` takes
+
+A folder is complete: sizes, preprocessing and (Hugging Face) tokenizer lie beside the weights, so
+that nothing is downloaded or guessed, least of all that these models use QuickGELU.
+
+There is no `.pt` for `clip.load`: a state dict saved by torch is a pickle, and is not written here.
+"""
+
+import json
+from pathlib import Path
+
+from clip_min.errors import UserError
+from clip_min.files import new_folder, write_safetensors, write_text
+from clip_min.model import CLIP, CLIPConfig
+from clip_min.names import to_hugging_face, to_openai_names
+from clip_min.preprocess import MEAN, STD
+from clip_min.tokenizer import END, START, tokenizer
+
+
+def save_openai(clip: CLIP, path: str | Path) -> None:
+    """OpenAI's names. Their CLIP takes heads 64 wide for granted; another one is an error."""
+    config = clip.config
+    for tower in ("vision", "text"):
+        width, heads = getattr(config, f"{tower}_width"), getattr(config, f"{tower}_heads")
+        if heads != width // 64:
+            raise UserError(
+                f"openai-clip computes with heads 64 wide, and the {tower} tower of this model has "
+                f"{heads} heads {width // heads} wide; transformers and open_clip can load it"
+            )
+    write_safetensors(path, to_openai_names(clip.state_dict()))
+
+
+def save_hugging_face(clip: CLIP, folder: str | Path) -> None:
+    with new_folder(folder) as folder:
+        # Without this header, transformers takes the file for another framework's.
+        state = to_hugging_face(clip.state_dict())
+        write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+        _write_json(folder / "config.json", hugging_face_config(clip.config))
+        _write_json(folder / "preprocessor_config.json", _image_processor(clip.config.image_size))
+        bpe = tokenizer()
+        _write_json(folder / "vocab.json", bpe.ids)
+        merges = "".join(f"{first} {second}\n" for first, second in bpe.rank)
+        write_text(folder / "merges.txt", f"#version: 0.2\n{merges}")
+        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+        length = {"model_max_length": clip.config.context_length}
+        _write_json(
+            folder / "tokenizer_config.json",
+            {"tokenizer_class": "CLIPTokenizer", **special, **length},
+        )
+
+
+def save_open_clip(clip: CLIP, folder: str | Path) -> None:
+    with new_folder(folder) as folder:
+        state = to_openai_names(clip.state_dict())
+        write_safetensors(folder / "open_clip_model.safetensors", state)
+        _write_json(
+            folder / "open_clip_config.json",
+            {
+                "model_cfg": open_clip_config(clip.config),
+                "preprocess_cfg": {
+                    "mean": MEAN,
+                    "std": STD,
+                    "interpolation": "bicubic",
+                    "resize_mode": "shortest",
+                },
+            },
+        )
+
+
+def hugging_face_config(config: CLIPConfig) -> dict:
+    """What `transformers.CLIPConfig(**…)` takes."""
+    shared = {"hidden_act": "quick_gelu", "projection_dim": config.embed_dim}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "torch_dtype": "float32",
+        "vision_config": {
+            **shared,
+            "model_type": "clip_vision_model",
+            "hidden_size": config.vision_width,
+            "intermediate_size": 4 * config.vision_width,
+            "num_hidden_layers": config.vision_layers,
+            "num_attention_heads": config.vision_heads,
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+        },
+        "text_config": {
+            **shared,
+            "model_type": "clip_text_model",
+            "hidden_size": config.text_width,
+            "intermediate_size": 4 * config.text_width,
+            "num_hidden_layers": config.text_layers,
+            "num_attention_heads": config.text_heads,
+            "max_position_embeddings": config.context_length,
+            "vocab_size": config.vocab_size,
+            "bos_token_id": config.vocab_size - 2,
+            "eos_token_id": config.vocab_size - 1,  # where a text's feature is read
+        },
+    }
+
+
+def open_clip_config(config: CLIPConfig) -> dict:
+    """What `open_clip.model.CLIP(**…)` takes."""
+    return {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "width": config.vision_width,
+            "layers": config.vision_layers,
+            "head_width": config.vision_width // config.vision_heads,
+        },
+        "text_cfg": {
+            "context_length": config.context_length,
+            "vocab_size": config.vocab_size,
+            "width": config.text_width,
+            "heads": config.text_heads,
+            "layers": config.text_layers,
+        },
+    }
+
+
+def _image_processor(size: int) -> dict:
+    """preprocess.py in Hugging Face's words; 3 is Pillow's number for bicubic."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+
+
+def _write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,105 @@
+"""How other libraries name a CLIP's tensors: their names -> ours, and back.
+
+    to_our_names       a state dict of OpenAI, open_clip or Hugging Face -> ours, told by its keys
+    to_openai_names    ours -> OpenAI's, which are open_clip's, too
+    to_hugging_face    ours -> `transformers.CLIPModel`'s
+
+Ours are OpenAI's, but for the fused q/k/v projection: `attn.in_proj.weight`, theirs
+`attn.in_proj_weight`. Hugging Face has other names throughout, splits that projection in three,
+and keeps the two projections into the shared space as Linear layers, (E, D) where ours are (D, E).
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+# Ours, Hugging Face's: how a name begins. Read downwards, the first that fits counts.
+_BEGINNINGS = [
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.conv1", "vision_model.embeddings.patch_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.ln_pre", "vision_model.pre_layrnorm"),  # their spelling
+    ("visual.ln_post", "vision_model.post_layernorm"),
+    ("visual.transformer.resblocks", "vision_model.encoder.layers"),
+    ("visual.proj", "visual_projection.weight"),
+    ("token_embedding", "text_model.embeddings.token_embedding"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("ln_final", "text_model.final_layer_norm"),
+    ("transformer.resblocks", "text_model.encoder.layers"),
+    ("text_projection", "text_projection.weight"),
+]
+# Ours, Hugging Face's: what stands in the middle of a block's names.
+_IN_BLOCKS = [
+    (".attn.out_proj.", ".self_attn.out_proj."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+]
+_TRANSPOSED = ("visual.proj", "text_projection")  # ours (D, E), theirs (E, D)
+
+# Tensors some files carry that are not weights: sizes, the causal mask, position counters.
+_NOT_WEIGHTS = re.compile(
+    r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$"
+)
+
+
+def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename (and, for Hugging Face, fuse and transpose) a CLIP's tensors to our names."""
+    state = {name: t for name, t in state.items() if not _NOT_WEIGHTS.search(name)}
+    if "vision_model.embeddings.class_embedding" in state:
+        return _from_hugging_face(state)
+    return {  # OpenAI's names; open_clip's are the same, or have the text tower under "text."
+        re.sub(r"attn\.in_proj_", "attn.in_proj.", name.removeprefix("text.")): tensor
+        for name, tensor in state.items()
+    }
+
+
+def to_openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> OpenAI's and open_clip's."""
+    return {name.replace("attn.in_proj.", "attn.in_proj_"): t for name, t in state.items()}
+
+
+def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours = {}
+    for name, tensor in state.items():
+        if re.search(r"\.self_attn\.[kv]_proj\.", name):
+            continue  # fused with its q_proj
+        if ".self_attn.q_proj." in name:
+            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            if len({part.shape for part in parts}) > 1:
+                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+                raise ValueError(
+                    f"{name} and its k_proj and v_proj have shapes {shapes}: not equal"
+                )
+            tensor = torch.cat(parts)
+            name = name.replace(".self_attn.q_proj.", ".attn.in_proj.")  # (3D, D), (3D,)
+        name = _renamed(name, {theirs: ours for ours, theirs in _BEGINNINGS + _IN_BLOCKS})
+        ours[name] = tensor.T if name in _TRANSPOSED else tensor
+    return ours
+
+
+def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> those of `transformers.CLIPModel`; the reverse of `to_our_names`."""
+    theirs = {}
+    for name, tensor in state.items():
+        their_name = _renamed(name, dict(_BEGINNINGS + _IN_BLOCKS))
+        if ".attn.in_proj." in name:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):  # (D, D), (D,)
+                theirs[their_name.replace(".attn.in_proj.", f".self_attn.{part}_proj.")] = rows
+        else:
+            theirs[their_name] = tensor.T if name in _TRANSPOSED else tensor
+    return theirs
+
+
+def _renamed(name: str, table: dict[str, str]) -> str:
+    """`name` with its beginning and its middle, where the table has them, replaced."""
+    for old, new in table.items():
+        if not old.startswith(".") and name.startswith(old):
+            name = new + name[len(old) :]
+            break
+    for old, new in table.items():
+        if old.startswith("."):
+            name = name.replace(old, new)
+    return name

@@ -1,0 +1,152 @@
+"""Take what was learned elsewhere: write a run in the form that other software loads.
+
+python export.py --run DIR --format safetensors OUT.safetensors    CLIP with the new weights, ours
+python export.py --run DIR --format openai OUT.safetensors         … for openai-clip
+python export.py --run DIR --format huggingface OUT                … for transformers, a folder
+python export.py --run DIR --format open_clip OUT                  … for open_clip, a folder
+python export.py --run DIR --format peft OUT                       LoRA alone, for peft, a folder
+python export.py --run DIR --format classifier OUT.safetensors     a row for each class name
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from clip_min import UserError, weights
+from clip_min.files import new_folder, write_safetensors, write_text
+from clip_min.formats import save_hugging_face, save_open_clip, save_openai
+from fewshot.experiment import nearest, run_script
+from fewshot.flags import Parser
+from fewshot.run import Run
+from methods import METHODS, Method
+from methods.export import class_matrix, merged_clip, to_peft
+
+MERGED = {
+    "safetensors": weights.save,
+    "openai": save_openai,
+    "huggingface": save_hugging_face,
+    "open_clip": save_open_clip,
+}
+FILES = ("safetensors", "openai", "classifier")  # the others are folders
+
+# The same weights as OpenAI's, in transformers' naming: what a PEFT adapter stands on.
+HUGGING_FACE = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+
+USE = {
+    "safetensors": 'clip_min.load("{out}")',
+    "openai": 'state = safetensors.torch.load_file("{out}")\n'
+    "model = clip.model.build_model(dict(state)).float()  # it rounds to half precision\n"
+    "model.load_state_dict(state)  # so once more, in full precision",
+    "huggingface": 'transformers.CLIPModel.from_pretrained("{out}")\n'
+    'transformers.CLIPProcessor.from_pretrained("{out}")',
+    "open_clip": 'open_clip.create_model_from_pretrained("local-dir:{out}")',
+    "peft": 'base = transformers.CLIPModel.from_pretrained("{base}")\n'
+    'peft.PeftModel.from_pretrained(base, "{out}")',
+    "classifier": 'file = safetensors.safe_open("{out}", "pt")\n'
+    'names = json.loads(file.metadata()["clip_min"])["classnames"]\n'
+    'logits = file.get_tensor("logit_scale") * normalised_image_features @ '
+    'file.get_tensor("weight").T',
+}
+
+
+def main() -> None:
+    given = parse(sys.argv[1:])
+    name, out = given["format"], Path(given["out"])
+    if out.exists():
+        raise UserError(f"{out}: is there already; choose another place")
+    if (out.suffix == ".safetensors") != (name in FILES):
+        kind = "a file, NAME.safetensors" if name in FILES else "a folder, without an ending"
+        raise UserError(f"{out}: --format {name} writes {kind}")
+    run = Run.open(Path(given["run"]))
+    model = given.get("model", run.config["experiment"]["model"])
+    method = rebuild(run, model)
+    if name in MERGED:
+        MERGED[name](merged_clip(method), out)
+    elif name == "peft":
+        save_peft(method, out, HUGGING_FACE.get(model))
+    else:
+        save_classifier(run, method, out, given.get("classes"))
+    print(f"{out}: {run.config['method']} as {name}. To use it:")
+    base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
+    print(USE[name].format(out=out, base=base))
+
+
+def rebuild(run: Run, model: str) -> Method:
+    """The run's method, as it was at the end of the training, on the CPU."""
+    try:
+        method_class = METHODS[nearest("method", run.config["method"], METHODS)]
+        settings = method_class.Settings(**run.config["settings"])
+        template, parts = run.config["experiment"]["template"], run.config["classnames"]
+        learned = parts.get("base") or parts["all"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
+    clip = weights.load(model)
+    found, made = weights.fingerprint(clip), run.config["fingerprint"]
+    if found != made:
+        raise UserError(
+            f"{run.path}: was trained on {run.config['model']} with fingerprint {made}, but the "
+            f"model here has {found}; give the right one with --model"
+        )
+    method = method_class(clip, learned, template, settings)
+    method.load_adapter(run.load_adapter())
+    return method.eval()
+
+
+def save_peft(method: Method, out: Path, base: str | None) -> None:
+    tensors, config = to_peft(method)
+    with new_folder(out) as folder:
+        write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+        text = json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n"
+        write_text(folder / "adapter_config.json", text)
+
+
+def save_classifier(run: Run, method: Method, out: Path, classes: str | None) -> None:
+    """weight (K, E) and logit_scale (); the class names and where they come from in the header."""
+    if classes is not None:
+        names = [name.strip() for name in classes.split(",") if name.strip()]
+    elif method.names_unseen:
+        names = [name for part in run.config["classnames"].values() for name in part]
+    else:
+        names = method.classnames
+    if not names:
+        raise UserError('--classes: names no class; give some, as in "rose,tulip"')
+    if names != method.classnames:
+        method = method.for_classes(names)
+    tuned = any(name.startswith("clip.visual.") for name in method.adapter_state())
+    header = {
+        "classnames": names,
+        "method": run.config["method"],
+        "model": run.config["model"],
+        "fingerprint": run.config["fingerprint"],
+        "image_tower": "tuned" if tuned else "as it is",
+    }
+    tensors = {"weight": class_matrix(method), "logit_scale": method.clip.logit_scale.exp()}
+    write_safetensors(out, tensors, {"clip_min": json.dumps(header, ensure_ascii=False)})
+    if tuned:
+        print("note: the image tower was tuned, too; take image features from a merged export")
+
+
+def parse(argv: list[str]) -> dict:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
+    parser.add_argument("--format", metavar="FORMAT", help="one of the above")
+    parser.add_argument("--classes", metavar="NAMES", help='of a classifier: "a,b,c" [the run\'s]')
+    parser.add_argument("--model", help="where the run's model is now, if it was moved")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="file or folder to write, a new one")
+    given = parser.parse(argv)
+    for name, flag in (("run", "--run DIR"), ("format", "--format FORMAT"), ("out", "OUT")):
+        if name not in given:
+            raise UserError(f"{flag} is missing; see --help")
+    nearest("--format", given["format"], USE)
+    if "classes" in given and given["format"] != "classifier":
+        raise UserError("--classes: are the rows of a classifier; add --format classifier")
+    return given
+
+
+if __name__ == "__main__":
+    run_script(main)
