@@ -20,11 +20,13 @@ from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
 from fewshot.report import save_curves, table
 from fewshot.run import Run, provenance
+from generate import add_synthetic
 from methods import METHODS, Settings
+from methods.disef import DISEFSettings
 
 
-def main() -> None:
-    method_name, recipe, settings, experiment, out, resume = parse(sys.argv[1:])
+def main(argv: list[str] | None = None) -> None:
+    method_name, recipe, settings, experiment, out, resume = parse(argv or sys.argv[1:])
     print(f"{method_name} on {experiment.dataset}, model {experiment.model}, {experiment.device}")
     print(f"recipe {recipe}: {describe(settings)}")
 
@@ -36,6 +38,12 @@ def main() -> None:
         f"{len(task.classnames)} classes to learn from {len(task.train)} images "
         f"({len(task.val)} for validation); test images: {tested}"
     )
+    synthetic = {}
+    if isinstance(settings, DISEFSettings):
+        filter = lora_run(experiment, out) if settings.filter == "lora" else settings.filter
+        settings, task.train, made = add_synthetic(settings, experiment, task, out, filter)
+        print(f"{made['images']} synthetic images join them")
+        synthetic = {"synthetic": made}
 
     config = {
         "method": method_name,
@@ -72,11 +80,22 @@ def main() -> None:
     memory = peak_memory_mb()
     brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all")}
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
-    run.write_json("results.json", {**scores, "zero_shot": brief, **measured})
+    run.write_json("results.json", {**scores, "zero_shot": brief, **measured, **synthetic})
 
     print(table({"zero-shot": zero_shot, method_name: scores}))
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")
+
+
+def lora_run(experiment: Experiment, out: Path) -> Path:
+    """The LoRA run of this seed; on the demo task, trained now if there is none."""
+    path = out / experiment.folder("lora")
+    if experiment.dataset == "demo" and not (path / "results.json").exists():
+        print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
+        flags = [f"--{key}={getattr(experiment, key)}" for key in ("model", "shots", "seed")]
+        flags += [f"--{key}={getattr(experiment, key)}" for key in ("classes", "device")]
+        main(["--method", "lora", *flags, "--out", str(out)])
+    return path
 
 
 def parse(argv: list[str]) -> tuple[str, str, Settings, Experiment, Path, bool]:

@@ -51,7 +51,7 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
             lr = s.warmup_lr if epoch < s.warmup_epochs else cosine(s.lr, s.min_lr, progress)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = method.loss(train.inputs(method, chosen, s.augment), train.labels[chosen])
+            loss = method.loss(train.inputs(method, chosen, s.augment), *train.targets(chosen))
             if not loss.isfinite():
                 at["stopped"] = f"loss was {loss.item()} in epoch {epoch + 1}"
                 break

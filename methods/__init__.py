@@ -3,6 +3,7 @@
 from methods.base import Method, Settings, TrainingSettings
 from methods.cocoop import CoCoOp
 from methods.coop import CoOp
+from methods.disef import DISEF, DISEF_F1
 from methods.lora import LoRA
 from methods.zero_shot import ZeroShot
 
@@ -11,6 +12,8 @@ METHODS: dict[str, type[Method]] = {
     "coop": CoOp,
     "cocoop": CoCoOp,
     "lora": LoRA,
+    "disef": DISEF,
+    "disef_f1": DISEF_F1,
 }
 
 __all__ = ["METHODS", "Method", "Settings", "TrainingSettings"]
