@@ -9,29 +9,28 @@ moment: the same command goes on where it was. `train.py --method disef` learns 
 """
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from clip_min import UserError, weights
 from eval import check_model
 from fewshot import cache
 from fewshot.experiment import Experiment, nearest, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, pick
-from fewshot.images import Batches, Pictures, read
+from fewshot.images import Batches
 from fewshot.metrics import per_class, predict
 from fewshot.run import Run
 from fewshot.task import Task
 from gen.caption import Llava
 from gen.diffuse import Diffusion
 from gen.filter import Filter
-from gen.manifest import Manifest, fingerprint
+from gen.manifest import Manifest
 from gen.painter import DemoCaptioner, DemoPainter
-from gen.plan import quotas
+from gen.plan import plan
 from gen.report import contact_sheet, table
-from gen.settings import LLAVA, STABLE_DIFFUSION, Generation
+from gen.settings import Generation
 from gen.studio import Studio
+from gen.training import finished, join, made_from
 from methods import METHODS, Settings
 from methods.disef import DISEFSettings
 
@@ -48,7 +47,15 @@ def main() -> None:
         print(f"note: {note}")
     default = default_folder(given.get("out", "runs"), experiment, options.plan, filter)
     folder = Path(given.get("synthetic", default))
-    generate(experiment, task, options, filter, folder, given.get("stage", "all"))
+    stage = given.get("stage", "all")
+    manifest = generate(experiment, task, options, filter, folder, stage)
+    if stage in ("all", "filter"):
+        print(table(manifest))
+        contact_sheet(manifest, task.train.pictures, folder / "contact_sheet.png")
+        print(f"contact sheet: {folder / 'contact_sheet.png'}")
+    if stage != "caption" and (missing := manifest.missing()):
+        then = "filter" if stage == "diffuse" else "diffuse"
+        print(f"{missing} images are still missing: run --stage {then} next")
 
 
 def generate(
@@ -60,32 +67,25 @@ def generate(
     stage: str = "all",
 ) -> Manifest:
     """Make the images that `folder` lacks. filter: "zero_shot" or the folder of a run."""
-    demo = experiment.dataset == "demo"
-    options = replace(
-        options,
-        captioner=options.captioner or ("demo" if demo else LLAVA),
-        painter=options.painter or ("demo" if demo else STABLE_DIFFUSION),
-        prompt=options.prompt or f"A realistic {experiment.template.removeprefix('a ')}",
-    )
-    names, pictures = task.classnames, task.train.pictures
-    judge = load_filter(filter, experiment, names)
+    options = options.for_task(experiment.dataset, experiment.template)
+    judge = load_filter(filter, experiment, task.classnames)
     f1 = None
     if options.plan != "uniform":
-        f1 = per_class(predict(judge.method, task.val), task.val.labels.cpu())[1] / 100
-    counts = quotas(options.plan, options.per_class, len(names), f1, options.f1_threshold)
+        model = (
+            judge
+            if options.f1_of == "filter"
+            else load_filter("zero_shot", experiment, task.classnames)
+        )
+        f1 = per_class(predict(model.method, task.val), task.val.labels.cpu())[1] / 100
     settings = {
-        **{key: getattr(experiment, key) for key in ("dataset", "classes", "shots", "seed")},
-        "training_pictures": fingerprint(pictures),
-        **{f.name: getattr(options, f.name) for f in fields(options) if f.name not in options.FREE},
+        **made_from(experiment, task),
+        **options.fixed(),
         "filter": judge.name,
         "filter_revision": judge.revision,
-        "classnames": names,
     }
-    plan = {"per_class": options.per_class, "quotas": dict(zip(names, counts, strict=True))}
-    plan["f1"] = None if f1 is None else dict(zip(names, f1.tolist(), strict=True))
-    manifest = Manifest.start(folder, names, settings, plan)
-    studio = Studio(manifest, pictures, options, options.prompt, experiment.seed)
-    print(f"{folder}: {manifest.missing()} of {sum(counts)} images to make, filter {judge.name}")
+    manifest = Manifest.start(folder, settings, plan(options, task.classnames, f1))
+    studio = Studio(manifest, task.train.pictures, options, experiment.seed)
+    print(f"{folder}: {manifest.missing()} images to make, filter {judge.name}")
     if single := [name for name, members in studio.members.items() if len(members) == 1]:
         print(
             f"note: {len(single)} classes have a single real picture, which is both captioned and "
@@ -93,34 +93,31 @@ def generate(
         )
 
     if stage in ("all", "caption") and studio.captions_missing():
-        captioner = (
-            DemoCaptioner()
-            if options.captioner == "demo"
-            else Llava(options.captioner, options, experiment.device)
-        )
+        captioner = load_captioner(options, experiment.device)
         studio.caption(captioner)
         del captioner  # before the painter comes: they need not fit in memory together
         print(f"captions: {len(manifest.captions)}, {peak_memory_mb():,.0f} MB at peak")
     if stage in ("all", "filter"):
-        studio.filter(judge)  # what an earlier --stage diffuse left
+        studio.filter(judge)  # what --stage diffuse left
     if stage in ("all", "diffuse") and manifest.missing():
-        if stage == "diffuse" and studio.captions_missing():
+        if studio.captions_missing():
             raise UserError(f"{folder}: captions are missing; run --stage caption first")
-        painter = (
-            DemoPainter(options.strength)
-            if options.painter == "demo"
-            else Diffusion(options.painter, options, experiment.device)
-        )
+        painter = load_painter(options, experiment.device)
         studio.paint(painter, judge if stage == "all" else None)
         print(f"images: {len(manifest.attempts)}, {peak_memory_mb():,.0f} MB at peak")
-    if stage in ("all", "filter"):
-        print(table(manifest))
-        names = [studio.source(i) for i in range(len(pictures))]
-        contact_sheet(manifest, pictures, names, folder / "contact_sheet.png")
-        print(f"contact sheet: {folder / 'contact_sheet.png'}")
-    if stage == "filter" and manifest.missing():
-        print(f"{manifest.missing()} images are still missing: run --stage diffuse again")
     return manifest
+
+
+def load_captioner(options: Generation, device: str):
+    if options.captioner == "demo":
+        return DemoCaptioner()
+    return Llava(options.captioner, options, device)
+
+
+def load_painter(options: Generation, device: str):
+    if options.painter == "demo":
+        return DemoPainter(options.strength)
+    return Diffusion(options.painter, options, device)
 
 
 def load_filter(name: str, experiment: Experiment, classnames: list[str]) -> Filter:
@@ -147,53 +144,29 @@ def load_filter(name: str, experiment: Experiment, classnames: list[str]) -> Fil
     return Filter(method, run.config["method"], revision[:16])
 
 
-def add_synthetic(settings: DISEFSettings, experiment: Experiment, task: Task, out: Path, filter):
-    """-> settings, training pictures with synthetic ones among them, and a summary of these.
+def add_synthetic(
+    settings: DISEFSettings, experiment: Experiment, task: Task, out: Path, filter: str
+) -> tuple[DISEFSettings, Batches, dict]:
+    """-> settings, the training pictures with synthetic ones among them, a summary of these.
 
-    On the demo task, images that are missing are made. For other data sets they must be there.
-    filter: "zero_shot" or the folder of a run, by which they are made.
+    On the demo task, images that are missing are made, kept by `filter` (as in `generate`); for
+    other data sets they must be there.
     """
-    options = Generation(per_class=settings.per_class, plan=settings.plan, batch_size=64)
     default = default_folder(out, experiment, settings.plan, settings.filter)
     folder = Path(settings.synthetic or default)
     if experiment.dataset == "demo":
+        options = Generation(
+            per_class=settings.per_class, plan=settings.plan, f1_of="zero_shot", batch_size=64
+        )
         manifest = generate(experiment, task, options, filter, folder)
     else:
-        manifest = finished(folder, experiment, task, settings)
-    chosen = manifest.chosen()
-    labels = torch.tensor([task.classnames.index(a.classname) for a in chosen], dtype=torch.int64)
-    train = task.train
-    if chosen:
-        pictures = Pictures([folder / attempt.image for attempt in chosen], labels)
-        pictures, pixels, _ = read(pictures, train.pixels.shape[-1], folder=train.folder)
-        train = train.join(Batches(pictures, pixels, train.device, train.folder))
+        manifest = finished(folder, experiment, task)
     summary = {
-        "folder": str(folder),
-        "images": len(chosen),
+        "images": len(manifest.chosen()),
         "attempts": len(manifest.attempts),
         "seconds": sum(manifest.seconds.values()),
     }
-    return replace(settings, synthetic=str(folder)), train, summary
-
-
-def finished(folder: Path, experiment: Experiment, task: Task, settings: DISEFSettings) -> Manifest:
-    """The books of a folder with all its images, made from this task's training pictures."""
-    root = f"--data-root {experiment.data_root} " if experiment.data_root else ""
-    command = (
-        f"python generate.py --dataset {experiment.dataset} {root}--model {experiment.model} "
-        f"--shots {experiment.shots} --seed {experiment.seed} --classes {experiment.classes} "
-        f"--plan {settings.plan} --synthetic {folder}"
-    )
-    if not (folder / "settings.json").exists():
-        raise UserError(f"{folder}: there are no synthetic images yet; make them first: {command}")
-    manifest = Manifest.open(folder)
-    mine = {"training_pictures": fingerprint(task.train.pictures), "classnames": task.classnames}
-    for key in ("dataset", "classes", "shots", "seed"):
-        mine = {key: getattr(experiment, key), **mine}
-    manifest.check(mine)
-    if missing := manifest.missing():
-        raise UserError(f"{folder}: {missing} images are still to be made; first run: {command}")
-    return manifest
+    return replace(settings, synthetic=str(folder)), join(task.train, manifest), summary
 
 
 def default_folder(out: str | Path, experiment: Experiment, plan: str, filter: str) -> Path:

@@ -39,6 +39,11 @@ class Pictures:
             return Pictures(self.source[chosen], self.labels[chosen])
         return Pictures([self.source[i] for i in chosen.tolist()], self.labels[chosen])
 
+    def name(self, i: int) -> str:
+        """Its file, or its number where it is not a file."""
+        picture = self.source[i]
+        return f"picture {i}" if isinstance(picture, Tensor) else str(picture)
+
     def open(self, i: int) -> Image.Image:
         picture = self.source[i]
         return tv.to_pil_image(picture) if isinstance(picture, Tensor) else open_image(picture)

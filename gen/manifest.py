@@ -32,8 +32,9 @@ DONE = ("kept", "waived")  # states of an image that is used in training
 @dataclass
 class Caption:
     classname: str
-    picture: str  # the real one it is of
-    number: int  # of the captions of this picture
+    member: int  # which real picture of the class, from 0
+    picture: str  # its file
+    number: int  # of the captions of this picture, from 0
     seed: int
     text: str
     captioner: str
@@ -63,17 +64,19 @@ class Attempt:
 
 
 class Manifest:
-    def __init__(self, folder: Path, classnames: list[str], settings: dict, plan: dict):
-        self.folder, self.classnames = folder, classnames
-        self.settings, self.plan = settings, plan
-        self.slugs = slugs(classnames)
+    """settings["classnames"], plan["quotas"] are read here; all else is for people to read."""
+
+    def __init__(self, folder: Path, settings: dict, plan: dict):
+        self.folder, self.settings, self.plan = folder, settings, plan
+        self.classnames = settings["classnames"]
+        self.slugs = slugs(self.classnames)
         self.captions = _read(folder / "captions.jsonl", Caption)
         self.attempts = _read(folder / "manifest.jsonl", Attempt)
         seconds = folder / "seconds.json"
         self.seconds = Counter(read_json(seconds, "") if seconds.exists() else {})
 
     @classmethod
-    def start(cls, folder: Path, classnames: list[str], settings: dict, plan: dict) -> "Manifest":
+    def start(cls, folder: Path, settings: dict, plan: dict) -> "Manifest":
         """A new folder, or one that was begun with these settings."""
         if (folder / "settings.json").exists():
             cls.open(folder).check(settings)
@@ -81,7 +84,7 @@ class Manifest:
             raise UserError(f"{folder}: is not empty and has no settings.json; give a new folder")
         write_json(folder / "settings.json", settings)
         write_json(folder / "plan.json", plan)
-        manifest = cls(folder, classnames, settings, plan)
+        manifest = cls(folder, settings, plan)
         manifest._sweep()
         return manifest
 
@@ -90,7 +93,7 @@ class Manifest:
         """A folder that exists, to read."""
         hint = "generate.py leaves one in a folder of images"
         settings = read_json(folder / "settings.json", hint)
-        return cls(folder, settings["classnames"], settings, read_json(folder / "plan.json", hint))
+        return cls(folder, settings, read_json(folder / "plan.json", hint))
 
     def check(self, settings: dict) -> None:
         """Refuse to go on with other settings."""

@@ -32,12 +32,12 @@ def table(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(manifest: Manifest, pictures: Pictures, names: list[str], path: Path) -> None:
+def contact_sheet(manifest: Manifest, pictures: Pictures, path: Path) -> None:
     """Of the first classes: each synthetic image under the real picture it was painted over.
 
-    Green: kept; yellow: kept because the filter was waived; red: rejected. names: of `pictures`.
+    Green: kept; yellow: kept because the filter was waived; red: rejected. pictures: the real ones.
     """
-    numbers = {name: i for i, name in enumerate(names)}
+    numbers = {pictures.name(i): i for i in range(len(pictures))}
     shown = [name for name, quota in manifest.plan["quotas"].items() if quota][:CLASSES]
     sheet = Image.new("RGB", ((KEPT + REJECTED) * CELL, len(shown) * (2 * CELL + LABEL)), "white")
     pen = ImageDraw.Draw(sheet)

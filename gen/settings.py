@@ -6,7 +6,7 @@ is the class and the caption. So the picture keeps the composition of the one an
 the other. It is kept if CLIP recognises the class in it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Annotated, ClassVar, Literal
 
@@ -27,6 +27,9 @@ class Generation:
         "uniform: per-class images of every class; f1: only of those the filter's model is weak "
         "in; deficit: as many in all, shared out in proportion to 1 - F1",
     ] = "uniform"
+    f1_of: Annotated[
+        Literal["filter", "zero_shot"], "whose F1 that is: the filter's model's, or CLIP's as it is"
+    ] = "filter"
     f1_threshold: Annotated[float, "plan f1: validation F1 below which a class is weak"] = 0.7
     reject_limit: Annotated[int, "rejected images after which a class's filter is waived"] = 100
     captioner: Annotated[str, f"demo, or a LLaVA by name or folder [{LLAVA}; demo: demo]"] = ""
@@ -80,3 +83,17 @@ class Generation:
             text = getattr(self, name)
             if text and "{}" not in text:
                 raise UserError(f"--{name} {text!r} has no {{}} for the class name; add one")
+
+    def for_task(self, dataset: str, template: str) -> "Generation":
+        """Fill in what was left open; a template is "a photo of a {}, a type of flower."."""
+        demo = dataset == "demo"
+        return replace(
+            self,
+            captioner=self.captioner or ("demo" if demo else LLAVA),
+            painter=self.painter or ("demo" if demo else STABLE_DIFFUSION),
+            prompt=self.prompt or f"A realistic {template.removeprefix('a ')}",
+        )
+
+    def fixed(self) -> dict:
+        """The settings that images follow from."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.FREE}

@@ -13,6 +13,7 @@ from itertools import islice
 from PIL import Image
 from tqdm import tqdm
 
+from clip_min import UserError
 from fewshot.images import Pictures, open_image
 from gen.batching import Batcher
 from gen.filter import Filter
@@ -22,13 +23,10 @@ from gen.settings import Generation
 
 
 class Studio:
-    """pictures: the real ones, labels counting in manifest.classnames; prompt: with {} for name."""
+    """pictures: the real ones, labels counting in manifest.classnames."""
 
-    def __init__(
-        self, manifest: Manifest, pictures: Pictures, options: Generation, prompt: str, seed: int
-    ):
-        self.manifest, self.pictures, self.options = manifest, pictures, options
-        self.prompt, self.seed = prompt, seed
+    def __init__(self, manifest: Manifest, pictures: Pictures, options: Generation, seed: int):
+        self.manifest, self.pictures, self.options, self.seed = manifest, pictures, options, seed
         labels = pictures.labels.cpu()
         self.members = {
             name: (labels == k).nonzero().flatten().tolist()
@@ -38,30 +36,33 @@ class Studio:
     # ------------------------------------------------------------------------------- captions
 
     def captions_missing(self) -> list[tuple[str, int, int]]:
-        """(class, picture, number) of captions to be made, of classes that are to get images."""
-        have = {(c.classname, c.picture, c.number) for c in self.manifest.captions}
+        """(class, which of its pictures, number) of captions to be made, where images are to be."""
+        have = {(c.classname, c.member, c.number) for c in self.manifest.captions}
         return [
-            (name, i, number)
+            (name, member, number)
             for name, quota in self.manifest.plan["quotas"].items()
             for number in range(self.options.captions if quota else 0)
-            for i in self.members[name]
-            if (name, self.source(i), number) not in have
+            for member in range(len(self.members[name]))
+            if (name, member, number) not in have
         ]
 
     def caption(self, captioner: Callable) -> None:
         """Make all captions that are missing."""
+        same_revision(captioner, {c.revision for c in self.manifest.captions})
         missing, batcher = self.captions_missing(), Batcher(self.options.batch_size)
         bar = tqdm(total=len(missing), unit="caption", desc="captions", disable=None)
         while missing:
             started, batch = time.perf_counter(), missing[: batcher.size]
-            names, numbers, _ = zip(*batch, strict=True)
-            seeds = [seed_of(self.seed, name, self.source(i), n) for name, i, n in batch]
-            images = [self.pictures.open(i) for i in numbers]
-            texts = batcher(captioner, images, list(names), seeds)
+            pictures = [self.members[name][member] for name, member, _ in batch]
+            names, seeds = [name for name, _, _ in batch], [seed_of(self.seed, *b) for b in batch]
+            texts = batcher(captioner, [self.pictures.open(i) for i in pictures], names, seeds)
+            by = captioner.name, captioner.revision
             self.manifest.add_captions(
                 [
-                    Caption(name, self.source(i), n, seed, text, captioner.name, captioner.revision)
-                    for (name, i, n), seed, text in zip(batch, seeds, texts, strict=True)
+                    Caption(name, member, self.pictures.name(i), number, seed, text, *by)
+                    for (name, member, number), i, seed, text in zip(
+                        batch, pictures, seeds, texts, strict=True
+                    )
                 ]
             )
             self.manifest.spent("caption", time.perf_counter() - started)
@@ -73,14 +74,14 @@ class Studio:
 
     def attempts_missing(self, painter) -> Iterator[Attempt]:
         """The next attempts of every class: as many as it lacks images, were all of them kept."""
-        captions = {(c.classname, c.picture, c.number): c for c in self.manifest.captions}
+        captions = {(c.classname, c.member, c.number): c for c in self.manifest.captions}
         made = Counter(attempt.classname for attempt in self.manifest.attempts)
         have = self.manifest.count(*DONE, "undecided")
         for name, quota in self.manifest.plan["quotas"].items():
             for attempt in range(made[name], made[name] + quota - have[name]):
                 members, seed = self.members[name], seed_of(self.seed, name, attempt)
                 i, number, j = draw(seed, len(members), self.options.captions)
-                caption = captions[name, self.source(members[i]), number]
+                caption = captions[name, i, number]
                 yield Attempt(
                     classname=name,
                     attempt=attempt,
@@ -89,9 +90,9 @@ class Studio:
                     predicted=None,
                     margin=None,
                     captioned=caption.picture,
-                    repainted=self.source(members[j]),
+                    repainted=self.pictures.name(members[j]),
                     caption=caption.text,
-                    prompt=f"{self.prompt.replace('{}', name)} {caption.text}".strip(),
+                    prompt=f"{self.options.prompt.replace('{}', name)} {caption.text}".strip(),
                     caption_seed=caption.seed,
                     seed=seed,
                     captioner=caption.captioner,
@@ -102,7 +103,8 @@ class Studio:
 
     def paint(self, painter: Callable, judge: Filter | None) -> None:
         """Paint until no class lacks an image; without a judge, images stay undecided."""
-        picture = {self.source(i): i for members in self.members.values() for i in members}
+        same_revision(painter, {a.painter_revision for a in self.manifest.attempts})
+        picture = {self.pictures.name(i): i for members in self.members.values() for i in members}
         batcher, bar = Batcher(self.options.batch_size), self._bar(judge)
         while batch := list(islice(self.attempts_missing(painter), batcher.size)):
             started = time.perf_counter()
@@ -163,7 +165,11 @@ class Studio:
         left = (quota - good) * each * len(mine) / max(good, 1)
         bar.set_description(f"{name}: {good}/{quota}, {left:.0f} s left")
 
-    def source(self, i: int) -> str:
-        """The name of a real picture: its file, or its number where it is drawn."""
-        source = self.pictures.source
-        return f"picture {i}" if not isinstance(source, list) else str(source[i])
+
+def same_revision(model, made: set[str]) -> None:
+    """Refuse to mix images of two versions of a model under one name."""
+    if other := made - {model.revision}:
+        raise UserError(
+            f"{model.name}: the folder has work of its revision {other.pop()}, and this is "
+            f"{model.revision}; get that one, or give another folder with --synthetic"
+        )
