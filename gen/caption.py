@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gen.hub import locate
+from gen.hub import locate, quiet
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
@@ -25,6 +25,7 @@ class Llava:
         import transformers
         from huggingface_hub import snapshot_download
 
+        quiet()
         folder, self.revision = locate(
             "--captioner", name, lambda name: snapshot_download(name, allow_patterns=FILES)
         )

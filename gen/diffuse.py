@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from clip_min import UserError
-from gen.hub import locate
+from gen.hub import locate, quiet
 
 
 class Diffusion:
@@ -22,13 +22,14 @@ class Diffusion:
     def __init__(self, name: str, options, device: str):
         import diffusers
 
+        quiet()
         folder, self.revision = locate("--painter", name, diffusers.DiffusionPipeline.download)
         self.name, self.options = name, options
         cuda = torch.device(device).type == "cuda"
         if options.offload and not cuda:
             raise UserError("--offload: moves models off the GPU, and there is none; leave it out")
         self.pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(
-            folder, torch_dtype=torch.float16 if cuda else torch.float32
+            folder, dtype=torch.float16 if cuda else torch.float32
         )
         if hasattr(self.pipe, "unet"):  # newer families bring a solver of their own kind
             self.pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(

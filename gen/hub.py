@@ -33,3 +33,12 @@ def _hash(folder: Path) -> str:
             digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
             digest.update(file.read(2**20))
     return digest.hexdigest()[:16]
+
+
+def quiet() -> None:
+    """No progress bars over the loading of weights."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -11,6 +11,7 @@ A real diffusion model errs in more ways, and its pictures differ from photos in
 they come from the renderer that made the task.
 """
 
+import functools
 import re
 
 import torch
@@ -89,6 +90,7 @@ def _another(species: demo.Species, generator: torch.Generator) -> demo.Species:
     return species._replace(**{species._fields[look]: other})
 
 
+@functools.cache
 def _album() -> dict[bytes, torch.Tensor]:
     """Training picture -> the dice it was drawn from."""
     pixels, labels = demo.split("train")

@@ -50,7 +50,7 @@ class DISEFSettings(LoRASettings):
 
 
 IMPROVED = {"lam": 0.95, "lr": 2e-5, "plan": "f1", "filter": "lora"}
-DEMO = {**LoRA.recipes["demo"], "epochs": 10}
+DEMO = {**LoRA.recipes["demo"], "lr": 4e-3, "epochs": 10}
 
 
 class DISEF(LoRA):
