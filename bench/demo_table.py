@@ -3,7 +3,9 @@
     python bench/demo_table.py [--methods zero_shot,lora] [--seeds 1,2,3] [--out DIR]
 
 Runs `python train.py --method NAME --seed S` as a user would, one after another, and reads the
-results.json of each. Seconds are of the whole command, memory its peak.
+results.json of each. Seconds are of the whole command, memory its peak. For DISEF they include the
+making of its synthetic images, whose number and seconds have columns of their own; disef_f1 finds
+its filter among the runs of lora, if these came first.
 """
 
 import argparse
@@ -56,6 +58,9 @@ def measure(method: str, seeds: list[int], out: Path) -> dict:
         known = None not in values
         row[part] = statistics.mean(values) if known else None
         row[f"{part} std"] = statistics.stdev(values) if known and len(values) > 1 else None
+    made = [result["synthetic"] for result in results if "synthetic" in result]
+    for column, key in (("synthetic images", "images"), ("making them s", "seconds")):
+        row[column] = statistics.mean(float(one[key]) for one in made) if made else None
     row["parameters"] = results[0]["parameters"]
     row["seconds"] = statistics.mean(walls)
     row["peak MB"] = max(result["peak_memory_mb"] for result in results)

@@ -4,6 +4,7 @@ save_llava(folder); save_diffusion(folder)            tiny: for tests and timing
 save_llava(folder, LLAVA_7B); …(folder, SD_21)        the real sizes: 14 and 5 GB
 """
 
+import contextlib
 import gzip
 from pathlib import Path
 
@@ -99,8 +100,8 @@ def save_llava(folder: Path, sizes: dict = TINY_LLAVA, dtype: torch.dtype = torc
     )
     config.dtype = dtype
     torch.manual_seed(0)
-    model = in_dtype(transformers.LlavaForConditionalGeneration(config), dtype)
-    model.save_pretrained(folder)
+    with built_in(dtype):
+        transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
@@ -120,11 +121,15 @@ def save_diffusion(folder: Path, sizes: dict = TINY_SD, dtype: torch.dtype = tor
     ends = {"bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1}
     text = transformers.CLIPTextConfig(vocab_size=len(vocabulary), **ends, **sizes["text"])
     torch.manual_seed(0)
+    with built_in(dtype):
+        vae = diffusers.AutoencoderKL(latent_channels=4, **sizes["vae"])
+        text_encoder = transformers.CLIPTextModel(text)
+        unet = diffusers.UNet2DConditionModel(**sizes["unet"])
     diffusers.StableDiffusionImg2ImgPipeline(
-        vae=in_dtype(diffusers.AutoencoderKL(latent_channels=4, **sizes["vae"]), dtype),
-        text_encoder=in_dtype(transformers.CLIPTextModel(text), dtype),
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=in_dtype(diffusers.UNet2DConditionModel(**sizes["unet"]), dtype),
+        unet=unet,
         scheduler=diffusers.PNDMScheduler(
             beta_schedule="scaled_linear",
             beta_start=0.00085,
@@ -138,5 +143,12 @@ def save_diffusion(folder: Path, sizes: dict = TINY_SD, dtype: torch.dtype = tor
     ).save_pretrained(folder)
 
 
-def in_dtype(model, dtype: torch.dtype):
-    return model if model.dtype == dtype else model.to(dtype)
+@contextlib.contextmanager
+def built_in(dtype: torch.dtype):
+    """Weights are made in this type at once: a LLaVA of the real size is 28 GB in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -36,9 +36,10 @@ def _hash(folder: Path) -> str:
 
 
 def quiet() -> None:
-    """No progress bars over the loading of weights."""
+    """No progress bars over the loading of weights, nor a warning for each prompt that is cut."""
     import diffusers
     import transformers
 
+    diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -40,7 +40,9 @@ class Generation:
         "This is a photo of a {}. Describe it in one sentence: colours, shape, background, light."
     )
     captions: Annotated[int, "captions of each real picture, from which attempts draw"] = 4
-    caption_tokens: Annotated[int, "length of a caption, at most, in tokens"] = 50
+    caption_tokens: Annotated[
+        int, "length of a caption, at most; Stable Diffusion cuts a prompt at 77"
+    ] = 50
     temperature: Annotated[float, "of the caption's words; 0: always the likeliest"] = 0.7
     prompt: Annotated[
         str, "what is painted; {} is the class name, and the caption follows [A realistic …]"
