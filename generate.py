@@ -8,6 +8,7 @@ Made from the training pictures of the classes to learn, and from no others. May
 moment: the same command goes on where it was. `train.py --method disef` learns from the images.
 """
 
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,7 @@ def generate(
         captioner = load_captioner(options, experiment.device)
         studio.caption(captioner)
         del captioner  # before the painter comes: they need not fit in memory together
+        gc.collect()
         print(f"captions: {len(manifest.captions)}, {peak_memory_mb():,.0f} MB at peak")
     if stage in ("all", "filter"):
         studio.filter(judge)  # what --stage diffuse left
@@ -188,4 +190,4 @@ def parse(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, resume="run the same command again")

@@ -79,11 +79,13 @@ class Manifest:
     def start(cls, folder: Path, settings: dict, plan: dict) -> "Manifest":
         """A new folder, or one that was begun with these settings."""
         if (folder / "settings.json").exists():
-            cls.open(folder).check(settings)
-        elif folder.exists() and any(folder.iterdir()):
+            old = cls.open(folder)
+            if old.captions or old.attempts:
+                old.check(settings)
+        elif folder.exists() and not all(_early(path) for path in folder.iterdir()):
             raise UserError(f"{folder}: is not empty and has no settings.json; give a new folder")
-        write_json(folder / "settings.json", settings)
         write_json(folder / "plan.json", plan)
+        write_json(folder / "settings.json", settings)
         manifest = cls(folder, settings, plan)
         manifest._sweep()
         return manifest
@@ -177,6 +179,11 @@ class Manifest:
                 f"{lost[0]}: manifest.jsonl lists it, but it is gone ({len(lost)} files are); put "
                 "it back, or remove the folder to start anew"
             )
+
+
+def _early(path: Path) -> bool:
+    """Can it have been left by a process killed before it had written settings.json?"""
+    return path.name == "plan.json" or path.match(".*.????????.json")
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -287,6 +287,18 @@ def test_killed_at_ten_random_points_it_ends_in_the_same_bytes(whole, tmp_path):
     assert tree(folder) == tree(whole[0])
 
 
+def test_killed_before_the_settings_were_written_it_starts_anew(script, tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "plan.json").write_text("{}")
+    (folder / ".settings.abcdefgh.json").write_text("{")
+    result = script("generate", *SMALL, "--synthetic", folder, "--stage", "caption")
+    assert result.code == 0, result.err
+    assert sorted(os.listdir(folder)) == ["captions.jsonl", "plan.json", "seconds.json"] + [
+        "settings.json"
+    ]
+
+
 def test_what_a_kill_leaves_is_swept_and_what_is_lost_is_named(whole, script, tmp_path):
     folder = Path(shutil.copytree(whole[0], tmp_path / "a"))
     kept = next(folder.glob("kept/*/*.png"))
@@ -318,6 +330,15 @@ def test_other_settings_are_refused_by_name(whole, script, is_one_line, flags, s
     result = script("generate", *SMALL, "--synthetic", whole[0], *flags)
     assert is_one_line(result, said, "--synthetic")
     assert tree(whole[0]) == before
+
+
+def test_a_folder_in_which_nothing_was_made_yet_takes_other_settings(script, data, model, tmp_path):
+    common = ("--dataset", "folder", "--data-root", data, "--model", model)
+    failed = script("generate", *common, "--synthetic", tmp_path / "a", "--captioner", "demo")
+    assert failed.code == 2
+    assert (tmp_path / "a/settings.json").exists()
+    other = script("generate", *SMALL, "--synthetic", tmp_path / "a", "--stage", "caption")
+    assert other.code == 0, other.err
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_lost(
