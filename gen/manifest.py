@@ -193,7 +193,7 @@ def write_json(path: Path, value: dict) -> None:
 def _read(path: Path, kind: type) -> list:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not at U+2028, as splitlines does
     try:
         return [kind(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
