@@ -15,20 +15,19 @@ FRAME = {"kept": "seagreen", "waived": "goldenrod", "rejected": "firebrick"}
 
 def table(manifest: Manifest) -> str:
     """A line a class: kept, rejected, waived; share of attempts the filter passed; seconds."""
-    counts = {state: manifest.count(state) for state in ("kept", "rejected", "waived")}
+    counts = [manifest.count(state) for state in ("kept", "rejected", "waived")]
     names = [name for name, quota in manifest.plan["quotas"].items() if quota]
-    rows = [(name, [counts[state][name] for state in counts]) for name in names]
-    rows.append(("all", [sum(count[name] for name in names) for count in counts.values()]))
-    spent = sum(manifest.seconds.values())
-    width = max(len(name) for name, _ in rows) + 2
+    rows = {name: [count[name] for count in counts] for name in names}
+    rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)] or [0, 0, 0]
+    # Every attempt costs about the same, so the time is shared out by attempts.
+    each = sum(manifest.seconds.values()) / max(sum(rows["all"]), 1)
+    width = max(len(name) for name in rows) + 2
     lines = [f"{'':<{width}}    kept  rejected  waived  accepted  s/image"]
-    for name, (kept, rejected, waived) in rows:
-        attempts = kept + rejected + waived
+    for name, (kept, rejected, waived) in rows.items():
+        attempts, usable = kept + rejected + waived, kept + waived
         accepted = f"{100 * kept / attempts:.0f} %" if attempts else "n/a"
-        # Each attempt costs the same, so the time is shared out by attempts.
-        seconds = spent * attempts / max(rows[-1][1][0] + rows[-1][1][1] + rows[-1][1][2], 1)
-        each = f"{seconds / (kept + waived):.2f}" if kept + waived else "n/a"
-        lines.append(f"{name:<{width}}{kept:8d}{rejected:10d}{waived:8d}{accepted:>10}{each:>9}")
+        seconds = f"{each * attempts / usable:.2f}" if usable else "n/a"
+        lines.append(f"{name:<{width}}{kept:8d}{rejected:10d}{waived:8d}{accepted:>10}{seconds:>9}")
     return "\n".join(lines)
 
 
