@@ -23,7 +23,7 @@ TINY_LLAVA = {
     "vision": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 32},
     "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 4},
+    | {"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.5},
 }
 LLAVA_7B = {
     "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}

@@ -71,6 +71,12 @@ def test_a_seed_repeats_a_caption_and_another_gives_another(llava, pictures):
     assert len(set(one)) == 2
 
 
+def test_picture_and_name_count(llava, pictures):
+    one = llava([pictures[0]], [NAMES[0]], [1])
+    assert llava([pictures[1]], [NAMES[0]], [1]) != one
+    assert llava([pictures[0]], [NAMES[1]], [1]) != one
+
+
 def test_at_temperature_0_the_caption_is_transformers_own_greedy_one(tiny_llava, pictures):
     options = Generation(caption_tokens=10, temperature=0)
     ours = Llava(str(tiny_llava), options, "cpu")([pictures[0]], [NAMES[0]], [1])

@@ -7,8 +7,8 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -256,34 +256,37 @@ def test_a_finished_folder_is_left_as_it_is(whole, script):
 
 
 def test_killed_at_ten_random_points_it_ends_in_the_same_bytes(whole, tmp_path):
+    """Each time before or after one of the renames by which files come into being."""
     folder, dice = tmp_path / "images", random.Random(0)
-    total = sum(len(lines(whole[0] / name)) for name in ("captions.jsonl", "manifest.jsonl"))
-    fork = multiprocessing.get_context("fork")
+    real = os.replace
 
-    def child() -> None:
+    def child(renames: int, after: bool) -> None:
+        def replace(*paths) -> None:
+            nonlocal renames
+            renames -= 1
+            if renames == 0 and after:
+                real(*paths)
+            if renames == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*paths)
+
+        os.replace = replace
         sys.argv = ["generate.py", *map(str, SMALL), "--synthetic", str(folder)]
         with contextlib.redirect_stdout(io.StringIO()):
             generate.main()
 
-    def progress() -> int:
-        return sum(len(lines(folder / name)) for name in ("captions.jsonl", "manifest.jsonl"))
-
-    killed = []
-    for point in sorted(dice.sample(range(total), 10)):
-        process = fork.Process(target=child)
+    def run(*arguments) -> int:
+        process = multiprocessing.get_context("fork").Process(target=child, args=arguments)
         process.start()
-        while progress() < point and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(dice.random() * 0.05)
-        process.kill()
         process.join()
-        killed.append((progress(), process.exitcode))
-    assert [code for _, code in killed].count(-9) >= 8, killed  # the last may just have finished
-    assert len({done for done, _ in killed}) >= 4, killed
-    process = fork.Process(target=child)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+        return process.exitcode
+
+    done = []
+    for _ in range(10):
+        assert run(dice.randint(2, 45), dice.random() < 0.5) == -signal.SIGKILL
+        done.append(len(books(folder)))
+    assert 0 < done[5] < done[9] < len(books(whole[0]))
+    assert run(-1, False) == 0
     assert tree(folder) == tree(whole[0])
 
 
