@@ -25,7 +25,9 @@ from fewshot.loop import descend
 from fewshot.report import save_curves, table
 from fewshot.run import Run, provenance, read_json
 from fewshot.transductive import Queries
+from generate import add_synthetic
 from methods import METHODS, Settings
+from methods.disef import DISEFSettings
 from methods.init_from import load_into
 
 
@@ -43,8 +45,8 @@ class Plan:
     cache: Path | None
 
 
-def main() -> None:
-    plan = parse(sys.argv[1:])
+def main(argv: list[str] | None = None) -> None:
+    plan = parse(argv or sys.argv[1:])
     first = plan.experiments[0]
     print(f"{plan.method} on {first.dataset}, model {first.model}, {first.device}")
     print(f"recipe {plan.recipe}: {describe(plan.settings)}")
@@ -67,11 +69,17 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         f"{len(task.classnames)} classes to learn from {len(task.train)} images "
         f"({len(task.val)} for validation); test images: {tested}"
     )
+    settings, synthetic = plan.settings, {}
+    if isinstance(settings, DISEFSettings):
+        filter = lora_run(experiment, plan.out) if settings.filter == "lora" else settings.filter
+        settings, task.train, made = add_synthetic(settings, experiment, task, plan.out, filter)
+        print(f"{made['images']} synthetic images join them")
+        synthetic = {"synthetic": made}
 
     config = {
         "method": plan.method,
         "recipe": plan.recipe,
-        "settings": asdict(plan.settings),
+        "settings": asdict(settings),
         "experiment": asdict(experiment),
         "model": experiment.model,
         "fingerprint": weights.fingerprint(clip),
@@ -87,12 +95,12 @@ def train(plan: Plan, experiment: Experiment) -> dict:
             print("finished before")
             return read_json(path / "results.json", "remove the run's folder to run it again")
 
-    queries = Queries.of(METHODS[plan.method], plan.settings, experiment.seed)
+    queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
     zero_shot = evaluate(unadapted, task, queries)  # first: some methods add parts to this CLIP
 
     torch.manual_seed(experiment.seed)
-    method = METHODS[plan.method](clip, task.classnames, experiment.template, plan.settings)
+    method = METHODS[plan.method](clip, task.classnames, experiment.template, settings)
     if plan.init_from:
         load_into(method, plan.init_from, config["fingerprint"])
     resume = run is not None
@@ -113,7 +121,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
     brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all")}
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
-    results = {**scores, "zero_shot": brief, **measured}
+    results = {**scores, "zero_shot": brief, **measured, **synthetic}
     run.write_json("results.json", results)
 
     if queries:
@@ -135,6 +143,17 @@ def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
     print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
     print(grid.table(plan.method, summary))
     print(f"grid: {file}")
+
+
+def lora_run(experiment: Experiment, out: Path) -> Path:
+    """The LoRA run of this seed; on the demo task, trained now if there is none."""
+    path = out / experiment.folder("lora")
+    if experiment.dataset == "demo" and not (path / "results.json").exists():
+        print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
+        flags = [f"--{key}={getattr(experiment, key)}" for key in ("model", "shots", "seed")]
+        flags += [f"--{key}={getattr(experiment, key)}" for key in ("classes", "device")]
+        main(["--method", "lora", *flags, "--out", str(out)])
+    return path
 
 
 def parse(argv: list[str]) -> Plan:

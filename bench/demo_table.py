@@ -5,6 +5,8 @@
 Runs `python train.py --method ROW --seed S` as a user would, one after another, and reads the
 results.json of each. Seconds are of the whole command, memory its peak. What labels test images
 jointly (transductive) gets a table of its own, with zero-shot on the same tasks beside it.
+For DISEF seconds include the making of its synthetic images, a column of their own; disef_f1's LoRA
+filter is trained within them, too.
 """
 
 import argparse
@@ -51,10 +53,14 @@ def main() -> None:
                     {"method": row, **accuracies(results)},
                 ]
             else:
+                made = [
+                    result["synthetic"]["images"] for result in results if "synthetic" in result
+                ]
                 costs = {
                     "parameters": results[0]["parameters"],
                     "seconds": statistics.mean(walls),
                     "peak MB": max(result["peak_memory_mb"] for result in results),
+                    "synthetic images": round(statistics.mean(made)) if made else None,
                 }
                 inductive.append({"method": row, **accuracies(results), **costs})
     if transductive:

@@ -157,8 +157,11 @@ def peak_memory_mb() -> float:
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script; a user's mistake is one line and exit code 2, never a traceback."""
+def run_script(main: Callable[[], None], resume: str = "add --resume to the same command") -> None:
+    """Run a script; a user's mistake is one line and exit code 2, never a traceback.
+
+    resume: what to do to go on after Ctrl-C.
+    """
     try:
         main()
     except UserError as error:
@@ -167,5 +170,5 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("\ninterrupted; add --resume to the same command to go on", file=sys.stderr)
+        print(f"\ninterrupted; {resume} to go on", file=sys.stderr)
         sys.exit(130)

@@ -25,9 +25,9 @@ ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".
 
 @dataclass(frozen=True)
 class Pictures:
-    """N labelled pictures, not yet read: image files, or uint8 images (N, 3, h, w)."""
+    """N labelled pictures, not yet read: files, uint8 images (N, 3, h, w), or a list of both."""
 
-    source: list[Path] | Tensor
+    source: list[Path | Tensor] | Tensor
     labels: Tensor  # (N,) int64
 
     def __len__(self) -> int:
@@ -39,10 +39,14 @@ class Pictures:
             return Pictures(self.source[chosen], self.labels[chosen])
         return Pictures([self.source[i] for i in chosen.tolist()], self.labels[chosen])
 
+    def name(self, i: int) -> str:
+        """Its file, or its number where it is not a file."""
+        picture = self.source[i]
+        return f"picture {i}" if isinstance(picture, Tensor) else str(picture)
+
     def open(self, i: int) -> Image.Image:
-        if isinstance(self.source, Tensor):
-            return tv.to_pil_image(self.source[i])
-        return open_image(self.source[i])
+        picture = self.source[i]
+        return tv.to_pil_image(picture) if isinstance(picture, Tensor) else open_image(picture)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -69,6 +73,7 @@ class Batches:
 
     pixels (N, 3, n, n) uint8 crops; labels (N,). `folder`: the cache of features (None: no cache).
     `precision`: in which a method computes on them, see `autocast`.
+    synthetic (N,) bool: which ones are not photos; None if all are.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Batches:
         self.precision = precision
         self.pictures, self.pixels, self.device, self.folder = pictures, pixels, device, folder
         self.labels = pictures.labels.to(device)
+        self.synthetic: Tensor | None = None
         self._features = self._originals = None
 
     def __len__(self) -> int:
@@ -89,8 +95,33 @@ class Batches:
 
     @property
     def shots(self) -> int:
-        """Pictures in the largest class."""
-        return int(self.labels.bincount().max())
+        """Pictures in the largest class, synthetic ones not counted."""
+        return int(self.real().pictures.labels.bincount().max())
+
+    def real(self) -> "Batches":
+        """The pictures that are not synthetic, in their order."""
+        if self.synthetic is None:
+            return self
+        chosen = (~self.synthetic).nonzero().flatten().cpu()
+        return self._like(self.pictures[chosen], self.pixels[chosen])
+
+    def join(self, synthetic: "Batches") -> "Batches":
+        """These pictures, which are real, and then synthetic ones of the same size."""
+        sources = [*self.pictures.source, *synthetic.pictures.source]
+        labels = torch.cat([self.pictures.labels, synthetic.pictures.labels])
+        pixels = torch.cat([self.pixels, synthetic.pixels])
+        joined = self._like(Pictures(sources, labels), pixels)
+        joined.synthetic = torch.arange(len(joined), device=self.device) >= len(self)
+        return joined
+
+    def _like(self, pictures: Pictures, pixels: Tensor) -> "Batches":
+        return Batches(pictures, pixels, self.device, self.folder, self.precision)
+
+    def targets(self, chosen: Tensor) -> tuple[Tensor, ...]:
+        """What a loss compares logits with: labels (B,) and, if some are, which are synthetic."""
+        if self.synthetic is None:
+            return (self.labels[chosen],)
+        return self.labels[chosen], self.synthetic[chosen]
 
     def autocast(self) -> torch.autocast:
         """What a method's forward pass on these pictures runs in."""

@@ -59,7 +59,7 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with train.autocast():
-                loss = method.loss(train.inputs(method, chosen, s.augment), train.labels[chosen])
+                loss = method.loss(train.inputs(method, chosen, s.augment), *train.targets(chosen))
             if not loss.isfinite():
                 at["stopped"] = f"loss was {loss.item()} in epoch {epoch + 1}"
                 break

@@ -5,6 +5,7 @@ from methods.clip_adapter import ClipAdapter
 from methods.cocoop import CoCoOp
 from methods.coop import CoOp
 from methods.cross_modal import CrossModal
+from methods.disef import DISEF, DISEF_F1
 from methods.em_dirichlet import EMDirichlet
 from methods.finetune import Finetune
 from methods.linear_probe import LinearProbe
@@ -26,6 +27,8 @@ METHODS: dict[str, type[Method]] = {
     "cocoop": CoCoOp,
     "vpt": VPT,
     "lora": LoRA,
+    "disef": DISEF,
+    "disef_f1": DISEF_F1,
     "finetune": Finetune,
     "em_dirichlet": EMDirichlet,
 }

@@ -28,3 +28,23 @@ def flowers12() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no photographs: {folder} is not a folder; set CLIP_MIN_FLOWERS12 to one")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory) -> Path:
+    """The folder of a LLaVA with few random weights."""
+    from bench.tiny_generators import save_llava
+
+    folder = tmp_path_factory.mktemp("llava")
+    save_llava(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_diffusion(tmp_path_factory) -> Path:
+    """The folder of a Stable Diffusion (image to image) with few random weights, 32 pixels."""
+    from bench.tiny_generators import save_diffusion
+
+    folder = tmp_path_factory.mktemp("diffusion")
+    save_diffusion(folder)
+    return folder

@@ -98,6 +98,29 @@ def script():
 
 
 @pytest.fixture(scope="session")
+def synthetic(script, data, model, tiny_llava, tiny_diffusion, tmp_path_factory):
+    """(classes, shots) -> a folder of synthetic images for `data`, two of each class."""
+    made = {}
+
+    def make(classes: str = "base-novel", shots: int = 10) -> Path:
+        if (classes, shots) not in made:
+            folder = tmp_path_factory.mktemp("synthetic") / "images"
+            result = script(
+                "generate",
+                *("--dataset", "folder", "--data-root", data, "--model", model),
+                *("--classes", classes, "--shots", shots, "--synthetic", folder),
+                *("--captioner", tiny_llava, "--painter", tiny_diffusion, "--per-class", 2),
+                *("--steps", 2, "--strength", 0.5, "--caption-tokens", 3, "--captions", 1),
+                *("--reject-limit", 2),
+            )
+            assert result.code == 0, result.err
+            made[classes, shots] = folder
+        return made[classes, shots]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def flags(data, model) -> list:
     """A training of LoRA that takes a second."""
     return [

@@ -59,10 +59,12 @@ def test_the_table_is_the_one_that_training_printed(script, trained):
 @pytest.mark.parametrize("classes", ["base-novel", "all"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_tested_again_with_the_same_numbers(
-    method, classes, script, data, model, tmp_path
+    method, classes, script, data, model, synthetic, tmp_path
 ):
     common = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
     short = ("--epochs", 1) if hasattr(METHODS[method].Settings, "epochs") else ()
+    if method.startswith("disef"):
+        short += ("--synthetic", synthetic(classes))
     trained = script("train", "--method", method, *common, *short, "--classes", classes)
     assert trained.code == 0, trained.err
     (path,) = tmp_path.glob("*/*/*")

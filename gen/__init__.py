@@ -1,0 +1,1 @@
+"""Synthetic images: caption one real picture, repaint another, keep what CLIP recognises."""

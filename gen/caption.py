@@ -1,0 +1,93 @@
+"""Captions by LLaVA-1.5, told the class.
+
+Liu et al., "Improved Baselines with Visual Instruction Tuning", arXiv:2310.03744, by transformers.
+The question is put in the chat template that comes with the model's processor: another format (one
+is easily made up) silently gives worse captions. On a GPU the language model's weights are 4-bit
+(nf4, bitsandbytes): 4.5 GB in place of 14.
+"""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gen.hub import locate, quiet
+
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+class Llava:
+    """captioner(pictures, class names, seeds) -> captions.
+
+    A caption follows from its own picture, name and seed: not (but for rounding) from the batch.
+    """
+
+    def __init__(self, name: str, options, device: str):
+        import transformers
+        from huggingface_hub import snapshot_download
+
+        quiet()
+        folder, self.revision = locate(
+            "--captioner", name, lambda name: snapshot_download(name, allow_patterns=FILES)
+        )
+        self.name, self.options = name, options
+        cuda = torch.device(device).type == "cuda"
+        placed = {}
+        if cuda:
+            placed["device_map"] = "auto" if options.offload else device
+            placed["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.float16,
+                llm_int8_enable_fp32_cpu_offload=options.offload,
+            )
+        self.processor = transformers.AutoProcessor.from_pretrained(folder)
+        self.processor.tokenizer.padding_side = "left"  # so that all rows end where answers begin
+        self.model = transformers.LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float16 if cuda else torch.float32, **placed
+        ).eval()
+
+    def question(self, classname: str) -> str:
+        """The prompt, "USER: <image> … ASSISTANT:" for LLaVA-1.5."""
+        text = self.options.question.replace("{}", classname)
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: list[Image.Image], classnames: list[str], seeds: list[int]
+    ) -> list[str]:
+        inputs = self.processor(
+            images=[image.convert("RGB") for image in images],
+            text=[self.question(name) for name in classnames],
+            padding=True,
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+        answers = self.model.generate(
+            **inputs,
+            max_new_tokens=self.options.caption_tokens,
+            do_sample=False,  # the likeliest word, after `sampler` has made that a random one
+            num_beams=1,
+            logits_processor=[sampler(seeds, self.options.temperature)],
+        )
+        answers = answers[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+
+def sampler(seeds: list[int], temperature: float):
+    """Makes the largest logit of row i a sample of softmax(logits / temperature), by seeds[i].
+
+    By the Gumbel trick: argmax(z + g), where g = -log(exponential noise), has the distribution
+    softmax(z). Each row has a generator of its own, so neighbours in a batch change nothing.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def process(tokens: Tensor, logits: Tensor) -> Tensor:
+        """logits (B, V)."""
+        if temperature == 0:
+            return logits
+        noise = [torch.empty(logits.shape[1]).exponential_(generator=g) for g in generators]
+        return logits.float() / temperature - torch.stack(noise).log().to(logits.device)
+
+    return process

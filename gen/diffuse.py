@@ -1,0 +1,58 @@
+"""Pictures repainted by a diffusion model.
+
+Image-to-image (SDEdit: Meng et al., arXiv:2108.01073) with a latent diffusion model (Rombach et
+al., arXiv:2112.10752), by diffusers. A real picture x is encoded, covered with noise up to step
+s·N of N, and denoised from there under a prompt, by DPM-Solver++ (Lu et al., arXiv:2211.01095). At
+strength s = 15/20 the layout of x is left, and little else.
+"""
+
+import torch
+from PIL import Image, ImageOps
+
+from clip_min import UserError
+from gen.hub import locate, quiet
+
+
+class Diffusion:
+    """painter(pictures, prompts, seeds) -> pictures, square, of the model's own size.
+
+    One generator a picture, so a batch of n equals n batches of one, but for rounding.
+    """
+
+    def __init__(self, name: str, options, device: str):
+        import diffusers
+
+        quiet()
+        folder, self.revision = locate("--painter", name, diffusers.DiffusionPipeline.download)
+        self.name, self.options = name, options
+        cuda = torch.device(device).type == "cuda"
+        if options.offload and not cuda:
+            raise UserError("--offload: moves models off the GPU, and there is none; leave it out")
+        self.pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(
+            folder, dtype=torch.float16 if cuda else torch.float32
+        )
+        if hasattr(self.pipe, "unet"):  # newer families bring a solver of their own kind
+            self.pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+                self.pipe.scheduler.config, algorithm_type="dpmsolver++"
+            )
+        if options.offload:
+            self.pipe.enable_model_cpu_offload(device=device)
+        else:
+            self.pipe.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        network = self.pipe.unet if hasattr(self.pipe, "unet") else self.pipe.transformer
+        self.size = network.config.sample_size * self.pipe.vae_scale_factor  # pixels
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], seeds: list[int]
+    ) -> list[Image.Image]:
+        size = (self.size, self.size)
+        squares = [ImageOps.fit(i.convert("RGB"), size, Image.Resampling.BICUBIC) for i in images]
+        return self.pipe(
+            prompt=prompts,
+            image=squares,
+            strength=self.options.strength,
+            num_inference_steps=self.options.steps,
+            guidance_scale=self.options.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images

@@ -1,0 +1,37 @@
+"""What is kept: images in which a model recognises their class.
+
+Any method that classifies serves: zero-shot CLIP, as published, or one tuned on the real images.
+"""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip_min import crop
+from fewshot.images import Batches, Pictures
+from fewshot.metrics import predict
+
+
+class Filter:
+    """A method as a judge. name, revision: recorded with every image it judges."""
+
+    def __init__(self, method, name: str, revision: str):
+        self.method, self.name, self.revision = method, name, revision
+
+    def __call__(self, images: list[Image.Image], labels: list[int]) -> tuple[list[int], list]:
+        """-> the class of the largest logit of each image, and its margin.
+
+        margin: the right class's logit minus the largest other one; above 0 where it is recognised.
+        """
+        clip = self.method.clip
+        pixels = torch.stack([crop(image, clip.config.image_size) for image in images])
+        pictures = Pictures(pixels, torch.tensor(labels))
+        logits = predict(self.method, Batches(pictures, pixels, clip.device, None))  # (B, K)
+        return logits.argmax(dim=1).tolist(), margins(logits, pictures.labels).tolist()
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits (B, K), labels (B,) -> (B,)."""
+    right = logits.gather(1, labels[:, None])  # (B, 1)
+    others = logits.scatter(1, labels[:, None], -torch.inf)  # (B, K)
+    return right[:, 0] - others.amax(dim=1)

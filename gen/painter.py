@@ -1,0 +1,107 @@
+"""A captioner and a painter for the demo task: offline, in milliseconds, and sometimes wrong.
+
+They stand in for LLaVA and Stable Diffusion, with the same interface. The demo world draws every
+picture from a species and a row of dice (fewshot/demo.py), so here
+
+    to look at a picture   is to find which of the training pictures it is
+    to repaint it          is to roll some of its dice again: `strength` is the share rolled anew
+    to go wrong            is to paint another petal colour, shape or eye than the prompt says
+
+A real diffusion model errs in more ways, and its pictures differ from photos in ways these do not:
+they come from the renderer that made the task.
+"""
+
+import functools
+import re
+
+import torch
+from PIL import Image
+from torchvision.transforms import functional as tv
+
+from clip_min import UserError
+from fewshot import demo
+
+WRONG = 0.25  # share of repainted pictures with one look changed
+LOOKS = (demo.PETALS, list(demo.SHAPES), demo.EYES)
+SPECIES = re.compile("({}) ({}) with a ({}) eye".format(*map("|".join, LOOKS)))
+
+
+class DemoCaptioner:
+    """captioner(pictures, class names, seeds) -> captions."""
+
+    name = revision = "demo"
+
+    def __init__(self):
+        self.dice = _album()
+
+    def __call__(
+        self, images: list[Image.Image], classnames: list[str], seeds: list[int]
+    ) -> list[str]:
+        return [self.describe(*row) for row in zip(images, classnames, seeds, strict=True)]
+
+    def describe(self, image: Image.Image, classname: str, seed: int) -> str:
+        left, low = (-1 if value < 0.5 else 1 for value in _look_up(self.dice, image)[:2])
+        side = {-1: "left", 1: "right"}[left], {-1: "lower", 1: "upper"}[low]
+        begins = ("The flower", f"One {classname}", "A single bloom")[seed % 3]
+        return f"{begins} stands {side[0]} of the middle, in the {side[1]} half, among leaves."
+
+
+class DemoPainter:
+    """painter(pictures, prompts, seeds) -> pictures, 64 x 64."""
+
+    name = revision = "demo"
+
+    def __init__(self, strength: float):
+        self.strength = strength
+        self.dice = _album()
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], seeds: list[int]
+    ) -> list[Image.Image]:
+        rolled = [self.redraw(*row) for row in zip(images, prompts, seeds, strict=True)]
+        species, dice = zip(*rolled, strict=True)
+        pixels = demo.render(demo.looks(species), torch.stack(dice), "photo")
+        return [tv.to_pil_image(picture) for picture in pixels]
+
+    def redraw(
+        self, image: Image.Image, prompt: str, seed: int
+    ) -> tuple[demo.Species, torch.Tensor]:
+        """-> what is painted, and its dice (DICE,)."""
+        found = SPECIES.search(prompt)
+        if not found:
+            raise UserError(
+                f"--painter demo: paints the demo's flowers alone, and the prompt {prompt!r} names "
+                "none; give a diffusion model"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        anew = torch.rand(demo.DICE, generator=generator)
+        again = torch.rand(demo.DICE, generator=generator) < self.strength
+        species = demo.Species(*found.groups())
+        if torch.rand((), generator=generator) < WRONG:
+            species = _another(species, generator)
+        return species, torch.where(again, anew, _look_up(self.dice, image))
+
+
+def _another(species: demo.Species, generator: torch.Generator) -> demo.Species:
+    """The same flower but for one look."""
+    look = int(torch.randint(3, (), generator=generator))
+    others = [kind for kind in LOOKS[look] if kind not in species]  # nor an eye of petal colour
+    other = others[int(torch.randint(len(others), (), generator=generator))]
+    return species._replace(**{species._fields[look]: other})
+
+
+@functools.cache
+def _album() -> dict[bytes, torch.Tensor]:
+    """Training picture -> the dice it was drawn from."""
+    pixels, labels = demo.split("train")
+    dice = demo.roll(len(labels), seed=1)
+    return {tv.to_pil_image(p).tobytes(): d for p, d in zip(pixels, dice, strict=True)}
+
+
+def _look_up(album: dict[bytes, torch.Tensor], image: Image.Image) -> torch.Tensor:
+    if (key := image.tobytes()) not in album:
+        raise UserError(
+            "--captioner and --painter demo: know the demo's own training pictures alone, and this "
+            "is none of them; give a LLaVA and a diffusion model"
+        )
+    return album[key]

@@ -1,0 +1,175 @@
+"""The stages of making a folder of images: captions, then paintings, then the filter.
+
+What attempt number a at a class is made from follows from (seed, class, a) alone, and attempts are
+judged in their order. So the images kept do not depend on the batch size, on where a process was
+killed, or on whether the stages ran at once or one by one.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from PIL import Image
+from tqdm import tqdm
+
+from clip_min import UserError
+from fewshot.images import Pictures, open_image
+from gen.batching import Batcher
+from gen.filter import Filter
+from gen.manifest import DONE, Attempt, Caption, Manifest
+from gen.plan import draw, seed_of
+from gen.settings import Generation
+
+
+class Studio:
+    """pictures: the real ones, labels counting in manifest.classnames."""
+
+    def __init__(self, manifest: Manifest, pictures: Pictures, options: Generation, seed: int):
+        self.manifest, self.pictures, self.options, self.seed = manifest, pictures, options, seed
+        labels = pictures.labels.cpu()
+        self.members = {
+            name: (labels == k).nonzero().flatten().tolist()
+            for k, name in enumerate(manifest.classnames)
+        }
+
+    # ------------------------------------------------------------------------------- captions
+
+    def captions_missing(self) -> list[tuple[str, int, int]]:
+        """(class, which of its pictures, number) of captions to be made, where images are to be."""
+        have = {(c.classname, c.member, c.number) for c in self.manifest.captions}
+        return [
+            (name, member, number)
+            for name, quota in self.manifest.plan["quotas"].items()
+            for number in range(self.options.captions if quota else 0)
+            for member in range(len(self.members[name]))
+            if (name, member, number) not in have
+        ]
+
+    def caption(self, captioner: Callable) -> None:
+        """Make all captions that are missing."""
+        same_revision(captioner, {c.revision for c in self.manifest.captions})
+        missing, batcher = self.captions_missing(), Batcher(self.options.batch_size)
+        bar = tqdm(total=len(missing), unit="caption", desc="captions", disable=None)
+        while missing:
+            started, batch = time.perf_counter(), missing[: batcher.size]
+            pictures = [self.members[name][member] for name, member, _ in batch]
+            names, seeds = [name for name, _, _ in batch], [seed_of(self.seed, *b) for b in batch]
+            texts = batcher(captioner, [self.pictures.open(i) for i in pictures], names, seeds)
+            by = captioner.name, captioner.revision
+            self.manifest.add_captions(
+                [
+                    Caption(name, member, self.pictures.name(i), number, seed, text, *by)
+                    for (name, member, number), i, seed, text in zip(
+                        batch, pictures, seeds, texts, strict=True
+                    )
+                ]
+            )
+            self.manifest.spent("caption", time.perf_counter() - started)
+            missing = missing[len(batch) :]
+            bar.update(len(batch))
+        bar.close()
+
+    # -------------------------------------------------------------------------------- images
+
+    def attempts_missing(self, painter) -> Iterator[Attempt]:
+        """The next attempts of every class: as many as it lacks images, were all of them kept."""
+        captions = {(c.classname, c.member, c.number): c for c in self.manifest.captions}
+        made = Counter(attempt.classname for attempt in self.manifest.attempts)
+        have = self.manifest.count(*DONE, "undecided")
+        for name, quota in self.manifest.plan["quotas"].items():
+            for attempt in range(made[name], made[name] + quota - have[name]):
+                members, seed = self.members[name], seed_of(self.seed, name, attempt)
+                i, number, j = draw(seed, len(members), self.options.captions)
+                caption = captions[name, i, number]
+                yield Attempt(
+                    classname=name,
+                    attempt=attempt,
+                    image="",
+                    state="undecided",
+                    predicted=None,
+                    margin=None,
+                    captioned=caption.picture,
+                    repainted=self.pictures.name(members[j]),
+                    caption=caption.text,
+                    prompt=f"{self.options.prompt.replace('{}', name)} {caption.text}".strip(),
+                    caption_seed=caption.seed,
+                    seed=seed,
+                    captioner=caption.captioner,
+                    captioner_revision=caption.revision,
+                    painter=painter.name,
+                    painter_revision=painter.revision,
+                )
+
+    def paint(self, painter: Callable, judge: Filter | None) -> None:
+        """Paint until no class lacks an image; without a judge, images stay undecided."""
+        same_revision(painter, {a.painter_revision for a in self.manifest.attempts})
+        picture = {self.pictures.name(i): i for members in self.members.values() for i in members}
+        batcher, bar = Batcher(self.options.batch_size), self._bar(judge)
+        while batch := list(islice(self.attempts_missing(painter), batcher.size)):
+            started = time.perf_counter()
+            sources = [self.pictures.open(picture[attempt.repainted]) for attempt in batch]
+            columns = [attempt.prompt for attempt in batch], [attempt.seed for attempt in batch]
+            images = batcher(painter, sources, *columns)
+            if judge:
+                self._decide(batch, images, judge)
+            self.manifest.add(batch, images)
+            self.manifest.spent("diffuse", time.perf_counter() - started)
+            self._show(bar, batch)
+        bar.close()
+
+    def filter(self, judge: Filter) -> None:
+        """Judge what is undecided."""
+        undecided = [a for a in self.manifest.attempts if a.state == "undecided"]
+        size = self.options.batch_size
+        for batch in (undecided[i : i + size] for i in range(0, len(undecided), size)):
+            started = time.perf_counter()
+            images = [open_image(self.manifest.folder / attempt.image) for attempt in batch]
+            self._decide(batch, images, judge)
+            self.manifest.file(batch, images)
+            self.manifest.spent("filter", time.perf_counter() - started)
+
+    def _decide(self, batch: list[Attempt], images: list[Image.Image], judge: Filter) -> None:
+        names = self.manifest.classnames
+        labels = [names.index(attempt.classname) for attempt in batch]
+        rejected = self.manifest.count("rejected")
+        for attempt, predicted, margin in zip(batch, *judge(images, labels), strict=True):
+            attempt.predicted, attempt.margin = names[predicted], round(margin, 4)
+            attempt.filter, attempt.filter_revision = judge.name, judge.revision
+            attempt.state = "kept"
+            if attempt.predicted != attempt.classname:
+                waive = rejected[attempt.classname] >= self.options.reject_limit
+                attempt.state = "waived" if waive else "rejected"
+                rejected[attempt.classname] += not waive
+                if not waive and rejected[attempt.classname] == self.options.reject_limit:
+                    tqdm.write(
+                        f"{attempt.classname}: {self.options.reject_limit} images were rejected; "
+                        "the filter is waived for it from here on"
+                    )
+
+    # ------------------------------------------------------------------------------- progress
+
+    def _bar(self, judge: Filter | None) -> tqdm:
+        done = self.manifest.count(*DONE, *(() if judge else ("undecided",)))
+        total = sum(self.manifest.plan["quotas"].values())
+        return tqdm(total=total, initial=sum(done.values()), unit="image", disable=None)
+
+    def _show(self, bar: tqdm, batch: list[Attempt]) -> None:
+        """The class at work, its images and the seconds it will still take at its own rate."""
+        bar.update(sum(attempt.state != "rejected" for attempt in batch))
+        name = batch[-1].classname
+        mine = [attempt for attempt in self.manifest.attempts if attempt.classname == name]
+        good = sum(attempt.state != "rejected" for attempt in mine)
+        quota = self.manifest.plan["quotas"][name]
+        each = self.manifest.seconds["diffuse"] / len(self.manifest.attempts)
+        left = (quota - good) * each * len(mine) / max(good, 1)
+        bar.set_description(f"{name}: {good}/{quota}, {left:.0f} s left")
+
+
+def same_revision(model, made: set[str]) -> None:
+    """Refuse to mix images of two versions of a model under one name."""
+    if other := made - {model.revision}:
+        raise UserError(
+            f"{model.name}: the folder has work of its revision {other.pop()}, and this is "
+            f"{model.revision}; get that one, or give another folder with --synthetic"
+        )

@@ -1,0 +1,51 @@
+"""Synthetic images as training pictures."""
+
+from pathlib import Path
+
+import torch
+
+from clip_min import UserError
+from fewshot.experiment import Experiment
+from fewshot.images import Batches, Pictures, read
+from fewshot.task import Task
+from gen.manifest import Manifest, fingerprint
+
+
+def finished(folder: Path, experiment: Experiment, task: Task) -> Manifest:
+    """The books of a folder that has all its images, made from this task's training pictures."""
+    root = f"--data-root {experiment.data_root} " if experiment.data_root else ""
+    command = (
+        f"python generate.py --dataset {experiment.dataset} {root}--model {experiment.model} "
+        f"--shots {experiment.shots} --seed {experiment.seed} --classes {experiment.classes} "
+        f"--synthetic {folder}"
+    )
+    if not (folder / "settings.json").exists():
+        raise UserError(f"{folder}: there are no synthetic images yet; make them first: {command}")
+    manifest = Manifest.open(folder)
+    manifest.check(made_from(experiment, task))
+    if missing := manifest.missing():
+        raise UserError(
+            f"{folder}: {missing} images are still to be made; go on with: {command} and the flags "
+            "it was begun with"
+        )
+    return manifest
+
+
+def made_from(experiment: Experiment, task: Task) -> dict:
+    """What ties images to a task: others may have been painted over its test pictures."""
+    return {
+        **{key: getattr(experiment, key) for key in ("dataset", "classes", "shots", "seed")},
+        "classnames": task.classnames,
+        "training_pictures": fingerprint(task.train.pictures),
+    }
+
+
+def join(train: Batches, manifest: Manifest) -> Batches:
+    """The real pictures, and the synthetic ones to train on."""
+    chosen = manifest.chosen()
+    if not chosen:
+        return train
+    labels = torch.tensor([manifest.classnames.index(a.classname) for a in chosen])
+    pictures = Pictures([manifest.folder / attempt.image for attempt in chosen], labels)
+    pictures, pixels, _ = read(pictures, train.pixels.shape[-1], folder=train.folder)
+    return train.join(Batches(pictures, pixels, train.device, train.folder))

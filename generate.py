@@ -1,0 +1,193 @@
+"""Make synthetic training images: caption a real picture, repaint another, keep what CLIP knows.
+
+python generate.py --dataset demo                             offline, a minute
+python generate.py --dataset flowers102 --per-class 32        LLaVA and Stable Diffusion, hours
+python generate.py --dataset flowers102 --plan f1 --filter runs/flowers102/ViT-B-16/lora-s10-seed1
+
+Made from the training pictures of the classes to learn, and from no others. May be killed at any
+moment: the same command goes on where it was. `train.py --method disef` learns from the images.
+"""
+
+import gc
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from clip_min import UserError, weights
+from eval import check_model
+from fewshot import cache
+from fewshot.experiment import Experiment, nearest, peak_memory_mb, run_script
+from fewshot.flags import Parser, add_flags, pick
+from fewshot.images import Batches
+from fewshot.metrics import per_class, predict
+from fewshot.run import Run
+from fewshot.task import Task
+from gen.caption import Llava
+from gen.diffuse import Diffusion
+from gen.filter import Filter
+from gen.manifest import Manifest
+from gen.painter import DemoCaptioner, DemoPainter
+from gen.plan import plan
+from gen.report import contact_sheet, table
+from gen.settings import Generation
+from gen.studio import Studio
+from gen.training import finished, join, made_from
+from methods import METHODS
+from methods.disef import DISEFSettings
+
+STAGES = ["all", "caption", "diffuse", "filter"]
+
+
+def main() -> None:
+    given = parse(sys.argv[1:])
+    experiment = Experiment(**pick(Experiment, given))
+    options = Generation(**pick(Generation, given))
+    filter = given.get("filter", "zero_shot")
+    _, task = experiment.load()
+    for note in task.notes:
+        print(f"note: {note}")
+    default = default_folder(given.get("out", "runs"), experiment, options.plan, filter)
+    folder = Path(given.get("synthetic", default))
+    stage = given.get("stage", "all")
+    manifest = generate(experiment, task, options, filter, folder, stage)
+    if stage in ("all", "filter"):
+        print(table(manifest))
+        contact_sheet(manifest, task.train.pictures, folder / "contact_sheet.png")
+        print(f"contact sheet: {folder / 'contact_sheet.png'}")
+    if stage != "caption" and (missing := manifest.missing()):
+        then = "filter" if stage == "diffuse" else "diffuse"
+        print(f"{missing} images are still missing: run --stage {then} next")
+
+
+def generate(
+    experiment: Experiment,
+    task: Task,
+    options: Generation,
+    filter: str,
+    folder: Path,
+    stage: str = "all",
+) -> Manifest:
+    """Make the images that `folder` lacks. filter: "zero_shot" or the folder of a run."""
+    options = options.for_task(experiment.dataset, experiment.template)
+    judge = load_filter(filter, experiment, task.classnames)
+    f1 = None
+    if options.plan != "uniform":
+        model = (
+            judge
+            if options.f1_of == "filter"
+            else load_filter("zero_shot", experiment, task.classnames)
+        )
+        f1 = per_class(predict(model.method, task.val), task.val.labels.cpu())[1] / 100
+    settings = {
+        **made_from(experiment, task),
+        **options.fixed(),
+        "filter": judge.name,
+        "filter_revision": judge.revision,
+    }
+    manifest = Manifest.start(folder, settings, plan(options, task.classnames, f1))
+    studio = Studio(manifest, task.train.pictures, options, experiment.seed)
+    print(f"{folder}: {manifest.missing()} images to make, filter {judge.name}")
+    if single := [name for name, members in studio.members.items() if len(members) == 1]:
+        print(
+            f"note: {len(single)} classes have a single real picture, which is both captioned and "
+            f"repainted: {', '.join(single[:5])}{', …' if len(single) > 5 else ''}"
+        )
+
+    if stage in ("all", "caption") and studio.captions_missing():
+        captioner = load_captioner(options, experiment.device)
+        studio.caption(captioner)
+        del captioner  # before the painter comes: they need not fit in memory together
+        gc.collect()
+        print(f"captions: {len(manifest.captions)}, {peak_memory_mb():,.0f} MB at peak")
+    if stage in ("all", "filter"):
+        studio.filter(judge)  # what --stage diffuse left
+    if stage in ("all", "diffuse") and manifest.missing():
+        if studio.captions_missing():
+            raise UserError(f"{folder}: captions are missing; run --stage caption first")
+        painter = load_painter(options, experiment.device)
+        studio.paint(painter, judge if stage == "all" else None)
+        print(f"images: {len(manifest.attempts)}, {peak_memory_mb():,.0f} MB at peak")
+    return manifest
+
+
+def load_captioner(options: Generation, device: str):
+    if options.captioner == "demo":
+        return DemoCaptioner()
+    return Llava(options.captioner, options, device)
+
+
+def load_painter(options: Generation, device: str):
+    if options.painter == "demo":
+        return DemoPainter(options.strength)
+    return Diffusion(options.painter, options, device)
+
+
+def load_filter(name: str, experiment: Experiment, classnames: list[str]) -> Filter:
+    """Zero-shot CLIP, or the method of a run, to choose among `classnames`; with its own CLIP."""
+    clip = weights.load(experiment.model, experiment.device)
+    if name == "zero_shot":
+        method = METHODS[name].plain(clip, classnames, experiment.template)
+        return Filter(method, name, weights.fingerprint(clip))
+    run = Run.open(Path(name))
+    check_model(run, clip)
+    try:
+        method_class = METHODS[nearest("--filter: method", run.config["method"], METHODS)]
+        settings = method_class.Settings(**run.config["settings"])
+        learned = run.config["classnames"].get("base") or run.config["classnames"]["all"]
+        template = run.config["experiment"]["template"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--filter {name}: config.json is not that of a run ({error})") from None
+    method = method_class(clip, learned, template, settings)
+    state = run.load_adapter()
+    method.load_adapter(state)
+    if learned != classnames:
+        method = method.for_classes(classnames)
+    revision = cache.key(*(state[key] for key in sorted(state)))
+    return Filter(method, run.config["method"], revision[:16])
+
+
+def add_synthetic(
+    settings: DISEFSettings, experiment: Experiment, task: Task, out: Path, filter: str
+) -> tuple[DISEFSettings, Batches, dict]:
+    """-> settings, the training pictures with synthetic ones among them, a summary of these.
+
+    On the demo task, images that are missing are made, kept by `filter` (as in `generate`); for
+    other data sets they must be there.
+    """
+    default = default_folder(out, experiment, settings.plan, settings.filter)
+    folder = Path(settings.synthetic or default)
+    if experiment.dataset == "demo":
+        options = Generation(
+            per_class=settings.per_class, plan=settings.plan, f1_of="zero_shot", batch_size=64
+        )
+        manifest = generate(experiment, task, options, filter, folder)
+    else:
+        manifest = finished(folder, experiment, task)
+    summary = {
+        "images": len(manifest.chosen()),
+        "attempts": len(manifest.attempts),
+        "seconds": sum(manifest.seconds.values()),
+    }
+    return replace(settings, synthetic=str(folder)), join(task.train, manifest), summary
+
+
+def default_folder(out: str | Path, experiment: Experiment, plan: str, filter: str) -> Path:
+    """Beside the runs: OUT/DATASET/MODEL/synthetic_PLAN_FILTER-sSHOTS-seedSEED."""
+    method = filter if filter in METHODS else Path(filter).resolve().name.split("-s")[0]
+    return Path(out) / experiment.folder(f"synthetic_{plan}_{method}")
+
+
+def parse(argv: list[str]) -> dict:
+    parser = Parser(description=__doc__)
+    group = parser.add_argument_group("run")
+    group.add_argument("--filter", help="zero_shot, or a run of train.py: what keeps images")
+    group.add_argument("--stage", choices=STAGES, help="do one of the stages alone [all]")
+    group.add_argument("--synthetic", metavar="DIR", help="folder of the images [in --out]")
+    group.add_argument("--out", help="folder that run folders are made in [runs]")
+    add_flags(parser.add_argument_group("images"), Generation)
+    add_flags(parser.add_argument_group("experiment"), Experiment)
+    return parser.parse(argv)
+
+
+if __name__ == "__main__":
+    run_script(main, resume="run the same command again")

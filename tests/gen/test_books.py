@@ -1,0 +1,73 @@
+"""The books survive strange names and damage is named."""
+
+import pytest
+from PIL import Image
+
+from clip_min import UserError
+from gen.manifest import Attempt, Caption, Manifest
+
+NAMES = ["rose\u2028/ red?", "rose red", "ROSE  red"]
+SETTINGS, PLAN = {"classnames": NAMES, "seed": 1}, {"quotas": dict.fromkeys(NAMES, 1), "f1": None}
+
+
+def attempt(name: str, number: int, state: str) -> Attempt:
+    return Attempt(name, number, "", state, NAMES[1], 0.5, "a", "b", "c", "d", 1, 2, *"efgh")
+
+
+def picture(value: int) -> Image.Image:
+    return Image.new("RGB", (4, 4), (value, 0, 0))
+
+
+@pytest.fixture
+def manifest(tmp_path) -> Manifest:
+    manifest = Manifest.start(tmp_path / "images", SETTINGS, PLAN)
+    manifest.add_captions([Caption(NAMES[0], 0, "x.png", 0, 5, 'two\nlines\u2028"', "e", "f")])
+    rows = [attempt(NAMES[2], 0, "kept"), attempt(NAMES[0], 1, "rejected")]
+    rows += [attempt(NAMES[0], 0, "undecided")]
+    manifest.add(rows, [picture(value) for value in (1, 2, 3)])
+    return manifest
+
+
+def test_what_was_written_is_read_in_order_of_class_and_attempt(manifest):
+    again = Manifest.open(manifest.folder)
+    assert again.attempts == manifest.attempts
+    assert again.captions == manifest.captions
+    assert [(a.classname, a.attempt) for a in again.attempts] == [
+        (NAMES[0], 0),
+        (NAMES[0], 1),
+        (NAMES[2], 0),
+    ]
+    assert again.missing() == 2
+    assert again.count("rejected", "undecided") == {NAMES[0]: 2}
+
+
+def test_a_decided_image_moves(manifest):
+    row = manifest.attempts[0]
+    row.state = "waived"
+    before = manifest.folder / row.image
+    manifest.file([row], [Image.open(before)])
+    assert not before.exists()
+    assert Image.open(manifest.folder / row.image).getpixel((0, 0)) == (3, 0, 0)
+    assert row.image.startswith("kept/")
+    assert Manifest.open(manifest.folder).attempts == manifest.attempts
+
+
+def test_to_train_on_are_the_first_that_were_kept_as_many_as_planned(manifest):
+    more = [attempt(NAMES[2], n, state) for n, state in ((1, "rejected"), (2, "waived"))]
+    manifest.add(more, [picture(9)] * 2)
+    assert [a.attempt for a in manifest.chosen()] == [0]
+    manifest.plan = {"quotas": dict.fromkeys(NAMES, 2)}
+    assert [a.attempt for a in manifest.chosen()] == [0, 2]
+
+
+def test_a_line_that_is_not_ours_is_named(manifest):
+    with open(manifest.folder / "manifest.jsonl", "a") as file:
+        file.write('{"classname": "rose"}\n')
+    with pytest.raises(UserError, match=r"manifest.jsonl: has a line"):
+        Manifest.open(manifest.folder)
+
+
+def test_the_books_hold_one_line_an_attempt_with_all_that_it_follows_from(manifest):
+    line = (manifest.folder / "manifest.jsonl").read_text(encoding="utf-8").split("\n")[2]
+    for part in ("image", "captioned", "repainted", "caption_seed", "painter_revision", "margin"):
+        assert f'"{part}": ' in line

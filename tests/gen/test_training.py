@@ -1,0 +1,80 @@
+"""Synthetic pictures among real ones: which is which, in every batch."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fewshot.images import Batches, Pictures
+from fewshot.loop import descend
+from fewshot.run import Run
+from methods import Method, TrainingSettings
+
+CPU = torch.device("cpu")
+
+
+def numbered(numbers: list[int], labels: list[int]) -> Batches:
+    """Pictures of 4 x 4 pixels that show their number."""
+    pixels = torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 4, 4)
+    return Batches(Pictures(pixels, torch.tensor(labels)), pixels, CPU, None)
+
+
+@pytest.fixture
+def joined(tmp_path) -> Batches:
+    """Real 1 to 5 in memory, synthetic 101 to 103 as files."""
+    files = [tmp_path / f"{n}.png" for n in (101, 102, 103)]
+    for file in files:
+        Image.new("RGB", (4, 4), (int(file.stem),) * 3).save(file)
+    synthetic = numbered([101, 102, 103], [1, 1, 1])
+    synthetic.pictures = Pictures(files, synthetic.labels)
+    return numbered([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]).join(synthetic)
+
+
+def test_pictures_labels_and_marks_stay_together(joined):
+    assert joined.pixels[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 101, 102, 103]
+    assert joined.labels.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert joined.synthetic.tolist() == [False] * 5 + [True] * 3
+    chosen = torch.tensor([6, 0, 7])
+    labels, synthetic = joined.targets(chosen)
+    assert (labels.tolist(), synthetic.tolist()) == ([1, 0, 1], [True, False, True])
+    opened = [joined.pictures.open(i).getpixel((0, 0))[0] for i in range(8)]  # for augmentation
+    assert opened == [1, 2, 3, 4, 5, 101, 102, 103]
+    assert joined.images(chosen, "crop-flip").shape == (3, 3, 4, 4)
+
+
+def test_shots_and_real_count_the_real_ones_alone(joined):
+    assert joined.shots == 3
+    real = joined.real()
+    assert real.pixels[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
+    assert real.labels.tolist() == [0, 0, 1, 1, 1]
+    assert real.synthetic is None
+    assert real.real() is real
+
+
+def test_the_loop_tells_the_loss_which_are_synthetic(joined, tmp_path):
+    class Toy(Method):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.settings = TrainingSettings(epochs=2, batch_size=3)
+            self.linear, self.given = nn.Linear(48, 2), []
+
+        def forward(self, images):
+            return self.linear(images.flatten(1))
+
+        def loss(self, images, labels, synthetic=None):
+            self.given.append((images[:, 0, 0, 0], synthetic))
+            return super().loss(images, labels)
+
+    val = numbered([7, 8], [0, 1])
+    keys = ["method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames"]
+    method, run = Toy(), Run.start(tmp_path / "run", dict.fromkeys(keys, "toy"))
+    descend(method, joined, val, run, seed=1)
+    shown = torch.cat([values for values, _ in method.given])
+    marks = torch.cat([marks for _, marks in method.given])
+    assert len(marks) == 16  # two epochs
+    assert marks.sum() == 6
+    assert shown[marks].min() > shown[~marks].max()  # 101 and more are the synthetic ones
+
+    plain = Toy()
+    descend(plain, joined.real(), val, Run.start(tmp_path / "plain", run.config), seed=1)
+    assert all(marks is None for _, marks in plain.given)
