@@ -14,7 +14,7 @@ With λ = 1 and soft assignments this is the EM algorithm for a mixture of Diric
 proportions π. That splits a batch into too many classes, as a Dirichlet fitted to two images suits
 them better than any other; a larger λ prefers fewer. Its default, like the few steps of (1), was
 chosen on the demo task's validation images. Where training images are given (`--use-support`), they
-join (1) with their known labels.
+join (1) with their known labels. A class that no image is left in keeps its α.
 
 Labels are a batch's, not an image's: the same image may be named differently in other company. So
 this is reported over tasks of some classes' images, apart from methods that see one image a time.
@@ -44,7 +44,7 @@ class EMDirichletSettings(TemplateSettings):
     queries: Annotated[int, "Q, images in one of them, at most"] = 75
     k_eff: Annotated[int, "classes they come from, unknown to the method"] = 5
     limits = {
-        "temperature": (0, inf),
+        "temperature": (0, 1e6),  # far above, points lie on corners, where no density is finite
         "balance": (0, inf),
         "iterations": (1, inf),
         "mm_steps": (1, inf),

@@ -10,9 +10,11 @@ What may move is chosen by `--train`: both towers, one of them, or the last N bl
 what comes after them. The adapter it saves is all of these weights.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 from torch import Tensor
 
 from clip_min import UserError
@@ -48,6 +50,8 @@ class Finetune(Method):
             clip.get_parameter(name).requires_grad_()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():  # CLIP's own limit on the temperature: logits of 100 cosines at most
+            self.clip.logit_scale.clamp_(max=math.log(100))
         if self.settings.objective == "class":
             return super().loss(images, labels)
         captions = self.class_features()[labels]  # (K, E) -> (B, E)

@@ -84,24 +84,28 @@ def logistic_regression(
 ) -> tuple[Tensor, Tensor]:
     """x (N, E), labels (N,) -> W (K, E) and b (K,), float64: the argmin above."""
     x = x.double()
-    w = x.new_zeros(classes, x.shape[1]).requires_grad_()  # (K, E)
+    # L-BFGS wants a gradient of one scale, so it searches v = W / scale: where the penalty is
+    # strong, W is tiny, and its error would be as large as itself.
+    scale = min(1.0, c**0.5)
+    v = x.new_zeros(classes, x.shape[1]).requires_grad_()  # (K, E)
     b = x.new_zeros(classes).requires_grad_()
     # The objective divided by N, so that its gradient has one scale whatever N and C.
     optimizer = torch.optim.LBFGS(
-        [w, b],
+        [v, b],
         max_iter=max_iterations,
         max_eval=2 * max_iterations,
         tolerance_grad=1e-8,
-        tolerance_change=1e-12,
+        tolerance_change=1e-16,
         line_search_fn="strong_wolfe",
     )
 
     def objective() -> Tensor:
         optimizer.zero_grad()
+        w = scale * v
         penalty = w.square().sum() / (2 * c * len(x))
         value = F.cross_entropy(F.linear(x, w, b), labels) + penalty
         value.backward()
         return value
 
     optimizer.step(objective)
-    return w.detach(), b.detach()
+    return scale * v.detach(), b.detach()

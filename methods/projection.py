@@ -2,7 +2,7 @@
 
 A baseline without a paper of its own: CLIP stays frozen, and its shared space is rearranged,
 
-    f' = U₂ φ(U₁ f)        W' = V₂ φ(V₁ W)            U, V (E, E), with biases
+    f' = U₂ φ(U₁ norm(f))      W' = V₂ φ(V₁ norm(W))      U, V (E, E), with biases
 
 by class cross-entropy or by CLIP's contrastive loss. With φ the identity (the default) the layers
 start as identities, so training starts at zero-shot CLIP; with relu they start at random, and what

@@ -62,15 +62,11 @@ class WithSupport(ZeroShot):
         return F.normalize(torch.cat(features).float(), dim=-1)
 
     def votes(self) -> Tensor:
-        """One row a support image, one-hot at its class, (N, K); of another class's, all zero."""
-        places = {name: k for k, name in enumerate(self.classnames)}
-        rows = [
-            F.one_hot(torch.tensor(places[name]), len(places))
-            if name in places
-            else torch.zeros(len(places))
-            for name in self.learned_names
-        ]
-        return torch.stack(rows).float().to(self.support.device)[self.support_labels]
+        """One row a support image, 1 at its class, (N, K); of a class not asked for, all zero."""
+        numbers = {name: i for i, name in enumerate(self.learned_names)}
+        mine = torch.tensor([numbers[name] for name in self.learned_names])  # a number a name
+        asked = torch.tensor([numbers.get(name, -1) for name in self.classnames])  # (K,)
+        return (mine[:, None] == asked).float().to(self.support.device)[self.support_labels]
 
     def adapter_state(self) -> dict[str, Tensor]:
         return {"support": self.support, "support_labels": self.support_labels}

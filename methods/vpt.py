@@ -92,9 +92,10 @@ class VPT(ZeroShot):
         for i, block in enumerate(blocks):
             place = i - self.settings.first_block
             if 0 <= place < len(self.visual_prompts):
-                prompts = self.dropout(self.visual_prompts[place]).to(x.dtype)  # (N, D)
+                prompts = self.visual_prompts[place].expand(len(x), -1, -1)  # (B, N, D)
+                prompts = self.dropout(prompts).to(x.dtype)  # other elements for every image
                 patches = x[:, 1 + (n if place else 0) :]  # without the last block's prompts
-                x = torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), patches], dim=1)
+                x = torch.cat([x[:, :1], prompts, patches], dim=1)
             x = block(x, read=slice(0, 1) if i == len(blocks) - 1 else None)
         return tower.ln_post(x[:, 0])
 

@@ -60,17 +60,18 @@ class TemplateSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        lines = self.templates.split("|")
-        if self.templates == "ensemble":
-            lines = ENSEMBLE
-        elif self.templates and "{}" not in self.templates:
+        text = self.templates
+        if text == "ensemble":
+            text = "|".join(ENSEMBLE)
+        elif text and "{}" not in text:
             try:
-                lines = Path(self.templates).expanduser().read_text(encoding="utf-8").splitlines()
+                text = Path(text).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
                     f"--templates {self.templates}: cannot be read as a text file ({error}); "
                     "expected 'ensemble', a file of templates, or templates with {} in them"
                 ) from None
+        lines = "|".join(text.splitlines()).split("|")  # in a file too, | stands between two
         lines = [line.strip() for line in lines if line.strip()]
         if bad := [line for line in lines if "{}" not in line]:
             raise UserError(f"--templates: {bad[0]!r} has no {{}} for the class name; add one")

@@ -1,5 +1,7 @@
 """A CLIP small enough for a test, and pictures for it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -26,3 +28,14 @@ def new_clip():
 def images() -> torch.Tensor:
     """(B, 3, 32, 32), normalised."""
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def pictures():
+    """(features (N, E), labels (N,)) -> what `fit` and `remember` read of labelled pictures."""
+
+    def make(features: torch.Tensor, labels) -> SimpleNamespace:
+        labels = torch.as_tensor(labels)
+        return SimpleNamespace(features=lambda clip: features, labels=labels)
+
+    return make

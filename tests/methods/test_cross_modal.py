@@ -1,0 +1,93 @@
+"""Cross-modal adaptation: logits and loss by their formulas, in numpy."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from methods.cross_modal import CrossModal, CrossModalSettings
+from methods.zero_shot import ZeroShot
+
+NAMES = ["rose", "red tulip", "ox-eye daisy", "dahlia"]
+TEMPLATE = "a photo of a {}."
+
+
+@pytest.fixture
+def features(new_clip, images):
+    with torch.no_grad():
+        return new_clip().encode_image(images)
+
+
+def numbers(tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def trained(clip) -> CrossModal:
+    method = CrossModal(clip, NAMES, TEMPLATE, CrossModalSettings())
+    with torch.no_grad():
+        method.head += 0.3 * torch.randn(method.head.shape, generator=torch.manual_seed(3))
+    return method
+
+
+def test_logits_are_the_scaled_products_of_unit_features_and_the_head(new_clip, features):
+    method = trained(new_clip())
+    scale = np.exp(numbers(method.clip.logit_scale))
+    logits = scale * unit(numbers(features)) @ numbers(method.head).T  # whose rows are not unit
+    np.testing.assert_allclose(numbers(method(features)), logits, atol=1e-4)
+    np.testing.assert_allclose(numbers(method(9 * features)), logits, atol=1e-4)
+
+
+def test_the_loss_is_over_images_and_as_many_texts(new_clip, features, monkeypatch):
+    method, labels, drawn = trained(new_clip()), torch.tensor([0, 1, 2, 3, 0]), [3, 3, 0, 2, 1]
+    asked = []
+
+    def dice(high, size):
+        asked.append((high, tuple(size)))
+        return torch.tensor(drawn)
+
+    monkeypatch.setattr(torch, "randint", dice)
+    loss = method.loss(features, labels)
+    assert asked == [(4, (5,))]  # of all classes, evenly, as many as there are images
+
+    texts = numbers(method.class_features())[drawn]
+    samples = unit(np.concatenate([numbers(features), texts]))  # (10, E)
+    right = labels.tolist() + drawn
+    logits = np.exp(numbers(method.clip.logit_scale)) * samples @ numbers(method.head).T
+    terms = [np.log(np.exp(row).sum()) - row[k] for row, k in zip(logits, right, strict=True)]
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_the_texts_of_a_step_are_drawn_anew(new_clip, features):
+    method, labels = trained(new_clip()), torch.tensor([0, 1, 2, 3, 0])
+    torch.manual_seed(0)
+    losses = [method.loss(features, labels).item() for _ in range(4)]
+    assert len(set(losses)) > 1
+    torch.manual_seed(0)
+    assert losses == [method.loss(features, labels).item() for _ in range(4)]
+
+
+def test_before_the_first_step_it_is_zero_shot(new_clip, features):
+    clip = new_clip()
+    method = CrossModal(clip, NAMES, TEMPLATE, CrossModalSettings(templates="a {}.|the {}"))
+    head = F.normalize(method.class_features(), dim=-1)
+    assert torch.equal(method.head, head)
+    method = CrossModal(clip, NAMES, TEMPLATE, CrossModalSettings())
+    zero_shot = ZeroShot.plain(clip, NAMES, TEMPLATE)(features)
+    torch.testing.assert_close(method(features), zero_shot)
+
+
+def test_texts_alone_would_teach_it_too(new_clip, features):
+    """Gradients of a class without images in the batch come from its text."""
+    method = trained(new_clip())
+    optimizer = torch.optim.AdamW([method.head], lr=1e-2)
+    torch.manual_seed(0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        method.loss(features[:4], torch.tensor([0, 0, 1, 1])).backward()
+        optimizer.step()
+    best = method(method.class_features()).argmax(dim=1)
+    assert best.tolist() == [0, 1, 2, 3]
