@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-from clip_min import UserError, crop, normalize, weights
+from clip_min import CLIP, UserError, crop, normalize, weights
 from fewshot import cache, datasets
 from fewshot.experiment import Experiment, evaluate, nearest, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.images import autocast, open_image
 from fewshot.report import table
 from fewshot.run import Run
-from fewshot.task import make_test
+from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS
+from methods.load import described, trained
 
 # What may differ from what a run was made with, and what --dataset other takes besides.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
@@ -35,55 +36,37 @@ def main() -> None:
         moved = {key: given[key] for key in MOVED if key in given}
         try:
             experiment = Experiment(**{**run.config["experiment"], "device": "", **moved})
-            method_class = METHODS[nearest("method", run.config["method"], METHODS)]
-            settings = method_class.Settings(**run.config["settings"])
-        except (KeyError, TypeError) as error:
+        except TypeError as error:
             raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
+        described(run)  # which says at once if it is not one
     else:
         nearest("--method", given["method"], ["zero_shot"])
-        run, method_class = None, METHODS["zero_shot"]
-        settings = method_class.Settings(**pick(method_class.Settings, given))
-        experiment = Experiment(**pick(Experiment, given))
+        run, experiment = None, Experiment(**pick(Experiment, given))
     if "image" in given:
-        classify(run, method_class, settings, experiment, given)
-    elif run is not None and "dataset" in given:
-        transfer(run, method_class, settings, experiment, given)
+        classify(run, experiment, given)
+    elif run is None:
+        test_zero_shot(experiment, given)
+    elif "dataset" in given:
+        transfer(run, experiment, given)
     else:
-        test(run, method_class, settings, experiment, given)
+        test(run, experiment, given)
 
 
-def test(run: Run | None, method_class, settings, experiment: Experiment, given: dict) -> None:
-    """Print the table of zero-shot CLIP and of the run."""
+def test(run: Run, experiment: Experiment, given: dict) -> None:
+    """Print the table that training printed."""
     clip, task = experiment.load(cache.place(given.get("cache", "")))
     for note in task.notes:
         print(f"note: {note}")
-    if run is not None:
-        check_model(run, clip)
-        if run.config["classnames"] != {part: t.classnames for part, t in task.tests.items()}:
-            raise UserError(
-                f"{run.path}: the data set's classes are no longer those it was trained and "
-                "tested on; give the right one with --data-root, or train again"
-            )
-    queries = Queries.of(method_class, settings, experiment.seed)
-    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
-    rows = {"zero-shot": evaluate(unadapted, task, queries)}  # first: some methods change this CLIP
-    if run is not None:
-        method = method_class(clip, task.classnames, experiment.template, settings)
-        method.load_adapter(run.load_adapter())
-        rows[run.config["method"]] = evaluate(method, task, queries)
-    elif settings != method_class.Settings():
-        method = method_class(clip, task.classnames, experiment.template, settings)
-        rows["zero-shot, templates"] = evaluate(method, task)
-    print_rows(rows, queries)
+    run.check_model(clip)
+    if run.config["classnames"] != {part: t.classnames for part, t in task.tests.items()}:
+        raise UserError(
+            f"{run.path}: the data set's classes are no longer those it was trained and "
+            "tested on; give the right one with --data-root, or train again"
+        )
+    compare(run, clip, task, experiment.template)
 
 
-def print_rows(rows: dict[str, dict], queries: Queries | None) -> None:
-    if queries:
-        print(queries.describe(list(rows.values())[-1]))
-    print(table(rows))
-
-
-def transfer(run: Run, method_class, settings, experiment: Experiment, given: dict) -> None:
+def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     """Print the table of a run on all classes of a data set that it has not learned from.
 
     The names and the template are that data set's; what was learned is the run's.
@@ -92,7 +75,7 @@ def transfer(run: Run, method_class, settings, experiment: Experiment, given: di
     dataset = other.load_dataset()
     template = other.template or dataset.template
     clip = weights.load(other.model, other.device)
-    check_model(run, clip)
+    run.check_model(clip)
     folder = cache.place(given.get("cache", ""))
     size, device = clip.config.image_size, torch.device(other.device)
     task = make_test(dataset, size, device, other.skip_bad_images, folder, experiment.precision)
@@ -100,58 +83,63 @@ def transfer(run: Run, method_class, settings, experiment: Experiment, given: di
         print(f"note: {note}")
     images = len(task.tests["all"].batches)
     print(f"{other.dataset}: {len(task.classnames)} classes, {images} test images; {template!r}")
-    queries = Queries.of(method_class, settings, experiment.seed)
+    compare(run, clip, task, template)
+
+
+def compare(run: Run, clip: CLIP, task: Task, template: str) -> None:
+    """Print the table of zero-shot CLIP and of the run on `task`."""
+    queries = Queries.of(*described(run), run.config["experiment"]["seed"])
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, template)
     rows = {"zero-shot": evaluate(unadapted, task, queries)}  # first: some methods change this CLIP
-    method = method_class(clip, learned_classes(run), template, settings)
-    method.load_adapter(run.load_adapter())
-    rows[run.config["method"]] = evaluate(method.for_classes(task.classnames), task, queries)
-    print_rows(rows, queries)
+    method = trained(run, clip, template)
+    if task.classnames != run.learned:
+        method = method.for_classes(task.classnames)
+    rows[run.config["method"]] = evaluate(method, task, queries)
+    if queries:
+        print(queries.describe(rows[run.config["method"]]))
+    print(table(rows))
 
 
-def classify(run: Run | None, method_class, settings, experiment: Experiment, given: dict) -> None:
+def test_zero_shot(experiment: Experiment, given: dict) -> None:
+    """Print the table of CLIP as it is and, if some are given, with several templates."""
+    clip, task = experiment.load(cache.place(given.get("cache", "")))
+    for note in task.notes:
+        print(f"note: {note}")
+    zero_shot = METHODS["zero_shot"]
+    names, template = task.classnames, experiment.template
+    rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)}
+    if given.get("templates"):
+        settings = zero_shot.Settings(given["templates"])
+        rows["zero-shot, templates"] = evaluate(zero_shot(clip, names, template, settings), task)
+    print(table(rows))
+
+
+def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     """Print the five likeliest classes of each picture."""
     clip = weights.load(experiment.model, experiment.device)
-    if run is None:
-        learned, known = [], []
-    else:
-        check_model(run, clip)
-        learned = learned_classes(run)
+    known = []
+    if run is not None:
         known = [name for names in run.config["classnames"].values() for name in names]
     if "classes" in given:
         known = [name.strip() for name in given["classes"].split(",") if name.strip()]
     if not known:
         raise UserError('--image: say which classes to choose from: --classes "rose,tulip"')
-    method = method_class(
-        clip, learned or known, experiment.template or "a photo of a {}.", settings
-    )
-    if run is not None:
-        method.load_adapter(run.load_adapter())
+    if run is None:
+        zero_shot, template = METHODS["zero_shot"], experiment.template or "a photo of a {}."
+        method = zero_shot(clip, known, template, zero_shot.Settings(given.get("templates", "")))
+    else:
+        method = trained(run, clip)
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
-    images = [crop(open_image(Path(path)), clip.config.image_size) for path in given["image"]]
-    with method.inference(), autocast(clip.device, experiment.precision):
-        for path, pixels in zip(given["image"], images, strict=True):
-            x = normalize(pixels[None].to(clip.device))  # (1, 3, n, n)
-            x = clip.encode_image(x) if method.input == "features" else x
-            best = method(x)[0].softmax(-1).topk(min(5, len(method.classnames)))
-            print(path)
-            for probability, i in zip(*best, strict=True):
-                print(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
-
-
-def learned_classes(run: Run) -> list[str]:
-    parts = run.config["classnames"]
-    return parts.get("base") or parts["all"]
-
-
-def check_model(run: Run, clip) -> None:
-    found, made = weights.fingerprint(clip), run.config["fingerprint"]
-    if found != made:
-        raise UserError(
-            f"{run.path}: was trained on {run.config['model']} with fingerprint {made}, but the "
-            f"model here has {found}; give the right one with --model"
-        )
+    size, device = clip.config.image_size, clip.device
+    pixels = torch.stack([crop(open_image(Path(path)), size) for path in given["image"]])
+    with method.inference(), autocast(device, experiment.precision):
+        x = normalize(pixels.to(device))  # (B, 3, n, n), together: some methods label them jointly
+        logits = method(clip.encode_image(x) if method.input == "features" else x)  # (B, K)
+    for path, row in zip(given["image"], logits.softmax(-1), strict=True):
+        print(path)
+        for probability, i in zip(*row.topk(min(5, len(method.classnames))), strict=True):
+            print(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
 
 
 def parse(argv: list[str]) -> dict:

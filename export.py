@@ -18,8 +18,9 @@ from clip_min.formats import save_hugging_face, save_open_clip, save_openai
 from fewshot.experiment import nearest, run_script
 from fewshot.flags import Parser
 from fewshot.run import Run
-from methods import METHODS, Method
+from methods import Method
 from methods.export import class_matrix, merged_clip, to_peft
+from methods.load import trained
 
 MERGED = {
     "safetensors": weights.save,
@@ -64,7 +65,7 @@ def main() -> None:
         raise UserError(f"{out}: --format {name} writes {kind}")
     run = Run.open(Path(given["run"]))
     model = given.get("model", run.config["experiment"]["model"])
-    method = rebuild(run, model)
+    method = trained(run, weights.load(model)).eval()
     if name in MERGED:
         MERGED[name](merged_clip(method), out)
     elif name == "peft":
@@ -74,27 +75,6 @@ def main() -> None:
     print(f"{out}: {run.config['method']} as {name}. To use it:")
     base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
     print(USE[name].format(out=out, base=base))
-
-
-def rebuild(run: Run, model: str) -> Method:
-    """The run's method, as it was at the end of the training, on the CPU."""
-    try:
-        method_class = METHODS[nearest("method", run.config["method"], METHODS)]
-        settings = method_class.Settings(**run.config["settings"])
-        template, parts = run.config["experiment"]["template"], run.config["classnames"]
-        learned = parts.get("base") or parts["all"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
-    clip = weights.load(model)
-    found, made = weights.fingerprint(clip), run.config["fingerprint"]
-    if found != made:
-        raise UserError(
-            f"{run.path}: was trained on {run.config['model']} with fingerprint {made}, but the "
-            f"model here has {found}; give the right one with --model"
-        )
-    method = method_class(clip, learned, template, settings)
-    method.load_adapter(run.load_adapter())
-    return method.eval()
 
 
 def save_peft(method: Method, out: Path, base: str | None) -> None:

@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clip_min import UserError, weights
-from eval import check_model
 from fewshot import cache
-from fewshot.experiment import Experiment, nearest, peak_memory_mb, run_script
+from fewshot.experiment import Experiment, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.images import Batches
 from fewshot.metrics import per_class, predict
@@ -34,6 +33,7 @@ from gen.studio import Studio
 from gen.training import finished, join, made_from
 from methods import METHODS
 from methods.disef import DISEFSettings
+from methods.load import trained
 
 STAGES = ["all", "caption", "diffuse", "filter"]
 
@@ -129,18 +129,9 @@ def load_filter(name: str, experiment: Experiment, classnames: list[str]) -> Fil
         method = METHODS[name].plain(clip, classnames, experiment.template)
         return Filter(method, name, weights.fingerprint(clip))
     run = Run.open(Path(name))
-    check_model(run, clip)
-    try:
-        method_class = METHODS[nearest("--filter: method", run.config["method"], METHODS)]
-        settings = method_class.Settings(**run.config["settings"])
-        learned = run.config["classnames"].get("base") or run.config["classnames"]["all"]
-        template = run.config["experiment"]["template"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"--filter {name}: config.json is not that of a run ({error})") from None
-    method = method_class(clip, learned, template, settings)
-    state = run.load_adapter()
-    method.load_adapter(state)
-    if learned != classnames:
+    method = trained(run, clip)
+    state = method.adapter_state()
+    if run.learned != classnames:
         method = method.for_classes(classnames)
     revision = cache.key(*(state[key] for key in sorted(state)))
     return Filter(method, run.config["method"], revision[:16])

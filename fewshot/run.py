@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_min import UserError
+from clip_min import CLIP, UserError, weights
 from clip_min.files import read_json, read_safetensors, write_safetensors, write_text
 
 # What every config has; versions and the command stand beside them.
@@ -77,6 +77,25 @@ class Run:
         if missing := [key for key in KEYS if key not in config]:
             raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
         return cls(path, config)
+
+    @property
+    def template(self) -> str:
+        return self.config["experiment"]["template"]
+
+    @property
+    def learned(self) -> list[str]:
+        """The names of the classes it learned from."""
+        parts = self.config["classnames"]
+        return parts.get("base") or parts["all"]
+
+    def check_model(self, clip: CLIP) -> None:
+        """UserError, if this is not the CLIP it was trained on."""
+        found, made = weights.fingerprint(clip), self.config["fingerprint"]
+        if found != made:
+            raise UserError(
+                f"{self.path}: was trained on {self.config['model']} with fingerprint {made}, but "
+                f"the model here has {found}; give the right one with --model"
+            )
 
     def write_json(self, name: str, value: dict) -> None:
         write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.tip_adapter import WithSupport
+from methods.support import WithSupport
 from methods.zero_shot import TemplateSettings
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from clip_min import CLIP, UserError
 from clip_min.weights import mismatches
 from methods.base import Method
-from methods.lora import GroupedLoRA, LoRA
+from methods.grouped_lora import GroupedLoRA
+from methods.lora import LoRA
 
 TO_HUGGING_FACE = {
     "clip.visual.transformer": "vision_model",

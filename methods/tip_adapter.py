@@ -20,68 +20,14 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from clip_min import UserError
 from methods.base import TrainingSettings
-from methods.zero_shot import TemplateSettings, ZeroShot
+from methods.support import WithSupport
+from methods.zero_shot import TemplateSettings
 
 ALPHAS = [0.0] + [2.0 ** (i / 2) for i in range(-6, 15)]  # 0, 1/8 … 128
 BETAS = [2.0 ** (i / 2) for i in range(-4, 15)]  # 1/4 … 128
-
-
-class WithSupport(ZeroShot):
-    """A method that keeps features of its training images, the support set.
-
-    support (N, E), on the unit sphere; support_labels (N,), rows of the names it was made with.
-    How many there are is known once they are there: before `remember`, none.
-    """
-
-    trains_support = False
-
-    def __init__(self, clip, classnames, template, settings):
-        super().__init__(clip, classnames, template, settings)
-        self.learned_names = list(classnames)
-        empty = torch.empty(0, clip.config.embed_dim, device=clip.device)
-        self.support = nn.Parameter(empty, requires_grad=self.trains_support)
-        self.support_labels = torch.empty(0, dtype=torch.int64, device=clip.device)
-
-    def remember(self, train, views: int = 1, augment: str = "none") -> None:
-        """Keep the features of `train`: of CLIP's own crop, or the mean of random views."""
-        if augment == "none":
-            features = F.normalize(train.features(self.clip).float(), dim=-1)  # (N, E)
-        else:
-            features = sum(self._view(train, augment) for _ in range(views)) / views
-        self.support.data = F.normalize(features, dim=-1)
-        self.support_labels = train.labels.clone()
-
-    @torch.no_grad()
-    def _view(self, train, augment: str) -> Tensor:
-        parts = torch.arange(len(train)).split(64)
-        features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
-        return F.normalize(torch.cat(features).float(), dim=-1)
-
-    def votes(self) -> Tensor:
-        """One row a support image, 1 at its class, (N, K); of a class not asked for, all zero."""
-        numbers = {name: i for i, name in enumerate(self.learned_names)}
-        mine = torch.tensor([numbers[name] for name in self.learned_names])  # a number a name
-        asked = torch.tensor([numbers.get(name, -1) for name in self.classnames])  # (K,)
-        return (mine[:, None] == asked).float().to(self.support.device)[self.support_labels]
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        return {"support": self.support, "support_labels": self.support_labels}
-
-    def load_adapter(self, state: dict[str, Tensor]) -> None:
-        """As always, but for the number of images, which is the saved one's."""
-        before = self.support.data, self.support_labels
-        count = len(state["support"]) if "support" in state else 0
-        self.support.data = self.support.new_zeros(count, self.support.shape[1])
-        self.support_labels = self.support_labels.new_zeros(count)
-        try:
-            super().load_adapter(state)
-        except UserError:
-            self.support.data, self.support_labels = before
-            raise
 
 
 @dataclass(frozen=True)

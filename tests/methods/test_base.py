@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clip_min import UserError, tokenize
 from methods import METHODS, Method, Settings, TrainingSettings
-from methods.tip_adapter import WithSupport
+from methods.support import WithSupport
 
 NAMES = ["rose", "red tulip", "ox-eye daisy", "bird of paradise"]
 OTHERS = ["sweet pea", "rose", "moon orchid"]  # one of them known, and fewer

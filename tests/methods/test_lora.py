@@ -11,7 +11,8 @@ from torch import nn
 
 from clip_min import CLIP, CONFIGS, UserError
 from methods import METHODS
-from methods.lora import GroupedLoRA, LoRA, LoRASettings, block_numbers
+from methods.grouped_lora import GroupedLoRA
+from methods.lora import LoRA, LoRASettings, block_numbers
 
 NAMES = ["rose", "red tulip", "ox-eye daisy"]
 TEMPLATE = "a photo of a {}."

@@ -13,7 +13,7 @@ import clip_min
 from fewshot import demo
 from fewshot.images import Batches, Pictures
 from methods import METHODS, TrainingSettings
-from methods.tip_adapter import WithSupport
+from methods.support import WithSupport
 
 SHORT = ("--epochs", 2, "--batch-size", 4)
 VARIANTS = {  # what a method can do beside its defaults, and whether it then names novel classes

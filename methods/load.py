@@ -1,0 +1,34 @@
+"""A run's folder, back as the method that was trained there.
+
+Runs are the experiment's (fewshot/run.py) and are only read here: config, names, learned tensors.
+"""
+
+import difflib
+
+from clip_min import CLIP, UserError
+from methods import METHODS, Method, Settings
+
+
+def described(run) -> tuple[type[Method], Settings]:
+    """The method and the settings that a run's config.json names."""
+    name = run.config["method"]
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(METHODS)}"
+        raise UserError(f"{run.path}/config.json: method {name}: unknown; {hint}")
+    try:
+        return METHODS[name], METHODS[name].Settings(**run.config["settings"])
+    except TypeError as error:
+        raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
+
+
+def trained(run, clip: CLIP, template: str = "") -> Method:
+    """The method as it was after its training, for the classes it learned from.
+
+    clip: the one it was trained on, which may get new parts. template: if not the run's own.
+    """
+    run.check_model(clip)
+    method_class, settings = described(run)
+    method = method_class(clip, run.learned, template or run.template, settings)
+    method.load_adapter(run.load_adapter())
+    return method
