@@ -88,7 +88,8 @@ def run(row: str, seeds: list[int], out: Path) -> tuple[list[dict], list[float]]
         started = time.perf_counter()
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         walls.append(time.perf_counter() - started)
-        (path,) = folder.rglob("results.json")
+        name = row.split()[0]  # disef_f1's folder has the run of its filter besides
+        (path,) = folder.rglob(f"{name}-s*/results.json")
         results.append(json.loads(path.read_text()))
     return results, walls
 
