@@ -14,7 +14,7 @@ Three things are done differently from the paper's code, with equal results:
 - of the last block's output only some tokens are ever read (the class token of an image, the
   end-of-text token of a prompt), so from its attention on it computes those tokens alone;
 - the text tower never sees padding and shares common prefixes (see prompts.py);
-- QuickGELU runs as one fused kernel.
+- QuickGELU runs as a fused kernel, its derivative too.
 """
 
 from dataclasses import dataclass
@@ -52,15 +52,33 @@ CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), and the one the demo t
 }
 
 
-def quick_gelu_(x: Tensor) -> Tensor:
-    """x·σ(1.702x), OpenAI's stand-in for GELU, as silu(1.702x) / 1.702; may overwrite x.
+class QuickGELU(torch.autograd.Function):
+    """x·σ(1.702x), OpenAI's stand-in for GELU, as silu(1.702x) / 1.702.
 
-    Equal, and one fused kernel that saves one tensor for the backward pass instead of two. These
-    tensors are the widest of all: where no gradient is asked for, everything happens in place,
-    which takes half as long as writing to new memory, a tenth of the whole image tower's time.
+    Equal, and two passes over memory fewer each way: in the derivative, silu'(1.702x), the two
+    constants cancel, which autograd does not see.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        scaled = 1.702 * x
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).div_(1.702)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (scaled,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, scaled)
+
+
+def quick_gelu_(x: Tensor) -> Tensor:
+    """QuickGELU of x, which may be overwritten.
+
+    These tensors are the widest of all: where no gradient is asked for, everything happens in
+    place, which takes half as long as writing to new memory, a tenth of the image tower's time.
     """
     if x.requires_grad:
-        return F.silu(1.702 * x).div_(1.702)
+        return QuickGELU.apply(x)
     return F.silu(x.mul_(1.702), inplace=True).div_(1.702)
 
 
