@@ -164,7 +164,7 @@ def parse(argv: list[str]) -> Plan:
     first.add_argument("--dataset")
     first.add_argument("--recipe")
     known, _ = first.parse_known_args(argv)
-    listed = "\n".join(f"  {name:<12}{m.title}" for name, m in METHODS.items())
+    listed = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
     parser = Parser(description=f"{__doc__}\nmethods:\n{listed}\n\ndata sets:\n{datasets.listed()}")
     group = parser.add_argument_group("run")
     group.add_argument("--method", help="the method to train, listed above")
