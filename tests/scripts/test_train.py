@@ -449,7 +449,7 @@ def test_help_of_a_method_shows_its_settings_with_its_defaults(script):
 def test_help_without_a_method_lists_the_methods(script):
     result = script("train", "--help")
     assert result.code == 0
-    assert "zero_shot   CLIP as it is" in result.out
+    assert "zero_shot     CLIP as it is" in result.out
     assert "--shots" in result.out
 
 
