@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -104,9 +104,6 @@ class Experiment:
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
         model = Path(self.model).stem if Path(self.model).suffix else self.model.replace("/", "-")
         return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
-
-    def config(self) -> dict:
-        return asdict(self)
 
 
 def nearest(flag: str, value: str, known) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from types import SimpleNamespace
 
 import PIL
 import pytest
@@ -362,3 +363,12 @@ def test_reading_makes_one_tensor_and_no_copy_of_it(pictures, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
     pixels = read(pictures, 32, folder=None)[1]
     assert pixels.data_ptr() in [tensor.data_ptr() for tensor in made]
+
+
+@pytest.mark.parametrize(("augment", "shape"), [("none", (3, 16)), ("crop-flip", (3, 3, 8, 8))])
+def test_a_method_on_features_is_given_images_where_they_are_augmented(augment, shape):
+    pixels = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    few = Batches(Pictures(pixels, torch.zeros(5, dtype=torch.int64)), pixels, torch.device("cpu"))
+    few.features = lambda clip: torch.zeros(5, 16)
+    method = SimpleNamespace(input="features", clip=None)
+    assert few.inputs(method, torch.tensor([0, 2, 4]), augment).shape == shape

@@ -226,3 +226,11 @@ def test_at_learning_rate_0_finetune_is_zero_shot(objective, new_clip, images):
         optimizer.step()
     with method.inference():
         torch.testing.assert_close(method(images), zero_shot)
+
+
+def test_fine_tuning_keeps_the_temperature_below_clips_limit(new_clip, images):
+    method = finetune(new_clip())
+    with torch.no_grad():
+        method.clip.logit_scale.fill_(9.0)  # e^9 = 8103
+    method.loss(images, LABELS)
+    assert method.clip.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
