@@ -10,11 +10,12 @@ Parameter names are OpenAI's, so that weights are recognisable everywhere, with 
 fused q/k/v projection is an ordinary `nn.Linear` (`attn.in_proj.weight`, theirs:
 `attn.in_proj_weight`). An adapter therefore replaces one `nn.Linear` and nothing else.
 
-Three things are done differently from the paper's code, with equal results:
+Four things are done differently from the paper's code, with equal results:
 - of the last block's output only some tokens are ever read (the class token of an image, the
   end-of-text token of a prompt), so from its attention on it computes those tokens alone;
 - the text tower never sees padding and shares common prefixes (see prompts.py);
-- QuickGELU runs as a fused kernel, its derivative too.
+- QuickGELU runs as a fused kernel, its derivative too;
+- large products run in the faster of PyTorch's libraries (see linear.py).
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_min.linear import Linear
 from clip_min.prompts import PromptTree
 
 
@@ -88,8 +90,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.in_proj = nn.Linear(width, 3 * width)  # rows: queries, keys, values
-        self.out_proj = nn.Linear(width, width)
+        self.in_proj = Linear(width, 3 * width)  # rows: queries, keys, values
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, read=None) -> Tensor:
         """x (B, T, D) -> (B, R, D): what the tokens `read` gather (None: all T of them).
@@ -110,8 +112,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(quick_gelu_(self.c_fc(x)))

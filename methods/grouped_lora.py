@@ -6,8 +6,9 @@ The equation and the shapes are explained in lora.py, which puts this layer into
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from clip_min.linear import linear
 
 
 class GroupedLoRA(nn.Module):
@@ -42,12 +43,12 @@ class GroupedLoRA(nn.Module):
         y = self.base(x)  # (..., of·D)
         if self._unmerged is not None:
             return y
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., G·R), all parts at once
+        low = linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., G·R), all parts at once
         lows = low.split(self.rank, dim=-1)  # G x (..., R)
         rows = (self.scale * self.lora_B).to(x.dtype).chunk(len(self.parts))  # G x (D, R)
         pieces = list(y.chunk(self.of, dim=-1))  # of x (..., D)
         for part, low, row in zip(self.parts, lows, rows, strict=True):
-            pieces[part] = pieces[part] + F.linear(low, row)  # (..., D)
+            pieces[part] = pieces[part] + linear(low, row)  # (..., D)
         return torch.cat(pieces, dim=-1)  # (..., of·D)
 
     def delta(self) -> Tensor:

@@ -1,0 +1,70 @@
+"""Products of a ViT-B/16 in PyTorch's two libraries: F.linear (MKL) and a convolution (oneDNN).
+
+    python bench/linear.py [--rounds 10]
+
+Each row is one linear layer of CLIP on as many tokens as it meets in practice: 16 images are 3,152,
+the prompts of 51 classes 225 to 421. "step" is forward and backward to the input, as under a frozen
+weight. Both ways give the same numbers to float rounding (the last column). See clip_min/linear.py.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from side_by_side import relative, seconds, show
+
+from clip_min import linear
+
+LAYERS = {  # name: tokens T, D, O
+    "image in_proj": (3152, 768, 2304),
+    "image out_proj": (3152, 768, 768),
+    "image c_fc": (3152, 768, 3072),
+    "image c_proj": (3152, 3072, 768),
+    "LoRA's A, image": (3152, 768, 128),
+    "text in_proj": (225, 512, 1536),
+    "text c_fc": (225, 512, 2048),
+    "demo image c_fc": (2080, 128, 512),
+    "demo text c_fc": (600, 64, 256),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    flags = parser.parse_args()
+    torch.manual_seed(0)
+    rows = [compare(name, *sizes, flags.rounds) for name, sizes in LAYERS.items()]
+    show("Linear layers, float32", rows)
+
+
+def compare(name: str, tokens: int, width: int, out: int, rounds: int) -> dict:
+    x = torch.randn(tokens, width, requires_grad=True)
+    weight, bias, upstream = torch.randn(out, width), torch.randn(out), torch.randn(tokens, out)
+
+    def forward(way):
+        with torch.no_grad():
+            return way(x, weight, bias)
+
+    def step(way):
+        return torch.autograd.grad(way(x, weight, bias), x, upstream)[0]
+
+    ways = {
+        f"{part}, {library}": lambda run=run, way=way: run(way)
+        for part, run in (("forward", forward), ("step", step))
+        for library, way in (("F.linear", F.linear), ("ours", linear.linear))
+    }
+    taken = seconds(ways, rounds)
+    return {
+        "layer": name,
+        "T x D x O": f"{tokens} x {width} x {out}",
+        "oneDNN": str(linear.convolves(x, weight)),
+        "F.linear GFLOP/s": 2e-9 * tokens * width * out / taken["forward, F.linear"],
+        "ours": 2e-9 * tokens * width * out / taken["forward, ours"],
+        "forward": f"{taken['forward, F.linear'] / taken['forward, ours']:.2f}x",
+        "step": f"{taken['step, F.linear'] / taken['step, ours']:.2f}x",
+        "differ by": max(relative(run(linear.linear), run(F.linear)) for run in (forward, step)),
+    }
+
+
+if __name__ == "__main__":
+    main()
