@@ -19,7 +19,7 @@ from pathlib import Path
 import clip as openai_clip
 import torch
 import torch.nn.functional as F
-from side_by_side import first_step_mb, relative, seconds, show
+from side_by_side import first_step_mb, products, relative, seconds, show
 from torch import nn
 
 from clip_min import CLIP, CONFIGS, CLIPConfig, tokenize
@@ -203,7 +203,7 @@ def floor(tokens: int, rate: float) -> float:
     """Seconds that the least possible arithmetic of a step takes, at `rate` operations a second.
 
     tokens x parameters of the text tower's blocks x 2 operations x 2 (forward, and backward to the
-    inputs); the rate is that of a large matrix product.
+    inputs); the rate is that of a large matrix product, by the faster of two libraries.
     """
     config = CONFIGS["ViT-B/16"]
     parameters = config.text_layers * 12 * config.text_width**2
@@ -245,8 +245,7 @@ def main() -> None:
     if flags.measure:
         measure(flags.measure, classes[0], batches[0])
         return
-    a, b = torch.randn(2, 2048, 2048)
-    rate = 2 * 2048**3 / seconds({"product": lambda: a @ b}, 5)["product"]
+    rate = 2 * 2048**3 / min(seconds(products(2048), 5).values())
     unit = {"mb": 40.0, "seconds": 0.05}  # per prompt, until this machine has shown its own
     rows = [compare(k, b, flags.rounds, unit, rate) for b in batches for k in classes]
     for row in rows:

@@ -79,8 +79,8 @@ def peft_way(state: dict, s: LoRASettings) -> nn.Module:
         peft.LoraConfig(
             r=s.image_rank,
             lora_alpha=s.image_alpha,
-            rank_pattern={"text_model": s.text_rank},
-            alpha_pattern={"text_model": s.text_alpha},
+            rank_pattern={"text_model.*": s.text_rank},
+            alpha_pattern={"text_model.*": s.text_alpha},
             target_modules=["q_proj", "k_proj", "v_proj"],
             lora_dropout=s.dropout,
         ),

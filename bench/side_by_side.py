@@ -42,6 +42,14 @@ def seconds(ways: dict[str, Callable], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def products(size: int = 4096) -> dict[str, Callable]:
+    """A large float32 matrix product as PyTorch computes it, and as our linear layers do."""
+    from clip_min.linear import linear
+
+    a, b = torch.randn(2, size, size)
+    return {"product": lambda: a @ b, "our product": lambda: linear(a, b)}
+
+
 def first_step_mb(step: Callable) -> float:
     """MB by which a first call raises this process's resident memory at its peak; Linux alone."""
     before = _status("VmRSS")
