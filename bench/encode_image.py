@@ -14,7 +14,7 @@ import clip as openai_clip
 import open_clip
 import torch
 import transformers
-from side_by_side import products, relative, seconds, show
+from side_by_side import plain, products, relative, seconds, show
 
 from clip_min import CLIP, CONFIGS
 
@@ -50,12 +50,16 @@ def main() -> None:
 
     ways = {
         "ours": lambda: ours.encode_image(images),
+        "ours, F.linear": plain(lambda: ours.encode_image(images)),
         "openai-clip": lambda: openai.encode_image(images),
         "open_clip": lambda: opened.encode_image(images),
         "transformers": lambda: hugging(pixel_values=images),
     }
     features = ways["ours"]()
-    differ = {name: relative(features, ways[name]()) for name in ("openai-clip", "open_clip")}
+    differ = {
+        name: relative(features, ways[name]())
+        for name in ("ours, F.linear", "openai-clip", "open_clip")
+    }
     taken = seconds(ways | products(), flags.rounds)
     ours_per_second = flops(config) * flags.batch / taken["ours"]
     rate, our_rate = (2 * 4096**3 / taken[product] for product in products())

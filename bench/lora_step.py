@@ -4,10 +4,10 @@
 
 Random weights (speed does not depend on them), the same ones everywhere; forward, backward and
 AdamW. "usual" is what published notebooks do: openai-clip's blocks with loralib.MergedLinear, which
-multiplies by B·A, and every prompt padded to 77 tokens. peft adapts q, k and v, which are separate
-layers there. Before timing, dropout off: logits and the gradients of all A and B of "ours" and
-"usual" are compared, at random B; peft's logits at B = 0, as it has one more part. Needs the
-`test` extra.
+multiplies by B·A, and every prompt padded to 77 tokens. peft adapts q, k and v, which are
+separate layers there. "ours, F.linear" is ours without clip_min/linear.py. Before timing, dropout
+off: logits and the gradients of all A and B of "ours" and "usual" are compared, at random B; peft's
+logits at B = 0, as it has one more part. Needs the `test` extra.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from side_by_side import relative, seconds, show
+from side_by_side import plain, relative, seconds, show
 from torch import nn
 
 from clip_min import CLIP, CONFIGS, tokenize
@@ -190,17 +190,19 @@ def main() -> None:
 
         return run
 
-    taken = seconds({name: step(name) for name in ways}, flags.rounds)
+    steps = {name: step(name) for name in ways}
+    taken = seconds({**steps, "ours, F.linear": plain(steps["ours"])}, flags.rounds)
+    differences["ours, F.linear"] = (None, None)
     rows = [
         {
             "way": name,
-            "text tokens": len(ours.prompts) if name == "ours" else tokens.numel(),
+            "text tokens": len(ours.prompts) if "ours" in name else tokens.numel(),
             "seconds": taken[name],
             "ours is faster by": taken[name] / taken["ours"],
             "logits differ by": differences[name][0],
             "gradients differ by": differences[name][1],
         }
-        for name in ways
+        for name in taken
     ]
     show(
         f"One LoRA training step, ViT-B/16, {flags.images} images, {flags.classes} prompts",

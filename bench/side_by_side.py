@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def products(size: int = 4096) -> dict[str, Callable]:
 
     a, b = torch.randn(2, size, size)
     return {"product": lambda: a @ b, "our product": lambda: linear(a, b)}
+
+
+def plain(way: Callable) -> Callable:
+    """The same, with our linear layers multiplying as F.linear does."""
+
+    def run():
+        with unittest.mock.patch("clip_min.linear.convolves", return_value=False):
+            return way()
+
+    return run
 
 
 def first_step_mb(step: Callable) -> float:
