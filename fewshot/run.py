@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from clip_min import CLIP, UserError, weights
-from clip_min.files import read_json, read_safetensors, write_safetensors, write_text
+from clip_min.files import (
+    HALF_WRITTEN,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 
 # What every config has; versions and the command stand beside them.
 KEYS = ("method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames")
@@ -61,7 +68,7 @@ class Run:
                     f"--resume: {path} was started with {difference}; "
                     "give the same flags, or start anew without --resume"
                 )
-        for half_written in path.glob(".*.????????.*"):  # by the process that was killed
+        for half_written in path.glob(HALF_WRITTEN):  # by the process that was killed
             half_written.unlink()
         log = path / "log.jsonl"
         if log.exists():
@@ -98,7 +105,7 @@ class Run:
             )
 
     def write_json(self, name: str, value: dict) -> None:
-        write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.path / name, value)
 
     def log_epoch(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
