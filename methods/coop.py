@@ -114,8 +114,8 @@ def context_tree(
 
     "end", M = 4:  [start] X X X X name . [end]      slots  -1 0 1 2 3 -1 …
     "middle":      [start] X X name X X . [end]      slots  -1 0 1 -1 … 2 3 -1 -1
-    Slots are counted from both ends of the whole prompt, because only there can no spelling of a
-    name move them. With `class_specific`, class k has the slots k·M … k·M + M - 1.
+    Names differ in length, so slots before the name are counted from the start of the prompt, and
+    those behind it from the end. With `class_specific`, class k has the slots k·M … k·M + M - 1.
     """
     before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[position]
     after = n_ctx - before

@@ -89,7 +89,10 @@ class EMDirichlet(WithSupport):
 
 
 def log_dirichlet(log_z: Tensor, alpha: Tensor) -> Tensor:
-    """Log density of points (N, D), given as logarithms, under K Dirichlets (K, D) -> (N, K)."""
+    """Log density of points (N, D), given as logarithms, under K Dirichlets (K, D) -> (N, K).
+
+    D: the simplex's corners, which in `forward` are the K classes.
+    """
     constant = alpha.sum(dim=-1).lgamma() - alpha.lgamma().sum(dim=-1)  # (K,)
     return log_z @ (alpha - 1).T + constant
 
