@@ -80,6 +80,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> "Run":
+        """A run that is there, to read; UserError if `path` is none."""
         config = read_json(path / "config.json", "a run folder has one")
         if missing := [key for key in KEYS if key not in config]:
             raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
