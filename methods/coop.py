@@ -81,8 +81,9 @@ class CoOp(LearnedContext):
             self.names_unseen = False
 
     def prompt_tree(self) -> PromptTree:
-        s = self.settings
-        return context_tree(self.classnames, s.n_ctx, s.position, s.class_specific)
+        """The prompts of the classes, with slots for the context."""
+        n_ctx, position = self.settings.n_ctx, self.settings.position
+        return context_tree(self.classnames, n_ctx, position, self.settings.class_specific)
 
     def text_features(self) -> Tensor:
         return self.prompts(self.clip, self.context)  # (K, E)

@@ -76,14 +76,15 @@ class DISEF(LoRA):
 
         Without `synthetic` all images are real ones, and alone: the loss is LoRA's.
         """
-        s = self.settings
-        cross_entropy = functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
+        lam, smoothing = self.settings.lam, self.settings.label_smoothing
+        cross_entropy = functools.partial(F.cross_entropy, label_smoothing=smoothing)
         if synthetic is None:
             return cross_entropy(self(images), labels)
         each = cross_entropy(self(images), labels, reduction="none")  # (B,)
-        return s.lam * _mean(each, ~synthetic) + (1 - s.lam) * _mean(each, synthetic)
+        return lam * _mean(each, ~synthetic) + (1 - lam) * _mean(each, synthetic)
 
     def fit(self, train, val, descend: Callable) -> None:
+        """The gradient loop; at λ = 1 on the real images alone."""
         descend(self, train.real() if self.settings.lam == 1 else train, val)
 
 
