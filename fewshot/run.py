@@ -114,6 +114,7 @@ class Run:
         write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
     def save_adapter(self, state: dict[str, Tensor]) -> None:
+        """Write what was learned, and in the header by which method, on which model."""
         made = {key: self.config[key] for key in ("method", "model", "fingerprint")}
         # One entry: safetensors writes several in any order, and equal runs leave equal bytes.
         header = {"clip_min": json.dumps(made)}
