@@ -24,7 +24,7 @@ from fewshot.transductive import Queries
 from methods import METHODS
 from methods.load import described, trained
 
-# What may differ from what a run was made with, and what --dataset other takes besides.
+# Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from clip_min.errors import UserError
 
+# The temporary files of `replacing`: what a process killed while it was writing leaves behind.
+HALF_WRITTEN = ".*.????????.*"
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
@@ -66,6 +69,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(

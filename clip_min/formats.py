@@ -11,11 +11,10 @@ that nothing is downloaded or guessed, least of all that these models use QuickG
 There is no `.pt` for `clip.load`: a state dict saved by torch is a pickle, and is not written here.
 """
 
-import json
 from pathlib import Path
 
 from clip_min.errors import UserError
-from clip_min.files import new_folder, write_safetensors, write_text
+from clip_min.files import new_folder, write_json, write_safetensors, write_text
 from clip_min.model import CLIP, CLIPConfig
 from clip_min.names import to_hugging_face, to_openai_names
 from clip_min.preprocess import MEAN, STD
@@ -36,29 +35,31 @@ def save_openai(clip: CLIP, path: str | Path) -> None:
 
 
 def save_hugging_face(clip: CLIP, folder: str | Path) -> None:
+    """Weights, sizes, preprocessing and tokenizer, in a new folder."""
     with new_folder(folder) as folder:
         # Without this header, transformers takes the file for another framework's.
         state = to_hugging_face(clip.state_dict())
         write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
-        _write_json(folder / "config.json", hugging_face_config(clip.config))
-        _write_json(folder / "preprocessor_config.json", _image_processor(clip.config.image_size))
+        write_json(folder / "config.json", hugging_face_config(clip.config))
+        write_json(folder / "preprocessor_config.json", _image_processor(clip.config.image_size))
         bpe = tokenizer()
-        _write_json(folder / "vocab.json", bpe.ids)
+        write_json(folder / "vocab.json", bpe.ids)
         merges = "".join(f"{first} {second}\n" for first, second in bpe.rank)
         write_text(folder / "merges.txt", f"#version: 0.2\n{merges}")
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
         length = {"model_max_length": clip.config.context_length}
-        _write_json(
+        write_json(
             folder / "tokenizer_config.json",
             {"tokenizer_class": "CLIPTokenizer", **special, **length},
         )
 
 
 def save_open_clip(clip: CLIP, folder: str | Path) -> None:
+    """Weights, sizes and preprocessing, in a new folder; the tokenizer is open_clip's own."""
     with new_folder(folder) as folder:
         state = to_openai_names(clip.state_dict())
         write_safetensors(folder / "open_clip_model.safetensors", state)
-        _write_json(
+        write_json(
             folder / "open_clip_config.json",
             {
                 "model_cfg": open_clip_config(clip.config),
@@ -143,7 +144,3 @@ def _image_processor(size: int) -> dict:
         "image_mean": MEAN,
         "image_std": STD,
     }
-
-
-def _write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -37,6 +37,8 @@ _IN_BLOCKS = [
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 ]
+_TO_THEIRS = dict(_BEGINNINGS + _IN_BLOCKS)
+_TO_OURS = {theirs: ours for ours, theirs in _TO_THEIRS.items()}
 _TRANSPOSED = ("visual.proj", "text_projection")  # ours (D, E), theirs (E, D)
 
 # Tensors some files carry that are not weights: sizes, the causal mask, position counters.
@@ -56,11 +58,6 @@ def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def to_openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names -> OpenAI's and open_clip's."""
-    return {name.replace("attn.in_proj.", "attn.in_proj_"): t for name, t in state.items()}
-
-
 def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ours = {}
     for name, tensor in state.items():
@@ -75,16 +72,21 @@ def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 )
             tensor = torch.cat(parts)
             name = name.replace(".self_attn.q_proj.", ".attn.in_proj.")  # (3D, D), (3D,)
-        name = _renamed(name, {theirs: ours for ours, theirs in _BEGINNINGS + _IN_BLOCKS})
+        name = _renamed(name, _TO_OURS)
         ours[name] = tensor.T if name in _TRANSPOSED else tensor
     return ours
+
+
+def to_openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> OpenAI's and open_clip's."""
+    return {name.replace("attn.in_proj.", "attn.in_proj_"): t for name, t in state.items()}
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names -> those of `transformers.CLIPModel`; the reverse of `to_our_names`."""
     theirs = {}
     for name, tensor in state.items():
-        their_name = _renamed(name, dict(_BEGINNINGS + _IN_BLOCKS))
+        their_name = _renamed(name, _TO_THEIRS)
         if ".attn.in_proj." in name:
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):  # (D, D), (D,)
                 theirs[their_name.replace(".attn.in_proj.", f".self_attn.{part}_proj.")] = rows

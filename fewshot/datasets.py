@@ -16,7 +16,7 @@ import torch
 from clip_min import UserError
 from fewshot import coop, demo
 from fewshot.folder import Parts, read_folder
-from fewshot.images import ENDINGS, Pictures  # noqa: F401 (both are part of what a data set is)
+from fewshot.images import Pictures
 from fewshot.manifest import is_manifest, read_manifest
 
 

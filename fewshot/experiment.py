@@ -77,6 +77,7 @@ class Experiment:
         return clip, task
 
     def load_dataset(self) -> datasets.Dataset:
+        """The data set that the flags name, all of it; `load` draws the task from it."""
         root, file = (
             Path(text).expanduser() if text else None for text in (self.data_root, self.split_file)
         )

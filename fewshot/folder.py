@@ -28,6 +28,7 @@ Parts = tuple[list[str], Pictures, Pictures | None, Pictures]
 
 
 def read_folder(root: Path, seed: int) -> Parts:
+    """Folders of classes, in parts or (then split by `seed`) in one tree: see above."""
     known = read_classnames(root)
     here = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
     if not {"train", "test"} <= here:

@@ -73,7 +73,7 @@ class Batches:
 
     pixels (N, 3, n, n) uint8 crops; labels (N,). `folder`: the cache of features (None: no cache).
     `precision`: in which a method computes on them, see `autocast`.
-    synthetic (N,) bool: which ones are not photos; None if all are.
+    synthetic (N,) bool: which ones gen/ painted; None if all are real.
     """
 
     def __init__(
@@ -118,7 +118,9 @@ class Batches:
         return Batches(pictures, pixels, self.device, self.folder, self.precision)
 
     def targets(self, chosen: Tensor) -> tuple[Tensor, ...]:
-        """What a loss compares logits with: labels (B,) and, if some are, which are synthetic."""
+        """What `method.loss` takes besides inputs: labels (B,) and, if any picture here is
+        synthetic, which ones of these are (B,).
+        """
         if self.synthetic is None:
             return (self.labels[chosen],)
         return self.labels[chosen], self.synthetic[chosen]
@@ -128,7 +130,9 @@ class Batches:
         return autocast(self.device, self.precision)
 
     def images(self, chosen: Tensor, augment: str = "none") -> Tensor:
-        """What the image tower reads: (B, 3, n, n), normalised, on the device."""
+        """The pictures with the numbers `chosen` (B,), as the image tower reads them: (B, 3, n, n),
+        normalised, on the device.
+        """
         pixels = self.pixels[chosen] if augment == "none" else self._crop_flip(chosen)
         if augment == "randaugment":  # after the crop, two operations of magnitude 9
             change = RandAugment(num_ops=2, magnitude=9)

@@ -44,6 +44,7 @@ def is_manifest(root: Path) -> bool:
 
 
 def read_manifest(root: Path) -> Parts:
+    """The pictures that the CSV files in root list: see above."""
     whole = root / "data.csv"
     if whole.is_file() and (root / "train.csv").is_file():
         raise UserError(f"{root}: has both data.csv and train.csv; keep one")

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from clip_min import CLIP, UserError, weights
-from clip_min.files import read_json, read_safetensors, write_safetensors, write_text
+from clip_min.files import (
+    HALF_WRITTEN,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 
 # What every config has; versions and the command stand beside them.
 KEYS = ("method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames")
@@ -61,7 +68,7 @@ class Run:
                     f"--resume: {path} was started with {difference}; "
                     "give the same flags, or start anew without --resume"
                 )
-        for half_written in path.glob(".*.????????.*"):  # by the process that was killed
+        for half_written in path.glob(HALF_WRITTEN):  # by the process that was killed
             half_written.unlink()
         log = path / "log.jsonl"
         if log.exists():
@@ -73,6 +80,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> "Run":
+        """A run that is there, to read; UserError if `path` is none."""
         config = read_json(path / "config.json", "a run folder has one")
         if missing := [key for key in KEYS if key not in config]:
             raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
@@ -98,7 +106,7 @@ class Run:
             )
 
     def write_json(self, name: str, value: dict) -> None:
-        write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.path / name, value)
 
     def log_epoch(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
@@ -106,6 +114,7 @@ class Run:
         write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
     def save_adapter(self, state: dict[str, Tensor]) -> None:
+        """Write what was learned, and in the header by which method, on which model."""
         made = {key: self.config[key] for key in ("method", "model", "fingerprint")}
         # One entry: safetensors writes several in any order, and equal runs leave equal bytes.
         header = {"clip_min": json.dumps(made)}

@@ -26,6 +26,8 @@ from fewshot.images import Batches, Pictures, read
 
 @dataclass
 class Test:
+    """Test pictures, and the names that they are told apart by."""
+
     classnames: list[str]
     batches: Batches
 
@@ -33,8 +35,8 @@ class Test:
 @dataclass
 class Task:
     classnames: list[str]  # those that are learned: labels of train and val count in this list
-    train: Batches
-    val: Batches
+    train: Batches | None  # None, as val: the task only tests (`make_test`)
+    val: Batches | None
     tests: dict[str, Test]  # {"base", "novel"}, or {"all"}
     notes: list[str]  # what the user should know: short classes, skipped files
 
@@ -53,7 +55,8 @@ def make_task(
 ) -> Task:
     """Split `dataset` (classes: "base-novel" or "all"), draw the shots, read the pictures.
 
-    base: the base classes' numbers, if they are not the first half.
+    base: the base classes' numbers, if they are not the first half. size: pixels, the model's.
+    folder: the cache (None: none). precision: what features are computed in.
     """
     everything = range(len(dataset.classnames))
     learned = everything

@@ -2,8 +2,8 @@
 
 A method turns a batch into logits, B images by K classes. It owns its parameters and knows its
 hyperparameters, but not where images come from, how they are batched, or what is measured: that is
-the experiment's (fewshot/). To add a method, write one file like lora.py and name it in
-methods/__init__.py.
+the experiment's (fewshot/). To add a method, write one file (projection.py is a short model) and
+name it in METHODS, methods/__init__.py: train.py, eval.py and the tests then find it.
 """
 
 import contextlib
@@ -85,11 +85,17 @@ class Method(nn.Module):
 
     clip: is frozen here, and may be given new parts (LoRA); it is shared, never copied.
     classnames: K names; template: a text with one {} for the name.
+
+    A subclass calls super().__init__ first and then adds its parameters, so `prompt_tree`, called
+    from there, may read `settings` and `classnames`, but nothing that is learned.
     """
 
     title: ClassVar[str] = ""  # one line for --help
     Settings: ClassVar[type] = Settings
-    recipes: ClassVar[dict[str, dict]] = {"default": {}}  # name -> settings; the first is default
+    # Name -> settings that differ from the defaults above; the first is the one that is taken.
+    # "paper": as published; "notebook": as in the course notebook whose numbers the README quotes;
+    # "demo": for the demo model, and taken there.
+    recipes: ClassVar[dict[str, dict]] = {"default": {}}
     # What forward takes: "images"; or image "features", and images where they are augmented.
     input: ClassVar[str] = "images"
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
@@ -148,6 +154,9 @@ class Method(nn.Module):
     def fit(self, train, val, descend: Callable) -> None:
         """Learn from `train`, choosing by `val`. Default: `descend`, the gradient loop, if anything
         is learned. A method with a closed form overrides this and does not call `descend`.
+
+        Both are `Batches` (fewshot/images.py): labels (N,), features(clip) (N, E) and
+        images(chosen) (B, 3, n, n), `chosen` being B numbers of pictures.
         """
         if self.adapter_state():
             descend(self, train, val)

@@ -39,6 +39,7 @@ class Adapter(nn.Module):
 
     @property
     def ratio(self) -> Tensor | float:
+        """r, fixed or learned."""
         return self.fixed if self.free is None else self.free.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:

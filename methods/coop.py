@@ -81,8 +81,9 @@ class CoOp(LearnedContext):
             self.names_unseen = False
 
     def prompt_tree(self) -> PromptTree:
-        s = self.settings
-        return context_tree(self.classnames, s.n_ctx, s.position, s.class_specific)
+        """The prompts of the classes, with slots for the context."""
+        n_ctx, position = self.settings.n_ctx, self.settings.position
+        return context_tree(self.classnames, n_ctx, position, self.settings.class_specific)
 
     def text_features(self) -> Tensor:
         return self.prompts(self.clip, self.context)  # (K, E)
@@ -114,8 +115,8 @@ def context_tree(
 
     "end", M = 4:  [start] X X X X name . [end]      slots  -1 0 1 2 3 -1 …
     "middle":      [start] X X name X X . [end]      slots  -1 0 1 -1 … 2 3 -1 -1
-    Slots are counted from both ends of the whole prompt, because only there can no spelling of a
-    name move them. With `class_specific`, class k has the slots k·M … k·M + M - 1.
+    Names differ in length, so slots before the name are counted from the start of the prompt, and
+    those behind it from the end. With `class_specific`, class k has the slots k·M … k·M + M - 1.
     """
     before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[position]
     after = n_ctx - before

@@ -7,9 +7,10 @@ them (gen/), and LoRA on both towers (lora.py) learns from mixed, shuffled batch
     loss = λ · CE(real part of the batch) + (1 - λ) · CE(synthetic part)
 
 each a mean over its own images, 0 for a part that is empty. λ (0.8) is above 1/2 because a real
-image is worth more: a painted one may show another class, or what no photo shows. A later variant,
-DISEF-F1, makes images only of the classes that zero-shot CLIP is weak in (gen/plan.py), keeps those
-that a LoRA-tuned CLIP recognises, and trusts them less (λ 0.95).
+image is worth more: a painted one may show another class, or what no photo shows. DISEF-F1, a
+variant of a course notebook's and not published, makes images only of the classes that zero-shot
+CLIP is weak in (gen/plan.py), keeps those that a LoRA-tuned CLIP recognises, and trusts them less
+(λ 0.95).
 
 What we do differently: real and synthetic images go through the towers in one pass, not in one for
 each; at λ = 1 the synthetic ones, which weigh nothing, are left out, so that training is LoRA's on
@@ -75,14 +76,15 @@ class DISEF(LoRA):
 
         Without `synthetic` all images are real ones, and alone: the loss is LoRA's.
         """
-        s = self.settings
-        cross_entropy = functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
+        lam, smoothing = self.settings.lam, self.settings.label_smoothing
+        cross_entropy = functools.partial(F.cross_entropy, label_smoothing=smoothing)
         if synthetic is None:
             return cross_entropy(self(images), labels)
         each = cross_entropy(self(images), labels, reduction="none")  # (B,)
-        return s.lam * _mean(each, ~synthetic) + (1 - s.lam) * _mean(each, synthetic)
+        return lam * _mean(each, ~synthetic) + (1 - lam) * _mean(each, synthetic)
 
     def fit(self, train, val, descend: Callable) -> None:
+        """The gradient loop; at λ = 1 on the real images alone."""
         descend(self, train.real() if self.settings.lam == 1 else train, val)
 
 

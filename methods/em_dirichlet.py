@@ -61,35 +61,41 @@ class EMDirichlet(WithSupport):
     transductive = True
 
     def fit(self, train, val, descend) -> None:
+        """Nothing is learned; with `use_support`, training images are kept."""
         if self.settings.use_support:
             self.remember(train)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (Q, E), one task -> logits (Q, K), whose softmax is the assignment."""
-        s = self.settings
+        settings = self.settings
         text = F.normalize(self.class_features().double(), dim=-1)  # (K, E)
 
         def log_z(x: Tensor) -> Tensor:  # log of the points on the simplex, (N, K)
-            return (s.temperature * F.normalize(x.double(), dim=-1) @ text.T).log_softmax(dim=-1)
+            x = settings.temperature * F.normalize(x.double(), dim=-1)  # (N, E)
+            return (x @ text.T).log_softmax(dim=-1)
 
         query = log_z(features)  # (Q, K)
         votes = self.votes().double()  # (N, K); all zero: an image of a class not asked for
         known = votes.sum(dim=1) > 0
         points = torch.cat([query, log_z(self.support[known])])  # (Q + N, K)
-        u = query.exp()
+        u = query.exp()  # (Q, K)
         alpha = torch.ones_like(text @ text.T)  # (K, K): a row per class
-        for _ in range(s.iterations):
-            alpha = fit_dirichlets(alpha, points, torch.cat([u, votes[known]]), s.mm_steps)
-            proportions = u.mean(dim=0).clamp(min=1e-12)  # (K,)
-            logits = log_dirichlet(query, alpha) + s.balance * proportions.log()  # (Q, K)
-            u = logits.softmax(dim=-1)
-            if s.assignment == "hard":
+        for _ in range(settings.iterations):
+            weights = torch.cat([u, votes[known]])  # (Q + N, K)
+            alpha = fit_dirichlets(alpha, points, weights, settings.mm_steps)  # (1)
+            proportions = u.mean(dim=0).clamp(min=1e-12)  # (2): π, (K,)
+            logits = log_dirichlet(query, alpha) + settings.balance * proportions.log()  # (Q, K)
+            u = logits.softmax(dim=-1)  # (3)
+            if settings.assignment == "hard":
                 u = F.one_hot(u.argmax(dim=-1), u.shape[-1]).double()
         return logits.float()
 
 
 def log_dirichlet(log_z: Tensor, alpha: Tensor) -> Tensor:
-    """Log density of points (N, D), given as logarithms, under K Dirichlets (K, D) -> (N, K)."""
+    """Log density of points (N, D), given as logarithms, under K Dirichlets (K, D) -> (N, K).
+
+    D: the simplex's corners, which in `forward` are the K classes.
+    """
     constant = alpha.sum(dim=-1).lgamma() - alpha.lgamma().sum(dim=-1)  # (K,)
     return log_z @ (alpha - 1).T + constant
 

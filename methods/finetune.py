@@ -3,8 +3,10 @@
 The most flexible method and, with few images, the easiest to overfit: every weight of both towers
 moves, with a small learning rate, float32 master weights and clipped gradients, to lower
 
-    class        the cross-entropy of images over the class prompts, as every method here does, or
-    contrastive  CLIP's pretraining loss on (image, caption of its class) pairs (contrastive.py)
+    class        CE over s · norm(f)·norm(W)ᵀ, (B, K): B images by the prompts of all K classes, or
+    contrastive  CE over rows and columns of s · norm(f)·norm(W[labels])ᵀ, (B, B): B images by the
+                 B prompts of their classes, as in pretraining (contrastive.py); proposed by Goyal
+                 et al., "Finetune Like You Pretrain", arXiv:2212.00638
 
 What may move is chosen by `--train`: both towers, one of them, or the last N blocks of each with
 what comes after them. The adapter it saves is all of these weights.
@@ -50,7 +52,8 @@ class Finetune(Method):
             clip.get_parameter(name).requires_grad_()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():  # CLIP's own limit on the temperature: logits of 100 cosines at most
+        """images (B, 3, n, n), labels (B,) -> scalar."""
+        with torch.no_grad():  # as in CLIP's pretraining: s stays at 100 or below
             self.clip.logit_scale.clamp_(max=math.log(100))
         if self.settings.objective == "class":
             return super().loss(images, labels)

@@ -6,7 +6,8 @@ arXiv:2405.18541; with both towers at their own rank: da Costa et al. (DISEF), a
 
 A frozen projection y = x·Wᵀ of width D gains a product of two thin matrices,
 
-    y = x·Wᵀ + s · drop(x)·Aᵀ·Bᵀ        A (R, D), B (D, R), R << D, s = α/R
+    y = x·Wᵀ + s · drop(x)·Aᵀ·Bᵀ        A (R, D), B (D, R), R << D
+                                        s = α/R here, not CLIP's logit scale
 
 A starts random and B at zero, so training starts at exactly zero-shot CLIP. CLIP fuses queries,
 keys and values in one W of 3D rows; the correction is *grouped*: each chosen part has its own A and
@@ -16,8 +17,8 @@ B, stacked, and part g of the product is added to the rows of that part alone:
     Δ  (3D, D)    s·B_q·A_q | 0 | s·B_v·A_v
 
 What we do differently: the published code of both papers forms B·A (D x D) in every step and every
-projection; here x·Aᵀ is multiplied by Bᵀ, which costs R/D of that and is the same number. The
-product is formed once, by `merge`, an explicit call, for evaluation or export.
+projection and multiplies x by it; here x·Aᵀ is multiplied by Bᵀ, which is the same number for less
+than 2R/D of the multiplications. B·A is formed once, by `merge`, for evaluation or export.
 """
 
 import contextlib

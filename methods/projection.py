@@ -65,6 +65,7 @@ class Projection(ZeroShot):
         return self.clip.logits(*self.project(x))
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x as in `forward`, labels (B,) -> scalar: cross-entropy over classes, or over pairs."""
         if self.settings.objective == "class":
             return super().loss(x, labels)
         images, texts = self.project(x)

@@ -26,7 +26,9 @@ class WithSupport(ZeroShot):
         self.support_labels = nn.Parameter(labels, requires_grad=False)
 
     def remember(self, train, views: int = 1, augment: str = "none") -> None:
-        """Keep the features of `train`: of CLIP's own crop, or the mean of random views."""
+        """Keep the features of `train` (see `Method.fit`): of CLIP's own crop, or, with `augment`,
+        the mean over random views.
+        """
         if augment == "none":
             features = F.normalize(train.features(self.clip).float(), dim=-1)  # (N, E)
         else:
@@ -36,6 +38,7 @@ class WithSupport(ZeroShot):
 
     @torch.no_grad()
     def _view(self, train, augment: str) -> Tensor:
+        """Features (N, E) of one random view of each picture, on the unit sphere."""
         parts = torch.arange(len(train)).split(64)
         features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
         return F.normalize(torch.cat(features).float(), dim=-1)
@@ -43,9 +46,10 @@ class WithSupport(ZeroShot):
     def votes(self) -> Tensor:
         """One row a support image, 1 at its class, (N, K); of a class not asked for, all zero."""
         numbers = {name: i for i, name in enumerate(self.learned_names)}
-        mine = torch.tensor([numbers[name] for name in self.learned_names])  # a number a name
+        learned = torch.tensor([numbers[name] for name in self.learned_names])  # alike if names are
         asked = torch.tensor([numbers.get(name, -1) for name in self.classnames])  # (K,)
-        return (mine[:, None] == asked).float().to(self.support.device)[self.support_labels]
+        rows = (learned[:, None] == asked).float()  # one-hot, a row for each learned class
+        return rows.to(self.support.device)[self.support_labels]  # (N, K)
 
     def adapter_state(self) -> dict[str, Tensor]:
         return {"support": self.support, "support_labels": self.support_labels}

@@ -92,7 +92,7 @@ class ZeroShot(Method):
         return cls(clip, classnames, template, cls.Settings())
 
     def set_classes(self, classnames: list[str]) -> None:
-        self._text = None
+        self._text = None  # features of the classes it had before
         super().set_classes(classnames)
 
     def prompt_tree(self) -> PromptTree:

@@ -12,6 +12,7 @@ import torchvision.datasets
 
 from clip_min import UserError
 from fewshot import datasets, demo
+from fewshot.images import ENDINGS
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_pictures_in_subfolders_count_and_other_or_hidden_files_do_not(tree, noi
     ]
 
 
-@pytest.mark.parametrize("ending", sorted(datasets.ENDINGS))
+@pytest.mark.parametrize("ending", sorted(ENDINGS))
 def test_every_ending_is_found_in_either_case(tree, ending):
     root = tree({"train/a": 0, "train/b": 1, "test/a": 1, "test/b": 1})
     for name in (f"x{ending}", f"y{ending.upper()}"):
