@@ -54,8 +54,10 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
             done = epoch * steps + i
             if done == total:
                 break
-            progress = done / total if s.schedule == "step" else epoch / epochs
-            lr = s.warmup_lr if epoch < s.warmup_epochs else cosine(s.lr, s.min_lr, progress)
+            if s.schedule == "step":
+                lr = learning_rate(s, done, total, s.warmup_epochs * steps)
+            else:
+                lr = learning_rate(s, epoch, epochs, s.warmup_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with train.autocast():
@@ -107,6 +109,18 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
     run.save_adapter(best)
     method.eval()
     return at["seconds"]
+
+
+def learning_rate(s, now: int, end: int, warm: int) -> float:
+    """The rate at `now` of `end`, of which `warm` are the warm-up: all in epochs, or all in steps.
+
+    constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever.
+    linear, as VPT's code has it: the cosine fills the time that is left.
+    """
+    if now < warm:
+        return s.warmup_lr + (now / warm * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0)
+    length = end - warm if s.warmup == "linear" else end
+    return cosine(s.lr, s.min_lr, (now - warm) / length)
 
 
 def cosine(peak: float, end: float, progress: float) -> float:
