@@ -60,6 +60,9 @@ class TrainingSettings(Settings):
     ] = "constant"
     warmup_lr: Annotated[float, "learning rate of these, or of the first"] = 1e-5
     patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 3
+    keep: Annotated[Literal["best", "last"], "epoch that is kept: best on validation, or last"] = (
+        "best"
+    )
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     augment: Annotated[

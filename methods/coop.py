@@ -32,6 +32,7 @@ PUBLISHED = {  # how CoOp's and CoCoOp's papers train: nothing is chosen on vali
     "warmup_epochs": 1,
     "warmup_lr": 1e-5,
     "patience": 0,
+    "keep": "last",
     "augment": "crop-flip",
 }
 

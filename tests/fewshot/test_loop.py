@@ -118,6 +118,7 @@ def test_the_paper_recipes_of_coop_and_cocoop_warm_up_as_coops_code(method):
     cosines = rates(dataclasses.replace(s, warmup_epochs=0))
     assert rates(s) == [1e-5, *cosines[:-1]]
     assert cosines[0] == 2e-3
+    assert s.keep == "last"
 
 
 @pytest.mark.parametrize(("kind", "second"), [("constant", 0.002), ("linear", 0.004)])
@@ -270,6 +271,20 @@ def test_the_weights_with_the_best_validation_accuracy_are_left_and_saved(
     assert not method.training
 
 
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 5), (2, 4)])
+def test_keep_last_leaves_and_saves_the_weights_of_the_last_epoch(
+    patience, epochs, train, val, run, scripted, capsys
+):
+    method = Toy(settings(epochs=5, keep="last", patience=patience))
+    seen = scripted(method, [10, 50, 30, 40, 20])
+    descend(method, train, val, run, seed=1)
+    assert len(seen) == epochs
+    assert not equal(seen[-1], seen[1])
+    assert equal(method.weights(), seen[-1])
+    assert equal(run.load_adapter(), seen[-1])
+    assert ("; epoch 4 is kept" in capsys.readouterr().out) == (epochs == 4)
+
+
 @pytest.mark.parametrize(
     ("patience", "accuracies", "epochs"),
     [
@@ -398,7 +413,8 @@ def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "augment"), [("adamw", "crop-flip"), ("sgd", "none"), ("adamw", "randaugment")]
+    ("optimizer", "augment", "keep"),
+    [("adamw", "crop-flip", "best"), ("sgd", "none", "last"), ("adamw", "randaugment", "best")],
 )
 @pytest.mark.parametrize(
     "kill",
@@ -413,10 +429,10 @@ def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
     ],
 )
 def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(
-    kill, augment, optimizer, train, val, tmp_path, monkeypatch
+    kill, augment, optimizer, keep, train, val, tmp_path, monkeypatch
 ):
-    warm = {"warmup_epochs": 2, "warmup": "linear"}
-    s = settings(epochs=5, augment=augment, optimizer=optimizer, schedule="step", **warm)
+    more = {"warmup_epochs": 2, "warmup": "linear", "keep": keep}
+    s = settings(epochs=5, augment=augment, optimizer=optimizer, schedule="step", **more)
     whole = train_to_the_end(tmp_path / "whole", s, "", monkeypatch, train, val)
     resumed = train_to_the_end(tmp_path / "resumed", s, kill, monkeypatch, train, val)
     assert equal(resumed.weights(), whole.weights())
