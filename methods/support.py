@@ -28,7 +28,7 @@ class WithSupport(ZeroShot):
     def remember(self, train, views: int = 1, augment: str = "none") -> None:
         """Keep the features of `train`: of CLIP's own crop, or the mean of random views."""
         if augment == "none":
-            features = F.normalize(train.features(self.clip).float(), dim=-1)  # (N, E)
+            features = train.features(self.clip).float()  # (N, E)
         else:
             features = sum(self._view(train, augment) for _ in range(views)) / views
         self.support.data = F.normalize(features, dim=-1)
@@ -37,8 +37,9 @@ class WithSupport(ZeroShot):
     @torch.no_grad()
     def _view(self, train, augment: str) -> Tensor:
         parts = torch.arange(len(train)).split(64)
-        features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
-        return F.normalize(torch.cat(features).float(), dim=-1)
+        with train.autocast():
+            features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
+        return torch.cat(features).float()  # (N, E), not normalised, as published
 
     def votes(self) -> Tensor:
         """One row a support image, 1 at its class, (N, K); of a class not asked for, all zero."""

@@ -20,6 +20,7 @@ import clip_min
 import train as train_script
 from clip_min import UserError
 from fewshot import demo
+from methods import METHODS
 
 BASE, NOVEL = ["amber_lily", "blue-bell", "cyan lotus"], ["dark-iris", "egg flower"]
 HERE = "noise/tiny/lora-s4-seed1"
@@ -472,6 +473,13 @@ def test_the_recipe_follows_from_the_model_and_flags_win_over_it(argv, recipe, l
     assert (plan.method, plan.recipe) == ("lora", recipe)
     assert (plan.settings.lr, experiment.model) == (lr, model)
     assert (plan.out, plan.resume) == (Path("runs"), False)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if hasattr(METHODS[m].Settings, "augment")])
+def test_whatever_augments_can_do_it_in_every_way(method):
+    for augment in ("none", "crop-flip", "randaugment"):
+        plan = train_script.parse(["--method", method, "--augment", augment])
+        assert plan.settings.augment == augment
 
 
 def test_a_recipe_that_a_method_lacks_is_an_error():
