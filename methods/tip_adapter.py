@@ -113,5 +113,7 @@ class TipAdapterF(TipAdapter):
     def fit(self, train, val, descend) -> None:
         """Start from Tip-Adapter's keys, α and β; train the keys; choose α and β again."""
         super().fit(train, val, descend)
+        if self.settings.alpha < 0 and self.alpha == 0:
+            self.alpha.fill_(1.0)  # with no votes at all, the keys would have no gradient
         descend(self, train, val)
         self.search(val)

@@ -169,6 +169,22 @@ def test_after_training_the_keys_alpha_and_beta_are_searched_again(new_clip, pic
     assert last != pytest.approx(seen["first"])
 
 
+@pytest.mark.parametrize("asked", [-1.0, 0.0])
+def test_keys_are_trained_even_where_their_votes_did_not_help_yet(asked, new_clip, pictures):
+    """Zero-shot is right about all of validation: the search says α = 0. An α asked for stays."""
+    method, train = tip(new_clip(), TipAdapterF, alpha=asked), draw(16, 1)
+    val = pictures(method.class_features(), [0, 1, 2, 3])
+    moved = []
+
+    def descend(same, *given):
+        method.loss(*train).backward()
+        moved.append(bool(method.support.grad.abs().max() > 0))
+
+    method.fit(pictures(*train), val, descend)
+    assert moved == [asked < 0]
+    assert method.alpha == 0  # the search after training goes by validation again
+
+
 @pytest.mark.parametrize("kind", [TipAdapter, TipAdapterF])
 def test_an_adapter_of_another_number_of_images_loads(kind, new_clip, pictures):
     queries, _ = draw(7, 2)
