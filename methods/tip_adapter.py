@@ -9,7 +9,7 @@ labels, one-hot, are values (N, K). With f an image's feature on the unit sphere
 so every key votes for its class, the more the nearer it is: β is how sharply, α how much votes
 count beside zero-shot CLIP. `tip_adapter` learns nothing by gradients; `tip_adapter_f` then trains
 the keys. α and β come from a grid, by accuracy on validation (the published code searches on the
-test set).
+test set of ImageNet, and chooses the epoch of the trained keys on any test set).
 
 Classes without training images get no votes: among the novel names Tip-Adapter is zero-shot CLIP.
 
