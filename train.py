@@ -160,8 +160,9 @@ def lora_run(experiment: Experiment, out: Path) -> Path:
     path = out / experiment.folder("lora")
     if experiment.dataset == "demo" and not (path / "results.json").exists():
         print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
-        flags = [f"--{key}={getattr(experiment, key)}" for key in ("model", "shots", "seed")]
-        flags += [f"--{key}={getattr(experiment, key)}" for key in ("classes", "device")]
+        same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision")
+        same += ("device",)
+        flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same]
         main(["--method", "lora", *flags, "--out", str(out)])
     return path
 

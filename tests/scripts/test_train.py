@@ -518,6 +518,19 @@ def test_whatever_augments_can_do_it_in_every_way(method):
         assert plan.settings.augment == augment
 
 
+def test_the_lora_run_that_filters_is_the_same_experiment(tmp_path, monkeypatch):
+    other = ("--seed", "3", "--shots", "2", "--precision", "bf16", "--template", "one {}")
+    (own,) = train_script.parse(
+        ["--method", "disef_f1", *other, "--base-classes", str(tmp_path / "base.txt")]
+    ).experiments
+    asked = []
+    monkeypatch.setattr(train_script, "main", asked.append)
+    path = train_script.lora_run(own, tmp_path)
+    plan = train_script.parse(asked[0])
+    assert plan.experiments == [own]
+    assert plan.out / plan.experiments[0].folder(plan.method) == path
+
+
 def test_a_recipe_that_a_method_lacks_is_an_error():
     with pytest.raises(UserError, match="--recipe paper: unknown; known are default"):
         train_script.parse(["--method", "zero_shot", "--recipe", "paper"])
