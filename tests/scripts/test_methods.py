@@ -117,6 +117,26 @@ def test_pictures_are_classified_among_any_names(method, run, script, data):
     assert sum(float(percent) for percent, _ in shown) == pytest.approx(100, abs=0.02)
 
 
+@pytest.mark.parametrize("method", ["linear_probe", "tip_adapter", "tip_adapter_f", "em_dirichlet"])
+def test_what_starts_from_its_images_alone_takes_no_other_start(
+    method, run, script, data, model, tmp_path, is_one_line
+):
+    made = run(method).path
+    where = (
+        "--dataset",
+        "folder",
+        "--data-root",
+        data,
+        "--model",
+        model,
+        "--out",
+        tmp_path / "two",
+    )
+    result = script("train", "--method", method, *where, "--init-from", made)
+    assert is_one_line(result, f"--init-from {made}", "from the training images")
+    assert not (tmp_path / "two").exists()
+
+
 def test_templates_that_cannot_be_are_one_line(script, data, model, tmp_path, is_one_line):
     where = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
     for method in ("zero_shot", "clip_adapter"):
