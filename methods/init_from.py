@@ -32,7 +32,7 @@ from methods.support import WithSupport
 
 # Settings that say what tensors mean, beyond their shapes.
 MEANING = ("image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks")
-MEANING += ("scaling", "n_ctx", "position", "class_specific")
+MEANING += ("scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation")
 OUR_TOWER = {"image": "clip.visual.transformer", "text": "clip.transformer"}
 
 # tower, block, part (of q, k, v, o) -> its A (R, D) and B (D, R)
