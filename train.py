@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from clip_min import UserError, weights
+from clip_min import CLIP, UserError, weights
 from clip_min.files import write_text
 from fewshot import cache, datasets, grid
 from fewshot.experiment import Experiment, evaluate, nearest, peak_memory_mb, run_script
@@ -26,7 +26,7 @@ from fewshot.report import save_curves, table
 from fewshot.run import Run, provenance, read_json
 from fewshot.transductive import Queries
 from generate import add_synthetic
-from methods import METHODS, Settings
+from methods import METHODS, Method, Settings
 from methods.disef import DISEFSettings
 from methods.init_from import load_into
 
@@ -69,6 +69,10 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         f"{len(task.classnames)} classes to learn from {len(task.train)} images "
         f"({len(task.val)} for validation); test images: {tested}"
     )
+    fingerprint = weights.fingerprint(clip)
+    with torch.device("meta"):  # a CLIP without weights: settings it cannot have are told at once
+        empty = CLIP(clip.config)
+    new_method(plan, empty, task.classnames, experiment.template, plan.settings, fingerprint)
     settings, synthetic = plan.settings, {}
     if isinstance(settings, DISEFSettings):
         filter = lora_run(experiment, plan.out) if settings.filter == "lora" else settings.filter
@@ -82,7 +86,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         "settings": asdict(settings),
         "experiment": asdict(experiment),
         "model": experiment.model,
-        "fingerprint": weights.fingerprint(clip),
+        "fingerprint": fingerprint,
         "init_from": str(plan.init_from) if plan.init_from else None,
         "classnames": {part: test.classnames for part, test in task.tests.items()},
         **provenance(),
@@ -100,9 +104,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     zero_shot = evaluate(unadapted, task, queries)  # first: some methods add parts to this CLIP
 
     torch.manual_seed(experiment.seed)
-    method = METHODS[plan.method](clip, task.classnames, experiment.template, settings)
-    if plan.init_from:
-        load_into(method, plan.init_from, config["fingerprint"])
+    method = new_method(plan, clip, task.classnames, experiment.template, settings, fingerprint)
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     started = time.perf_counter()
@@ -132,6 +134,14 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     return results
 
 
+def new_method(plan: Plan, clip: CLIP, classnames, template, settings, fingerprint) -> Method:
+    """The method before its training, which starts at random or from the adapter of --init-from."""
+    method = METHODS[plan.method](clip, classnames, template, settings)
+    if plan.init_from:
+        load_into(method, plan.init_from, fingerprint)
+    return method
+
+
 def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
     """Mean and spread over the seeds: a table, a JSON file and a plot, beside the runs."""
     summary = {"method": plan.method, "recipe": plan.recipe, **grid.summarise(results)}
@@ -150,8 +160,9 @@ def lora_run(experiment: Experiment, out: Path) -> Path:
     path = out / experiment.folder("lora")
     if experiment.dataset == "demo" and not (path / "results.json").exists():
         print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
-        flags = [f"--{key}={getattr(experiment, key)}" for key in ("model", "shots", "seed")]
-        flags += [f"--{key}={getattr(experiment, key)}" for key in ("classes", "device")]
+        same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision")
+        same += ("device",)
+        flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same]
         main(["--method", "lora", *flags, "--out", str(out)])
     return path
 

@@ -1,7 +1,8 @@
 """The gradient loop: AdamW or SGD, cosine, early stopping on validation, a way back after a kill.
 
 It is handed a method and knows nothing of what the method is: it lowers `method.loss` by changing
-the tensors of `method.adapter_state()`, and keeps those with the best validation accuracy.
+the tensors of `method.adapter_state()`, and keeps those of the epoch with the best validation
+accuracy or, where a paper does without validation, of the last.
 """
 
 import functools
@@ -19,7 +20,7 @@ from fewshot.run import Run
 
 
 def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: bool = False):
-    """Train `method` on `train`, leave it with its best tensors by accuracy on `val`.
+    """Train `method` on `train`, leave it with its tensors of the best epoch on `val`, or the last.
 
     Everything random follows from `seed` and, for dropout and augmentation, from torch's global
     generator, whose state is saved with each epoch: a resumed run ends in the same bits.
@@ -38,11 +39,11 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
     # fp16 has no small numbers: the loss is multiplied so that gradients do not vanish.
     scaler = torch.amp.GradScaler(train.device.type, enabled=train.precision == "fp16")
 
-    best = {name: tensor.detach().clone() for name, tensor in learned.items()}  # copies, not views
+    kept = {name: tensor.detach().clone() for name, tensor in learned.items()}  # copies, not views
     at = {"epoch": 0, "best_val": -1.0, "best_epoch": 0, "seconds": 0.0, "stopped": ""}
     if resume and (saved := run.load_resume()):
         tensors, at = saved
-        best = _restore(tensors, learned, optimizer)
+        kept = _restore(tensors, learned, optimizer)
         scaler.load_state_dict(at.get("scaler", {}))
     bar = tqdm(total=total, initial=at["epoch"] * steps, unit="step", disable=None)
     while at["epoch"] < epochs and not at["stopped"]:
@@ -54,8 +55,10 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
             done = epoch * steps + i
             if done == total:
                 break
-            progress = done / total if s.schedule == "step" else epoch / epochs
-            lr = s.warmup_lr if epoch < s.warmup_epochs else cosine(s.lr, s.min_lr, progress)
+            if s.schedule == "step":
+                lr = learning_rate(s, done, total, s.warmup_epochs * steps)
+            else:
+                lr = learning_rate(s, epoch, epochs, s.warmup_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with train.autocast():
@@ -84,10 +87,11 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
         val_accuracy = accuracy(logits, val.labels.cpu())
         if val_accuracy > at["best_val"]:
             at["best_val"], at["best_epoch"] = val_accuracy, at["epoch"]
-            best = {name: tensor.detach().clone() for name, tensor in learned.items()}
-            run.save_adapter(best)
         elif s.patience and at["epoch"] - at["best_epoch"] >= s.patience:
             at["stopped"] = f"no better validation accuracy in {s.patience} epochs"
+        if s.keep == "last" or at["best_epoch"] == at["epoch"]:
+            kept = {name: tensor.detach().clone() for name, tensor in learned.items()}
+            run.save_adapter(kept)
         at["seconds"] += time.perf_counter() - started
         mean = sum(losses) / len(losses)
         run.log_epoch(
@@ -95,18 +99,31 @@ def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: b
         )
         if scaler.is_enabled():
             at["scaler"] = scaler.state_dict()
-        run.save_resume(_snapshot(learned, best, optimizer), at)
+        run.save_resume(_snapshot(learned, kept, optimizer), at)
         bar.write(
             f"epoch {at['epoch']:3d}/{epochs}  loss {mean:7.4f}  val {val_accuracy:6.2f}  "
             f"{at['seconds']:6.1f} s"
         )
     bar.close()
     if at["stopped"]:
-        print(f"stopped: {at['stopped']}; epoch {at['best_epoch']} is kept")
-    method.load_adapter(best)
-    run.save_adapter(best)
+        epoch = at["best_epoch"] if s.keep == "best" else at["epoch"]
+        print(f"stopped: {at['stopped']}; epoch {epoch} is kept")
+    method.load_adapter(kept)
+    run.save_adapter(kept)
     method.eval()
     return at["seconds"]
+
+
+def learning_rate(s, now: int, end: int, warm: int) -> float:
+    """The rate at `now` of `end`, of which `warm` are the warm-up: all in epochs, or all in steps.
+
+    constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever.
+    linear, as VPT's code has it: the cosine fills the time that is left.
+    """
+    if now < warm:
+        return s.warmup_lr + (now / warm * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0)
+    length = end - warm if s.warmup == "linear" else end
+    return cosine(s.lr, s.min_lr, (now - warm) / length)
 
 
 def cosine(peak: float, end: float, progress: float) -> float:
@@ -118,10 +135,10 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(1_000_003 * seed + epoch)
 
 
-def _snapshot(learned: dict, best: dict, optimizer) -> dict[str, Tensor]:
+def _snapshot(learned: dict, kept: dict, optimizer) -> dict[str, Tensor]:
     """All tensors the next epoch depends on."""
     tensors = {f"learned/{name}": tensor for name, tensor in learned.items()}
-    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    tensors |= {f"kept/{name}": tensor for name, tensor in kept.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
     tensors["random/cpu"] = torch.get_rng_state()
@@ -132,7 +149,7 @@ def _snapshot(learned: dict, best: dict, optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _restore(tensors: dict[str, Tensor], learned: dict, optimizer) -> dict[str, Tensor]:
-    """The reverse of `_snapshot`; returns the best tensors."""
+    """The reverse of `_snapshot`; returns the tensors that are kept."""
     state = optimizer.state_dict()
     for name, tensor in tensors.items():
         kind, rest = name.split("/", 1)
@@ -146,4 +163,4 @@ def _restore(tensors: dict[str, Tensor], learned: dict, optimizer) -> dict[str, 
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     device = next(iter(learned.values())).device
-    return {name: tensors[f"best/{name}"].to(device) for name in learned}
+    return {name: tensors[f"kept/{name}"].to(device) for name in learned}

@@ -2,7 +2,7 @@
 
     config.json          all settings, the command, versions, git commit
     log.jsonl            a line an epoch
-    adapter.safetensors  what was learned, best on validation, and nothing else
+    adapter.safetensors  what was learned (--keep: at which epoch), and nothing else
     resume.safetensors   all that the next epoch depends on (resume.json: its header, to read)
     results.json         base, novel, HM, zero-shot beside them, per class
     curves.png           loss and validation accuracy

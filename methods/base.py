@@ -54,9 +54,15 @@ class TrainingSettings(Settings):
         "epoch"
     )
     min_lr: Annotated[float, "learning rate at the end of the cosine"] = 0.0
-    warmup_epochs: Annotated[int, "first epochs, at a constant rate"] = 0
-    warmup_lr: Annotated[float, "learning rate of these"] = 1e-5
+    warmup_epochs: Annotated[int, "first epochs, before the cosine starts at its peak"] = 0
+    warmup: Annotated[
+        Literal["constant", "linear"], "in these the rate is --warmup-lr, or rises from it to --lr"
+    ] = "constant"
+    warmup_lr: Annotated[float, "learning rate of these, or of the first"] = 1e-5
     patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 3
+    keep: Annotated[Literal["best", "last"], "epoch that is kept: best on validation, or last"] = (
+        "best"
+    )
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     augment: Annotated[

@@ -32,6 +32,7 @@ PUBLISHED = {  # how CoOp's and CoCoOp's papers train: nothing is chosen on vali
     "warmup_epochs": 1,
     "warmup_lr": 1e-5,
     "patience": 0,
+    "keep": "last",
     "augment": "crop-flip",
 }
 
@@ -77,7 +78,9 @@ class CoOp(LearnedContext):
     def __init__(self, clip, classnames, template, settings: CoOpSettings):
         super().__init__(clip, classnames, template, settings)
         if settings.class_specific:
-            self.context = nn.Parameter(self.context.repeat(len(classnames), 1))  # (K·M, D)
+            # Anew for each class: vectors that start at random start apart, as published.
+            each = [initial_context(clip, settings.n_ctx, settings.ctx_init) for _ in classnames]
+            self.context = nn.Parameter(torch.cat(each))  # (K·M, D)
             self.names_unseen = False
 
     def prompt_tree(self) -> PromptTree:

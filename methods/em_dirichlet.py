@@ -13,8 +13,9 @@ start at z_n, and in turn
 With λ = 1 and soft assignments this is the EM algorithm for a mixture of Dirichlets, with mixing
 proportions π. That splits a batch into too many classes, as a Dirichlet fitted to two images suits
 them better than any other; a larger λ prefers fewer. Its default, like the few steps of (1), was
-chosen on the demo task's validation images. Where training images are given (`--use-support`), they
-join (1) with their known labels. A class that no image is left in keeps its α.
+chosen on the demo task's validation images; the published code takes K/5, rounded down, which for
+the halves of that task is the same 10. Where training images are given (`--use-support`), they join
+(1) with their known labels. A class that no image is left in keeps its α.
 
 Labels are a batch's, not an image's: the same image may be named differently in other company. So
 this is reported over tasks of some classes' images, apart from methods that see one image a time.

@@ -26,11 +26,13 @@ from torch import Tensor
 from clip_min import UserError
 from clip_min.files import read_json, read_safetensors
 from methods.base import Method
+from methods.linear_probe import LinearProbe
 from methods.lora import LoRA, block_numbers
+from methods.support import WithSupport
 
 # Settings that say what tensors mean, beyond their shapes.
 MEANING = ("image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks")
-MEANING += ("scaling", "n_ctx", "position", "class_specific")
+MEANING += ("scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation")
 OUR_TOWER = {"image": "clip.visual.transformer", "text": "clip.transformer"}
 
 # tower, block, part (of q, k, v, o) -> its A (R, D) and B (D, R)
@@ -43,6 +45,11 @@ def load_into(method: Method, path: Path, fingerprint: str) -> None:
     fingerprint: that of the CLIP under `method`, before it was given new parts.
     """
     try:
+        if isinstance(method, LinearProbe | WithSupport):
+            raise UserError(
+                f"{path}: {type(method).__name__} takes all it learns from the training images, "
+                "wherever it starts; drop the flag, or test that run with eval.py"
+            )
         state, settings = read(path, method, fingerprint)
         differ = [k for k in MEANING if k in settings and not _same(method, k, settings[k])]
         if differ:

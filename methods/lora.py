@@ -71,6 +71,7 @@ class LoRA(Method):
             "schedule": "step",
             "min_lr": 1e-6,
             "patience": 0,
+            "keep": "last",
             "augment": "crop-flip",
         },
         "demo": {"lr": 2e-3, "image_rank": 16, "image_alpha": 16.0, "text_alpha": 16.0},

@@ -30,7 +30,7 @@ class WithSupport(ZeroShot):
         the mean over random views.
         """
         if augment == "none":
-            features = F.normalize(train.features(self.clip).float(), dim=-1)  # (N, E)
+            features = train.features(self.clip).float()  # (N, E)
         else:
             features = sum(self._view(train, augment) for _ in range(views)) / views
         self.support.data = F.normalize(features, dim=-1)
@@ -40,8 +40,9 @@ class WithSupport(ZeroShot):
     def _view(self, train, augment: str) -> Tensor:
         """Features (N, E) of one random view of each picture, on the unit sphere."""
         parts = torch.arange(len(train)).split(64)
-        features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
-        return F.normalize(torch.cat(features).float(), dim=-1)
+        with train.autocast():
+            features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
+        return torch.cat(features).float()  # (N, E), not normalised, as published
 
     def votes(self) -> Tensor:
         """One row a support image, 1 at its class, (N, K); of a class not asked for, all zero."""

@@ -56,6 +56,8 @@ class VPT(ZeroShot):
             "weight_decay": 1e-3,
             "epochs": 100,
             "warmup_epochs": 10,
+            "warmup": "linear",
+            "warmup_lr": 0.0,
             "batch_size": 64,
             "patience": 0,
         },

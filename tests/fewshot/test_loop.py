@@ -1,5 +1,6 @@
 """The loop is plain gradient descent, keeps the best, and survives being killed, all to the bit."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from fewshot import loop
 from fewshot.images import Batches, Pictures
-from fewshot.loop import cosine, descend
+from fewshot.loop import cosine, descend, learning_rate
 from fewshot.run import Run
-from methods import Method, TrainingSettings
+from methods import METHODS, Method, TrainingSettings
 
 CLASSES = 3
 CONFIG = dict.fromkeys(
@@ -89,6 +90,43 @@ def test_cosine_is_torchs_cosine_annealing(peak, end, steps):
         torchs.step()
 
 
+def recipe(method: str, name: str) -> TrainingSettings:
+    return METHODS[method].Settings(**METHODS[method].recipes[name])
+
+
+def rates(s: TrainingSettings) -> list[float]:
+    return [learning_rate(s, epoch, s.epochs, s.warmup_epochs) for epoch in range(s.epochs)]
+
+
+def test_the_paper_recipe_of_vpt_warms_up_as_vpts_code():
+    """lr·e/10 in epoch e of the first ten, and then half a cosine over the ninety that are left."""
+    vpt = rates(recipe("vpt", "paper"))
+    assert len(vpt) == 100
+    assert vpt[:11] == pytest.approx([0.025 * epoch for epoch in range(11)])
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.25)
+    cosines = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
+    for rate in vpt[10:]:
+        assert rate == pytest.approx(cosines.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        cosines.step()
+
+
+@pytest.mark.parametrize("method", ["coop", "cocoop"])
+def test_the_paper_recipes_of_coop_and_cocoop_warm_up_as_coops_code(method):
+    """One epoch at 1e-5, and then the first E - 1 rates of a cosine over E epochs."""
+    s = recipe(method, "paper")
+    cosines = rates(dataclasses.replace(s, warmup_epochs=0))
+    assert rates(s) == [1e-5, *cosines[:-1]]
+    assert cosines[0] == 2e-3
+    assert s.keep == "last"
+
+
+@pytest.mark.parametrize(("kind", "second"), [("constant", 0.002), ("linear", 0.004)])
+def test_a_warm_up_as_long_as_the_training_is_all_there_is(kind, second):
+    short = settings(epochs=2, warmup_epochs=4, warmup=kind, warmup_lr=0.002)
+    assert rates(short) == pytest.approx([0.002, second])
+
+
 # -------------------------------------------------------------------------- the same as by hand
 
 CASES = {
@@ -97,6 +135,8 @@ CASES = {
     "a rate per epoch": {"epochs": 5, "min_lr": 1e-3},
     "sgd": {"optimizer": "sgd"},
     "warm-up": {"warmup_epochs": 2, "warmup_lr": 1e-4, "epochs": 4},
+    "linear warm-up": {"warmup_epochs": 2, "warmup": "linear", "epochs": 4},
+    "warm-up by steps": {"warmup_epochs": 2, "warmup": "linear", "epochs": 4, "schedule": "step"},
     "clipped": {"clip_norm": 0.1},
     "steps by shots": {"steps_per_shot": 2, "schedule": "step"},
     "one batch": {"batch_size": 100},
@@ -122,9 +162,14 @@ def test_weights_equal_those_of_a_loop_by_hand_to_the_bit(case, train, val, run,
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     for done, (images, labels) in enumerate(method.given):
         epoch = done // steps
-        position = done / total if s.schedule == "step" else epoch / math.ceil(total / steps)
-        lr = s.min_lr + (s.lr - s.min_lr) * (1 + math.cos(math.pi * position)) / 2
-        optimizer.param_groups[0]["lr"] = s.warmup_lr if epoch < s.warmup_epochs else lr
+        now, end = (done, total) if s.schedule == "step" else (epoch, math.ceil(total / steps))
+        warm = s.warmup_epochs * (steps if s.schedule == "step" else 1)
+        length = end - warm if s.warmup == "linear" else end
+        lr = s.min_lr + (s.lr - s.min_lr) * (1 + math.cos(math.pi * (now - warm) / length)) / 2
+        if now < warm:
+            lr = s.warmup_lr
+            lr += now / warm * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0
+        optimizer.param_groups[0]["lr"] = lr
         logits = by_hand.linear(images.flatten(1))
         optimizer.zero_grad()
         F.cross_entropy(logits, labels).backward()
@@ -224,6 +269,20 @@ def test_the_weights_with_the_best_validation_accuracy_are_left_and_saved(
     assert equal(method.weights(), seen[best])
     assert equal(run.load_adapter(), seen[best])
     assert not method.training
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 5), (2, 4)])
+def test_keep_last_leaves_and_saves_the_weights_of_the_last_epoch(
+    patience, epochs, train, val, run, scripted, capsys
+):
+    method = Toy(settings(epochs=5, keep="last", patience=patience))
+    seen = scripted(method, [10, 50, 30, 40, 20])
+    descend(method, train, val, run, seed=1)
+    assert len(seen) == epochs
+    assert not equal(seen[-1], seen[1])
+    assert equal(method.weights(), seen[-1])
+    assert equal(run.load_adapter(), seen[-1])
+    assert ("; epoch 4 is kept" in capsys.readouterr().out) == (epochs == 4)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +413,8 @@ def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "augment"), [("adamw", "crop-flip"), ("sgd", "none"), ("adamw", "randaugment")]
+    ("optimizer", "augment", "keep"),
+    [("adamw", "crop-flip", "best"), ("sgd", "none", "last"), ("adamw", "randaugment", "best")],
 )
 @pytest.mark.parametrize(
     "kill",
@@ -369,9 +429,10 @@ def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
     ],
 )
 def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(
-    kill, augment, optimizer, train, val, tmp_path, monkeypatch
+    kill, augment, optimizer, keep, train, val, tmp_path, monkeypatch
 ):
-    s = settings(epochs=5, augment=augment, optimizer=optimizer, schedule="step")
+    more = {"warmup_epochs": 2, "warmup": "linear", "keep": keep}
+    s = settings(epochs=5, augment=augment, optimizer=optimizer, schedule="step", **more)
     whole = train_to_the_end(tmp_path / "whole", s, "", monkeypatch, train, val)
     resumed = train_to_the_end(tmp_path / "resumed", s, kill, monkeypatch, train, val)
     assert equal(resumed.weights(), whole.weights())

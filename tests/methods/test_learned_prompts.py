@@ -175,6 +175,16 @@ def test_class_specific_context_knows_no_other_class(clip):
         model.for_classes(["sweet pea"])
 
 
+def test_class_specific_context_starts_from_the_words_or_at_random_for_every_class(clip):
+    words = coop(clip, NAMES[:3]).context
+    assert torch.equal(coop(clip, NAMES[:3], class_specific=True).context, words.repeat(3, 1))
+    context = coop(clip, NAMES, n_ctx=16, class_specific=True).context.unflatten(0, (-1, 16))
+    flat = context.flatten(1)  # (K, M·D) of N(0, 0.02)
+    assert flat.std().item() == pytest.approx(0.02, rel=0.02)
+    alike = torch.corrcoef(flat.detach()).fill_diagonal_(0).abs().max()
+    assert alike < 0.15  # 3 standard deviations of 1/√(M·D) = 0.022 are 0.066
+
+
 def test_parameter_counts_are_the_published_ones():
     """ViT-B/16: CoOp with M = 16 has 8,192 and CoCoOp 35,360 learned numbers."""
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """Tip-Adapter's logits by the formula and its grid by a double loop, in numpy."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,22 @@ def test_after_training_the_keys_alpha_and_beta_are_searched_again(new_clip, pic
     assert last != pytest.approx(seen["first"])
 
 
+@pytest.mark.parametrize("asked", [-1.0, 0.0])
+def test_keys_are_trained_even_where_their_votes_did_not_help_yet(asked, new_clip, pictures):
+    """Zero-shot is right about all of validation: the search says α = 0. An α asked for stays."""
+    method, train = tip(new_clip(), TipAdapterF, alpha=asked), draw(16, 1)
+    val = pictures(method.class_features(), [0, 1, 2, 3])
+    moved = []
+
+    def descend(same, *given):
+        method.loss(*train).backward()
+        moved.append(bool(method.support.grad.abs().max() > 0))
+
+    method.fit(pictures(*train), val, descend)
+    assert moved == [asked < 0]
+    assert method.alpha == 0  # the search after training goes by validation again
+
+
 @pytest.mark.parametrize("kind", [TipAdapter, TipAdapterF])
 def test_an_adapter_of_another_number_of_images_loads(kind, new_clip, pictures):
     queries, _ = draw(7, 2)
@@ -184,8 +202,13 @@ def test_an_adapter_of_another_number_of_images_loads(kind, new_clip, pictures):
         )
 
 
-def test_keys_of_random_views_are_the_mean_of_unit_features(new_clip):
-    """Two views of three pictures; the drawing of views is replaced by known ones."""
+@pytest.mark.parametrize("augment", ["crop-flip", "randaugment"])
+@pytest.mark.parametrize("kind", [TipAdapter, TipAdapterF])
+def test_keys_of_random_views_are_the_mean_of_their_features(kind, augment, new_clip):
+    """Two views of three pictures; the drawing of views is replaced by known ones.
+
+    The features are not normalised before the mean, as in the published code.
+    """
     clip, labels = new_clip(), torch.tensor([0, 1, 0])
     views = torch.randint(0, 256, (2, 3, 3, 32, 32), generator=torch.manual_seed(4)).byte()
 
@@ -197,11 +220,18 @@ def test_keys_of_random_views_are_the_mean_of_unit_features(new_clip):
             return 3
 
         def images(self, chosen, augment):
-            assert augment == "crop-flip"
+            asked.append(augment)
             return normalize(self.left.pop(0)[chosen])
 
-    method = tip(clip, augment="crop-flip", views=2)
-    method.remember(Views(), 2, "crop-flip")
+        def autocast(self):
+            return contextlib.nullcontext()
+
+    asked = []
+    method = tip(clip, kind, augment=augment, views=2)
+    method.remember(Views(), method.settings.views, method.settings.augment)
+    assert asked == [augment, augment]
     with torch.no_grad():
-        each = [unit(numbers(clip.encode_image(normalize(view)))) for view in views]
-    np.testing.assert_allclose(numbers(method.support), unit(sum(each) / 2), atol=1e-5)
+        each = [numbers(clip.encode_image(normalize(view))) for view in views]
+    np.testing.assert_allclose(numbers(method.support), unit(sum(each)), atol=1e-5)
+    units = unit(sum(map(unit, each)))
+    assert np.abs(units - unit(sum(each))).max() > 1e-3  # else this would show nothing

@@ -20,6 +20,7 @@ import clip_min
 import train as train_script
 from clip_min import UserError
 from fewshot import demo
+from methods import METHODS
 
 BASE, NOVEL = ["amber_lily", "blue-bell", "cyan lotus"], ["dark-iris", "egg flower"]
 HERE = "noise/tiny/lora-s4-seed1"
@@ -364,6 +365,42 @@ def test_a_mistake_is_one_line_and_costs_no_earlier_run(
     assert found == [Path("runs") / HERE / "config.json"]
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--parts", "qz"], "--parts 'qz': expected different letters"),
+        (["--blocks", "0,2"], "--blocks '0,2': expected all, or numbers below 2"),
+        (["--method", "vpt", "--first-block", "2"], "--first-block 2: expected 0 to 1"),
+        (["--method", "finetune", "--train", "last-3"], "--train last-3: expected both"),
+        (["--method", "coop", "--n-ctx", "5"], "--n-ctx 5: but --ctx-init 'a photo of a' is 4"),
+        (["--method", "disef", "--blocks", "7"], "--blocks '7': expected all"),
+        (["--init-from", "nowhere"], "--init-from nowhere: there is no such folder"),
+    ],
+)
+def test_a_setting_that_the_model_cannot_have_is_told_before_any_work(
+    more, said, script, data, model, tmp_path, is_one_line, monkeypatch
+):
+    def work(*_):
+        raise AssertionError("the mistake was not yet told")
+
+    monkeypatch.setattr(train_script, "evaluate", work)
+    monkeypatch.setattr(train_script, "add_synthetic", work)
+    where = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
+    assert is_one_line(script("train", "--method", "lora", *where, *more), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_made_on_a_model_without_weights(method):
+    """It is how train.py finds such mistakes."""
+    kind = METHODS[method]
+    for recipe in kind.recipes.values():
+        with torch.device("meta"):
+            empty = clip_min.CLIP(clip_min.CONFIGS["demo"])
+        made = kind(empty, ["rose", "red tulip"], "a {}.", kind.Settings(**recipe))
+        assert all(parameter.is_meta for parameter in made.parameters())
+
+
 def test_without_a_method_all_of_them_are_listed(script, is_one_line):
     assert is_one_line(script("train"), "--method is missing", "zero_shot", "lora")
     assert is_one_line(script("train", "--metod", "lora"), "did you mean --method")
@@ -472,6 +509,26 @@ def test_the_recipe_follows_from_the_model_and_flags_win_over_it(argv, recipe, l
     assert (plan.method, plan.recipe) == ("lora", recipe)
     assert (plan.settings.lr, experiment.model) == (lr, model)
     assert (plan.out, plan.resume) == (Path("runs"), False)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if hasattr(METHODS[m].Settings, "augment")])
+def test_whatever_augments_can_do_it_in_every_way(method):
+    for augment in ("none", "crop-flip", "randaugment"):
+        plan = train_script.parse(["--method", method, "--augment", augment])
+        assert plan.settings.augment == augment
+
+
+def test_the_lora_run_that_filters_is_the_same_experiment(tmp_path, monkeypatch):
+    other = ("--seed", "3", "--shots", "2", "--precision", "bf16", "--template", "one {}")
+    (own,) = train_script.parse(
+        ["--method", "disef_f1", *other, "--base-classes", str(tmp_path / "base.txt")]
+    ).experiments
+    asked = []
+    monkeypatch.setattr(train_script, "main", asked.append)
+    path = train_script.lora_run(own, tmp_path)
+    plan = train_script.parse(asked[0])
+    assert plan.experiments == [own]
+    assert plan.out / plan.experiments[0].folder(plan.method) == path
 
 
 def test_a_recipe_that_a_method_lacks_is_an_error():
