@@ -25,7 +25,15 @@ from clip_min import CLIP, UserError, weights
 from clip_min.files import read_json, read_safetensors, write_safetensors, write_text
 
 # What every config has; versions and the command stand beside them.
-KEYS = ("method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames")
+KEYS = {
+    "method": str,
+    "recipe": str,
+    "settings": dict,
+    "experiment": dict,
+    "model": str,
+    "fingerprint": str,
+    "classnames": dict,  # {"base", "novel"} or {"all"} -> names
+}
 
 
 @dataclass
@@ -74,8 +82,13 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         config = read_json(path / "config.json", "a run folder has one")
+        here = f"{path}/config.json: not a config of a run"
         if missing := [key for key in KEYS if key not in config]:
-            raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
+            raise UserError(f"{here}, {missing[0]} is missing")
+        if odd := [key for key, kind in KEYS.items() if not isinstance(config[key], kind)]:
+            raise UserError(f"{here}, {odd[0]} is {config[odd[0]]!r}")
+        if not config["classnames"].keys() & {"base", "all"}:
+            raise UserError(f"{here}, classnames has neither base nor all")
         return cls(path, config)
 
     @property
@@ -112,7 +125,10 @@ class Run:
         write_safetensors(self.path / "adapter.safetensors", state, header)
 
     def load_adapter(self) -> dict[str, Tensor]:
-        return read_safetensors(self.path / "adapter.safetensors")[0]
+        file = self.path / "adapter.safetensors"
+        if not file.exists():
+            raise UserError(f"{file}: there is no such file; finish the run: train.py --resume")
+        return read_safetensors(file)[0]
 
     def save_resume(self, tensors: dict[str, Tensor], position: dict) -> None:
         """One atomic file holds both, so that tensors and position cannot disagree."""
