@@ -10,7 +10,9 @@
 Every file is written whole or not at all, so that a run killed at any moment can be resumed.
 """
 
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -36,6 +38,9 @@ KEYS = {
 }
 
 
+_claimed: int | None = None  # the open folder of the run that this process writes
+
+
 @dataclass
 class Run:
     path: Path
@@ -46,6 +51,7 @@ class Run:
     def start(cls, path: Path, config: dict) -> "Run":
         """A new run; one that stands in its place already is kept, under another name."""
         if path.exists():
+            _claim(path)
             n = 1
             while (old := path.with_name(f"{path.name}.old{n}")).exists():
                 n += 1
@@ -54,6 +60,13 @@ class Run:
             except OSError as error:
                 raise UserError(f"{path}: could not be set aside as {old} ({error})") from None
             print(f"an earlier run is kept as {old}")
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{path}: could not be made ({error}); choose another place with --out"
+            ) from None
+        _claim(path)
         run = cls(path, config)
         run.write_json("config.json", config)
         return run
@@ -61,6 +74,11 @@ class Run:
     @classmethod
     def resume(cls, path: Path, config: dict) -> "Run":
         """Go on with the run at `path`, which must have been started with the same settings."""
+        if not (path / "config.json").exists():
+            raise UserError(
+                f"--resume: {path}/config.json: there is no such file, so no run was begun there; "
+                "give the flags it had, or start it without --resume"
+            )
         run = cls.open(path)
         for key, value in config.items():
             if key not in ("argv", "versions", "commit") and run.config.get(key) != value:
@@ -69,6 +87,7 @@ class Run:
                     f"--resume: {path} was started with {difference}; "
                     "give the same flags, or start anew without --resume"
                 )
+        _claim(path)
         for half_written in path.glob(".*.????????.*"):  # by the process that was killed
             half_written.unlink()
         log = path / "log.jsonl"
@@ -159,6 +178,27 @@ def provenance() -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"argv": sys.argv, "versions": versions, "commit": commit}
+
+
+def _claim(path: Path) -> None:
+    """Keep other processes out of this folder until this one ends or goes on to another run.
+
+    Two trainings in one folder would leave the config of one beside the adapter of the other. The
+    system drops the lock when the process ends, however it ends.
+    """
+    global _claimed
+    if _claimed is not None:
+        os.close(_claimed)
+        _claimed = None
+    try:
+        _claimed = os.open(path, os.O_RDONLY)
+        fcntl.flock(_claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{path}: another process is training there; wait for it, or choose another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks; or no folder, which the first write will say
 
 
 def _difference(name: str, old, new) -> str:
