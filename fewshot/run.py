@@ -79,7 +79,7 @@ class Run:
                 f"--resume: {path}/config.json: there is no such file, so no run was begun there; "
                 "give the flags it had, or start it without --resume"
             )
-        run = cls.open(path)
+        run = cls(path, _read_config(path))
         for key, value in config.items():
             if key not in ("argv", "versions", "commit") and run.config.get(key) != value:
                 difference = _difference(key, run.config.get(key), value)
@@ -100,10 +100,8 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        config = read_json(path / "config.json", "a run folder has one")
+        config = _read_config(path)
         here = f"{path}/config.json: not a config of a run"
-        if missing := [key for key in KEYS if key not in config]:
-            raise UserError(f"{here}, {missing[0]} is missing")
         if odd := [key for key, kind in KEYS.items() if not isinstance(config[key], kind)]:
             raise UserError(f"{here}, {odd[0]} is {config[odd[0]]!r}")
         if not config["classnames"].keys() & {"base", "all"}:
@@ -178,6 +176,13 @@ def provenance() -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"argv": sys.argv, "versions": versions, "commit": commit}
+
+
+def _read_config(path: Path) -> dict:
+    config = read_json(path / "config.json", "a run folder has one")
+    if missing := [key for key in KEYS if key not in config]:
+        raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
+    return config
 
 
 def _claim(path: Path) -> None:
