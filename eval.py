@@ -16,6 +16,7 @@ from clip_min import CLIP, UserError, crop, normalize, weights
 from fewshot import cache, datasets
 from fewshot.experiment import Experiment, evaluate, nearest, run_script
 from fewshot.flags import Parser, add_flags, pick
+from fewshot.folder import told_apart
 from fewshot.images import autocast, open_image
 from fewshot.report import table
 from fewshot.run import Run
@@ -58,6 +59,8 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
     for note in task.notes:
         print(f"note: {note}")
     run.check_model(clip)
+    if not (run.path / "results.json").exists():
+        print("note: no results.json; if this training has not ended, its best epoch yet is tested")
     if run.config["classnames"] != {part: t.classnames for part, t in task.tests.items()}:
         raise UserError(
             f"{run.path}: the data set's classes are no longer those it was trained and "
@@ -122,6 +125,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         known = [name for names in run.config["classnames"].values() for name in names]
     if "classes" in given:
         known = [name.strip() for name in given["classes"].split(",") if name.strip()]
+    told_apart("--classes", known)
     if not known:
         raise UserError('--image: say which classes to choose from: --classes "rose,tulip"')
     if run is None:

@@ -17,6 +17,7 @@ from clip_min.files import new_folder, write_safetensors, write_text
 from clip_min.formats import save_hugging_face, save_open_clip, save_openai
 from fewshot.experiment import nearest, run_script
 from fewshot.flags import Parser
+from fewshot.folder import told_apart
 from fewshot.run import Run
 from methods import Method
 from methods.export import class_matrix, merged_clip, to_peft
@@ -95,6 +96,7 @@ def save_classifier(run: Run, method: Method, out: Path, classes: str | None) ->
         names = method.classnames
     if not names:
         raise UserError('--classes: names no class; give some, as in "rose,tulip"')
+    told_apart("--classes", names)
     if names != method.classnames:
         method = method.for_classes(names)
     tuned = any(name.startswith("clip.visual.") for name in method.adapter_state())

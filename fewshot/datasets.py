@@ -15,7 +15,7 @@ import torch
 
 from clip_min import UserError
 from fewshot import coop, demo
-from fewshot.folder import Parts, read_folder
+from fewshot.folder import Parts, read_folder, told_apart
 from fewshot.images import Pictures
 from fewshot.manifest import is_manifest, read_manifest
 
@@ -72,6 +72,7 @@ def load(
         )
     if entry.classes and len(names) != entry.classes:
         raise UserError(f"{name}: has {len(names)} classes, expected {entry.classes}")
+    told_apart(str(root or name), names)
     return Dataset(names, entry.template, *parts, split)
 
 

@@ -1,6 +1,7 @@
 """One experiment from its settings: what train.py runs and eval.py rebuilds."""
 
 import difflib
+import io
 import os
 import resource
 import sys
@@ -57,7 +58,7 @@ class Experiment:
                 "--base-classes is for base-novel, and --classes all has no halves; drop one"
             )
         try:
-            torch.empty(0, device=self.device)
+            torch.empty(0, device=self.device).cpu()  # "meta" holds no numbers
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--device {self.device}: cannot be used ({reason}); try cpu") from None
@@ -160,6 +161,8 @@ def run_script(main: Callable[[], None], resume: str = "add --resume to the same
 
     resume: what to do to go on after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else a log file stays empty for minutes
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
     except UserError as error:
@@ -167,6 +170,7 @@ def run_script(main: Callable[[], None], resume: str = "add --resume to the same
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)  # what was to be done may not be
     except KeyboardInterrupt:
         print(f"\ninterrupted; {resume} to go on", file=sys.stderr)
         sys.exit(130)

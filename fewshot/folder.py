@@ -20,6 +20,7 @@ from clip_min import UserError
 from fewshot.images import ENDINGS, Pictures
 
 PARTS = ("train", "val", "test")
+PARTS_MISSPELT = {"training", "valid", "validation", "dev", "testing"}  # as others call them
 CLASSES_FILE = "classes.txt or classes.json"
 
 # What every reader of a data set gives: class names, and pictures for train, val and test. Without
@@ -31,11 +32,12 @@ def read_folder(root: Path, seed: int) -> Parts:
     """Folders of classes, in parts or (then split by `seed`) in one tree: see above."""
     known = read_classnames(root)
     here = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
-    if not {"train", "test"} <= here:
-        if here and here <= {*PARTS}:
+    parts = {name for name in here if name.lower() in {*PARTS} | PARTS_MISSPELT}
+    if not {"train", "test"} <= parts <= {*PARTS}:
+        if parts and (parts == here or len(parts) > 1):  # one beside others may be a class: a train
             raise UserError(
-                f"{root}: has {', '.join(f'{name}/' for name in sorted(here))} alone; expected "
-                "train/ and test/ (and val/), or one folder a class"
+                f"{root}: has {', '.join(f'{name}/' for name in sorted(parts))} alone; expected "
+                "train/ and test/ (and val/), spelled so, or one folder a class"
             )
         names, pictures = read_classes(root, known)
         return names, *split(pictures, seed)
@@ -103,7 +105,8 @@ def read_classes(
             files = sorted(  # ".": what file managers hide beside pictures, under their names
                 p
                 for p in folder.rglob("*")
-                if p.suffix.lower() in ENDINGS and not p.name.startswith(".")
+                if p.suffix.lower() in ENDINGS
+                and not any(part.startswith(".") for part in p.relative_to(folder).parts)
             )
             name = class_of(folder.name, known, str(folder)) if files else readable(folder.name)
             if not name:
@@ -129,6 +132,18 @@ def same_classes(where: str, found: set[str], expected, of: str) -> None:
         raise UserError(
             f"{where}: its classes are not those of {of}: {', '.join(odd[:5])}{more} in one only"
         )
+
+
+def told_apart(where: str, names: list[str]) -> None:
+    """CLIP reads lower case: names that differ in case alone are one text, and always tie."""
+    first: dict[str, str] = {}
+    for name in names:
+        if other := first.get(name.lower()):
+            raise UserError(
+                f"{where}: {other!r} and {name!r} are one class to CLIP, which reads lower case; "
+                "rename or remove one"
+            )
+        first[name.lower()] = name
 
 
 def split(pictures: Pictures, seed: int) -> tuple[Pictures, Pictures, Pictures]:

@@ -54,10 +54,15 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-        return image
     # Pillow's decoders raise these, and more kinds for damaged files than it documents.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
+    if image.mode.startswith("I") or image.mode == "F":
+        raise UserError(
+            f"{path}: cannot be used with more than 8 bits a pixel (Pillow's mode {image.mode}): "
+            "CLIP's transform would cut all that is above 255 to white; save it with 8"
+        )
+    return image
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

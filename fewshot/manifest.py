@@ -46,8 +46,9 @@ def is_manifest(root: Path) -> bool:
 def read_manifest(root: Path) -> Parts:
     """The pictures that the CSV files in root list: see above."""
     whole = root / "data.csv"
-    if whole.is_file() and (root / "train.csv").is_file():
-        raise UserError(f"{root}: has both data.csv and train.csv; keep one")
+    beside = [f"{part}.csv" for part in PARTS if (root / f"{part}.csv").is_file()]
+    if whole.is_file() and beside:
+        raise UserError(f"{root}: has both data.csv and {beside[0]}; keep one")
     if whole.is_file():
         rows = read_rows(whole)
     else:

@@ -10,7 +10,9 @@
 Every file is written whole or not at all, so that a run killed at any moment can be resumed.
 """
 
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -32,7 +34,18 @@ from clip_min.files import (
 )
 
 # What every config has; versions and the command stand beside them.
-KEYS = ("method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames")
+KEYS = {
+    "method": str,
+    "recipe": str,
+    "settings": dict,
+    "experiment": dict,
+    "model": str,
+    "fingerprint": str,
+    "classnames": dict,  # {"base", "novel"} or {"all"} -> names
+}
+
+
+_claimed: int | None = None  # the open folder of the run that this process writes
 
 
 @dataclass
@@ -45,6 +58,7 @@ class Run:
     def start(cls, path: Path, config: dict) -> "Run":
         """A new run; one that stands in its place already is kept, under another name."""
         if path.exists():
+            _claim(path)
             n = 1
             while (old := path.with_name(f"{path.name}.old{n}")).exists():
                 n += 1
@@ -53,6 +67,13 @@ class Run:
             except OSError as error:
                 raise UserError(f"{path}: could not be set aside as {old} ({error})") from None
             print(f"an earlier run is kept as {old}")
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{path}: could not be made ({error}); choose another place with --out"
+            ) from None
+        _claim(path)
         run = cls(path, config)
         run.write_json("config.json", config)
         return run
@@ -60,7 +81,12 @@ class Run:
     @classmethod
     def resume(cls, path: Path, config: dict) -> "Run":
         """Go on with the run at `path`, which must have been started with the same settings."""
-        run = cls.open(path)
+        if not (path / "config.json").exists():
+            raise UserError(
+                f"--resume: {path}/config.json: there is no such file, so no run was begun there; "
+                "give the flags it had, or start it without --resume"
+            )
+        run = cls(path, _read_config(path))
         for key, value in config.items():
             if key not in ("argv", "versions", "commit") and run.config.get(key) != value:
                 difference = _difference(key, run.config.get(key), value)
@@ -68,6 +94,7 @@ class Run:
                     f"--resume: {path} was started with {difference}; "
                     "give the same flags, or start anew without --resume"
                 )
+        _claim(path)
         for half_written in path.glob(HALF_WRITTEN):  # by the process that was killed
             half_written.unlink()
         log = path / "log.jsonl"
@@ -81,9 +108,12 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """A run that is there, to read; UserError if `path` is none."""
-        config = read_json(path / "config.json", "a run folder has one")
-        if missing := [key for key in KEYS if key not in config]:
-            raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
+        config = _read_config(path)
+        here = f"{path}/config.json: not a config of a run"
+        if odd := [key for key, kind in KEYS.items() if not isinstance(config[key], kind)]:
+            raise UserError(f"{here}, {odd[0]} is {config[odd[0]]!r}")
+        if not config["classnames"].keys() & {"base", "all"}:
+            raise UserError(f"{here}, classnames has neither base nor all")
         return cls(path, config)
 
     @property
@@ -121,7 +151,10 @@ class Run:
         write_safetensors(self.path / "adapter.safetensors", state, header)
 
     def load_adapter(self) -> dict[str, Tensor]:
-        return read_safetensors(self.path / "adapter.safetensors")[0]
+        file = self.path / "adapter.safetensors"
+        if not file.exists():
+            raise UserError(f"{file}: there is no such file; finish the run: train.py --resume")
+        return read_safetensors(file)[0]
 
     def save_resume(self, tensors: dict[str, Tensor], position: dict) -> None:
         """One atomic file holds both, so that tensors and position cannot disagree."""
@@ -152,6 +185,34 @@ def provenance() -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"argv": sys.argv, "versions": versions, "commit": commit}
+
+
+def _read_config(path: Path) -> dict:
+    config = read_json(path / "config.json", "a run folder has one")
+    if missing := [key for key in KEYS if key not in config]:
+        raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
+    return config
+
+
+def _claim(path: Path) -> None:
+    """Keep other processes out of this folder until this one ends or goes on to another run.
+
+    Two trainings in one folder would leave the config of one beside the adapter of the other. The
+    system drops the lock when the process ends, however it ends.
+    """
+    global _claimed
+    if _claimed is not None:
+        os.close(_claimed)
+        _claimed = None
+    try:
+        _claimed = os.open(path, os.O_RDONLY)
+        fcntl.flock(_claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{path}: another process is training there; wait for it, or choose another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks; or no folder, which the first write will say
 
 
 def _difference(name: str, old, new) -> str:

@@ -65,6 +65,12 @@ def make_task(
     parts = {"base": learned, "novel": [k for k in everything if k not in set(learned)]}
     if not parts["novel"]:
         parts = {"all": everything}
+    for part, ids in parts.items():
+        if len(ids) == 1:
+            raise UserError(
+                f"the {part} half is one class, {dataset.classnames[ids[0]]!r}, and among one name "
+                "every answer is right; add --classes all, or give each half two classes"
+            )
     train, val, notes = draw(dataset, learned, shots, seed)
 
     def batches(pictures: Pictures) -> Batches:

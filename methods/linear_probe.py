@@ -84,6 +84,8 @@ def logistic_regression(
 ) -> tuple[Tensor, Tensor]:
     """x (N, E), labels (N,) -> W (K, E) and b (K,), float64: the argmin above."""
     x = x.double()
+    mean = x.mean(dim=0)  # b takes it up: f·Wᵀ + b = (f - mean)·Wᵀ + (b + mean·Wᵀ)
+    x = x - mean  # features share most of their length, and L-BFGS zigzags along that
     # L-BFGS wants a gradient of one scale, so it searches v = W / scale: where the penalty is
     # strong, W is tiny, and its error would be as large as itself.
     scale = min(1.0, c**0.5)
@@ -94,6 +96,7 @@ def logistic_regression(
         [v, b],
         max_iter=max_iterations,
         max_eval=2 * max_iterations,
+        history_size=20,  # of torch's 100, keeping the books costs more than the objective
         tolerance_grad=1e-8,
         tolerance_change=1e-16,
         line_search_fn="strong_wolfe",
@@ -108,4 +111,5 @@ def logistic_regression(
         return value
 
     optimizer.step(objective)
-    return scale * v.detach(), b.detach()
+    w = scale * v.detach()
+    return w, b.detach() - w @ mean

@@ -118,6 +118,7 @@ def test_pictures_in_subfolders_count_and_other_or_hidden_files_do_not(tree, noi
     root = tree({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1, ".git/objects": 1})
     noise(root / "train/a/more/deep.PNG", 1)
     noise(root / "train/a/._000.png", 2)
+    noise(root / "train/a/.ipynb_checkpoints/000-checkpoint.png", 4)
     (root / "train/a/notes.txt").write_text("not a picture")
     (root / "train/empty").mkdir()
     noise(root / "train/.hidden/000.png", 3)
@@ -153,6 +154,11 @@ BOTH = {"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1}
         ({"a": 5}, "has only the class 'a'; expected two or more folders"),
         ({}, "no class folder with images"),
         ({"a": 5, "b": 2}, "b: 2 images; a class needs 3 or more"),
+        ({"a": 5, "A": 5, "b": 5}, "'A' and 'a' are one class to CLIP"),
+        ({"Train/a": 1, "Train/b": 1, "Test/a": 1, "Test/b": 1}, "Test/, Train/ alone; expected"),
+        ({"train/a": 5, "train/b": 5, "validation/a": 5}, "train/, validation/ alone; expected"),
+        ({"train/a": 5, "test/a": 5, "notes": 3} | BOTH | {"valid/a": 1}, "valid/ alone; expected"),
+        ({"train/a": 5, "val/a": 5, "labels": 5}, "train/, val/ alone; expected"),
     ],
 )
 def test_a_folder_that_cannot_be_learned_from_is_an_error_that_says_where_and_why(
@@ -169,6 +175,10 @@ def test_a_folder_that_cannot_be_learned_from_is_an_error_that_says_where_and_wh
     assert str(error.value).startswith(str(root))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_one_class_may_be_called_as_a_part_is(tree):
+    assert load(tree({"train": 3, "bus": 3, "tram": 3})).classnames == ["bus", "train", "tram"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "a file", "not given"])

@@ -1,6 +1,10 @@
 """An experiment's settings, where its run belongs, how it is scored, and how a script ends."""
 
 import contextlib
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +35,7 @@ def test_a_data_set_implies_a_model_unless_one_is_given(dataset, model):
         ("seed", 2**32, "0 to 4294967295"),
         ("device", "warp", "cannot be used"),
         ("device", "cuda:99", "cannot be used"),
+        ("device", "meta", "cannot be used"),
     ],
 )
 def test_a_setting_that_cannot_be_is_an_error_that_names_its_flag(field, value, expected):
@@ -178,6 +183,32 @@ def test_a_script_that_ends_well_says_nothing_and_one_that_is_interrupted_how_to
     code, said = ends_with(KeyboardInterrupt(), capsys)
     assert code == 130
     assert "--resume" in said
+
+
+def as_process(code: str, root) -> subprocess.Popen:
+    """A script that runs this code as its main, with a pipe as stdout."""
+    text = f"from fewshot.experiment import run_script\ndef main():\n    {code}\nrun_script(main)"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", text], cwd=root, env=env, text=True, **pipes)
+
+
+def test_a_line_is_in_the_log_as_soon_as_it_is_printed(root):
+    script = as_process("print('epoch 1'); input()", root)
+    watchdog = threading.Timer(60, script.kill)
+    watchdog.start()
+    assert script.stdout.readline() == "epoch 1\n"  # while it waits for input
+    watchdog.cancel()
+    script.communicate("\n")
+
+
+def test_a_reader_that_leaves_ends_the_script_without_a_traceback_and_not_as_done(root):
+    script = as_process("input(); [print('epoch') for _ in range(100_000)]", root)
+    script.stdout.close()
+    script.stdin.write("\n")
+    script.stdin.close()
+    assert (script.wait(60), script.stderr.read()) == (1, "")
+    script.stderr.close()
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(capsys):

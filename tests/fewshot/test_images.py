@@ -74,6 +74,15 @@ def test_threads_that_finish_in_another_order_do_not_change_it(pictures, files, 
     assert finished != sorted(finished)  # else this test shows nothing
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_8_bits_are_an_error_since_clip_would_see_white(mode, pictures, files):
+    Image.new(mode, (40, 36), 1000).save(files[5])  # a TIFF
+    with pytest.raises(UserError, match="5.tiff: cannot be used with more than 8 bits") as error:
+        read(pictures, 32, folder=None)
+    assert "--skip-bad-images" in str(error.value)
+    assert read(pictures, 32, skip_bad=True, folder=None)[2] == [str(files[5])]
+
+
 def test_pictures_in_memory_are_cropped_unless_they_have_the_size():
     source = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     small = Pictures(source, torch.arange(3))

@@ -204,6 +204,11 @@ def repeat_a_row(root: Path) -> None:
         (move_a_test_row_to_train, "a picture is listed once"),
         (replace("train.csv", "rose", "blue-bell"), "are both the class 'blue bell'"),
         (text("data.csv", "path,label,split\n"), "both data.csv and train.csv"),
+        (lambda root: (root / "train.csv").rename(root / "data.csv"), "both data.csv and val.csv"),
+        (
+            text("classes.json", '{"rose": "Lily", "tiger-lily": "lily", "blue_bell": "b"}'),
+            "'Lily' and 'lily' are one class to CLIP",
+        ),
         (replace("train.csv", "path", '"path'), "cannot be read as CSV"),
         (lambda root: (root / "train.csv").write_bytes(b"path,label\n\xff"), "as UTF-8 text"),
         (text("classes.txt", "rose\ntiger lily\n"), "'blue_bell' is not in classes.txt"),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -66,6 +67,33 @@ def test_an_earlier_run_is_set_aside_under_a_new_name_each_time(tmp_path, capsys
     values = [Run.open(p).load_adapter()["w"].item() for p in [*kept, path]]
     assert values == [0, 1, 2, 3]
     assert capsys.readouterr().out.splitlines()[-1] == f"an earlier run is kept as {kept[-1]}"
+
+
+def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path):
+    path = tmp_path / "run"
+    code = f"from test_run import *; Run.start(Path({str(path)!r}), CONFIG); print(1, flush=True)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"from pathlib import Path; {code}; input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert other.stdout.readline() == b"1\n"
+    for begin in (Run.start, Run.resume):
+        with pytest.raises(UserError, match="another process is training there"):
+            begin(path, CONFIG)
+    assert list(tmp_path.iterdir()) == [path]
+    other.kill()
+    other.communicate()
+    Run.resume(path, CONFIG)
+    Run.start(path, CONFIG)  # and by the process that has it
+    assert (tmp_path / "run.old1").exists()
+
+
+def test_where_no_folder_can_be_made_a_line_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be made .*; choose another place with --out"):
+        Run.start(tmp_path / "file" / "run", CONFIG)
 
 
 def test_an_adapter_comes_back_with_its_origin(run):

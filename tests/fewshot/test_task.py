@@ -33,7 +33,7 @@ def task_of(dataset, shots=3, seed=1, classes="base-novel"):
     return make_task(dataset, shots, seed, classes, size=4, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("count", "base"), [(2, 1), (5, 3), (6, 3), (7, 4), (102, 51)])
+@pytest.mark.parametrize(("count", "base"), [(4, 2), (5, 3), (6, 3), (7, 4), (102, 51)])
 def test_base_is_the_first_half_and_the_larger_one(dataset, numbers, count, base):
     data = dataset(count)
     task = task_of(data)
@@ -46,6 +46,24 @@ def test_base_is_the_first_half_and_the_larger_one(dataset, numbers, count, base
         belong = [(n, k) for n, k in zip(shown, data.test.labels.tolist(), strict=True)]
         expected = [(n, k - first) for n, k in belong if first <= k < last]  # labels from 0
         assert list(zip(numbers(test.pixels), test.labels.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "base", "said"),
+    [
+        (2, None, "the base half is one class, 'class 0'"),
+        (3, None, "the novel half is one class, 'class 2'"),
+        (5, [3], "the base half is one class, 'class 3'"),
+        (5, [0, 1, 2, 4], "the novel half is one class, 'class 3'"),
+    ],
+)
+def test_a_half_of_one_class_is_an_error_since_every_answer_would_be_right(
+    dataset, count, base, said
+):
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match=said):
+        make_task(dataset(count), 3, 1, "base-novel", 4, cpu, base=base)
+    assert list(make_task(dataset(count), 3, 1, "all", 4, cpu).tests) == ["all"]
 
 
 def test_all_classes_are_learned_and_tested_together(dataset, numbers):
@@ -186,7 +204,7 @@ def test_pictures_that_agree_in_their_middle_row_alone_are_not_the_same():
     assert (shared(a, b), shared(a, a), shared(a, b, a.flip(0).clone(), a)) == (0, 2, 2)
 
 
-@pytest.mark.parametrize("base", [[4, 1], [0], [0, 2, 4]])
+@pytest.mark.parametrize("base", [[4, 1], [0, 3], [0, 2, 4]])
 def test_named_base_classes_are_learned_in_the_data_sets_order(dataset, numbers, base):
     data = dataset(5)
     cpu = torch.device("cpu")

@@ -51,6 +51,16 @@ def test_weights_bias_predictions_and_objective_are_scikit_learns(shape, c):
     assert values[0] < objective(x, labels, 0 * w, 0 * b, c)
 
 
+def test_a_far_middle_of_all_features_moves_b_alone():
+    """CLIP's features share most of their length. W stays, and b takes the shift up: -W·shift."""
+    x, labels = samples(*SHAPES[0])
+    w, b = logistic_regression(x, labels, 3, 1.0)
+    shift = 100.0
+    far_w, far_b = logistic_regression(x.double() + shift, labels, 3, 1.0)
+    torch.testing.assert_close(far_w, w, atol=1e-6, rtol=0)
+    torch.testing.assert_close(far_b, b - shift * w.sum(dim=1), atol=1e-4, rtol=0)
+
+
 def test_two_classes_are_scikit_learns_single_row():
     """It keeps w₁ - w₀ alone, whose square is twice that of both rows: half the penalty."""
     x, labels = samples(50, 6, 2)

@@ -246,6 +246,9 @@ def with_(name: str, value):
         (with_("settings", {"lr": 0.1, "colour": "red"}), "colour"),
         (with_("settings", None), "not a config of a run"),
         (with_("method", "lorra"), "lorra: unknown; did you mean lora"),
+        (with_("method", ["lora"]), "not a config of a run, method is ['lora']"),
+        (with_("classnames", BASE), "not a config of a run, classnames is ['amber lily'"),
+        (with_("classnames", {"novel": NOVEL}), "classnames has neither base nor all"),
     ],
 )
 @pytest.mark.parametrize("task", [(), ("--image", "x.png")])
@@ -255,6 +258,14 @@ def test_a_config_that_is_not_whole_is_one_line(task, spoil, said, script, run, 
     if text is not None:
         (run / "config.json").write_text(text)
     assert is_one_line(script("eval", "--run", run, *task), said)
+
+
+def test_a_run_that_has_not_ended_is_tested_and_that_is_said(script, run, trained):
+    (run / "results.json").unlink()
+    result = script("eval", "--run", run)
+    assert (result.code, result.err) == (0, "")
+    assert "note: no results.json; if this training has not ended" in result.out
+    assert table_lines(result.out) == table_lines(trained.out)
 
 
 def test_where_there_is_no_run_the_folder_is_named(script, tmp_path, is_one_line):
@@ -281,7 +292,7 @@ def reshape(file: Path):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (Path.unlink, "adapter.safetensors: there is no such file"),
+        (Path.unlink, "there is no such file; finish the run: train.py --resume"),
         (cut, "adapter.safetensors: not a whole safetensors file"),
         (garble, "adapter.safetensors: not a whole safetensors file"),
         (rename, "lora_A is missing"),
@@ -306,6 +317,7 @@ def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_o
         (["--method", "zero_shot", "--classes", "al"], "--classes al: unknown; did you mean all"),
         (["--method", "zero_shot", "--image", "a.png"], "say which classes to choose from"),
         (["--method", "zero_shot", "--image", "a.png", "--classes", " , "], "say which classes"),
+        (["--method", "zero_shot", "--image", "a.png", "--classes", "a,A"], "one class to CLIP"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(argv, said, script, model, is_one_line):
