@@ -7,7 +7,7 @@ import transformers
 from PIL import Image
 
 from clip_min import UserError
-from gen.caption import Llava, sampler
+from gen.caption import Llava, four_bits, sampler
 from gen.diffuse import Diffusion
 from gen.hub import locate
 from gen.settings import Generation
@@ -87,6 +87,21 @@ def test_at_temperature_0_the_caption_is_transformers_own_greedy_one(tiny_llava,
     out = model.generate(**inputs, max_new_tokens=10, do_sample=False)
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert ours == [" ".join(answer.split())]
+
+
+def test_as_on_a_gpu_the_language_model_is_4_bit_and_the_image_tower_16(tiny_llava, pictures):
+    captioner = Llava(str(tiny_llava), OPTIONS, "cpu")
+    captioner.model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tiny_llava, dtype=torch.float16, quantization_config=four_bits(), device_map="cpu"
+    )
+    for name, layer in captioner.model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            four = name.startswith("model.language_model.layers.")
+            assert layer.weight.dtype == (torch.uint8 if four else torch.float16), name
+            assert (type(layer).__name__ == "Linear4bit") == four
+    captions = captioner(pictures, NAMES, SEEDS)
+    assert captions == captioner(pictures, NAMES, SEEDS)
+    assert len(set(captions)) == 3
 
 
 def test_the_sampler_draws_from_the_softmax():
