@@ -58,6 +58,8 @@ class Experiment:
             )
         try:
             torch.empty(0, device=self.device)
+            if self.device.startswith("cuda:"):
+                torch.cuda.set_device(self.device)  # what names no device now means this one
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--device {self.device}: cannot be used ({reason}); try cpu") from None

@@ -40,6 +40,15 @@ def test_a_setting_that_cannot_be_is_an_error_that_names_its_flag(field, value, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", ["cuda:1"])])
+def test_the_gpu_asked_for_is_the_one_whose_memory_is_measured(device, chosen, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    Experiment(device=device)
+    assert found == chosen
+
+
 @pytest.mark.parametrize(
     ("settings", "folder"),
     [
