@@ -70,6 +70,8 @@ def generate(
 ) -> Manifest:
     """Make the images that `folder` lacks. filter: "zero_shot" or the folder of a run."""
     options = options.for_task(experiment.dataset, experiment.template)
+    if options.offload and not experiment.device.startswith("cuda"):  # said before hours of work
+        raise UserError("--offload: moves models off the GPU, and there is none; leave it out")
     judge = load_filter(filter, experiment, task.classnames)
     f1 = None
     if options.plan != "uniform":

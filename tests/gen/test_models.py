@@ -173,8 +173,3 @@ def test_a_model_neither_cached_nor_reachable_is_one_line(tmp_path, monkeypatch)
     for flag, make in (("--captioner", Llava), ("--painter", Diffusion)):
         with pytest.raises(UserError, match=f"{flag} nobody/nothing: neither a folder nor"):
             make("nobody/nothing", OPTIONS, "cpu")
-
-
-def test_offloading_needs_a_gpu(tiny_diffusion):
-    with pytest.raises(UserError, match="--offload"):
-        Diffusion(str(tiny_diffusion), Generation(offload=True), "cpu")

@@ -474,6 +474,14 @@ def test_the_f1_variant_trains_its_filter_first(script, tmp_path):
     assert {a.filter for a in manifest.attempts} == {"lora"}
 
 
+def test_offloading_without_a_gpu_is_refused_before_any_work(script, tmp_path):
+    offload = ["--offload", "--device", "cpu", "--synthetic", tmp_path / "images"]
+    result = script("generate", *offload)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "--offload" in result.err
+    assert not (tmp_path / "images").exists()
+
+
 def test_where_no_class_is_weak_nothing_is_made(script, tmp_path):
     strong = ["--shots", 1, "--plan", "f1", "--f1-threshold", 0]
     result = script("generate", *strong, "--synthetic", tmp_path / "images")
