@@ -63,6 +63,9 @@ class Experiment:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--device {self.device}: cannot be used ({reason}); try cpu") from None
+        # So that fp32 is fp32: by default a GPU's convolutions, here the patch embedding, round
+        # their inputs to 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
 
     def load(self, folder: Path | None = cache.FOLDER) -> tuple[CLIP, Task]:
         """The model, and the task as it sees it; fills in `template` if it was left open."""

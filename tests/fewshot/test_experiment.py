@@ -49,6 +49,13 @@ def test_the_gpu_asked_for_is_the_one_whose_memory_is_measured(device, chosen, m
     assert found == chosen
 
 
+def test_fp32_is_fp32_in_the_patch_embedding_of_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    Experiment()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize(
     ("settings", "folder"),
     [
