@@ -52,8 +52,9 @@ def main() -> None:
     manifest = generate(experiment, task, options, filter, folder, stage)
     if stage in ("all", "filter"):
         print(table(manifest))
-        contact_sheet(manifest, task.train.pictures, folder / "contact_sheet.png")
-        print(f"contact sheet: {folder / 'contact_sheet.png'}")
+        if any(manifest.plan["quotas"].values()):  # none, where no class is weak
+            contact_sheet(manifest, task.train.pictures, folder / "contact_sheet.png")
+            print(f"contact sheet: {folder / 'contact_sheet.png'}")
     if stage != "caption" and (missing := manifest.missing()):
         then = "filter" if stage == "diffuse" else "diffuse"
         print(f"{missing} images are still missing: run --stage {then} next")
@@ -69,6 +70,8 @@ def generate(
 ) -> Manifest:
     """Make the images that `folder` lacks. filter: "zero_shot" or the folder of a run."""
     options = options.for_task(experiment.dataset, experiment.template)
+    if options.offload and not experiment.device.startswith("cuda"):  # said before hours of work
+        raise UserError("--offload: moves models off the GPU, and there is none; leave it out")
     judge = load_filter(filter, experiment, task.classnames)
     f1 = None
     if options.plan != "uniform":

@@ -7,11 +7,13 @@
 
     python -m clip_min.weights convert IN OUT.safetensors
 
-Which activation a model was trained with, no tensor tells. Everything here computes QuickGELU, as
-all of OpenAI's models do. Many of open_clip's own (LAION's and DataComp's ViT-B/16, say) were
-trained with plain GELU: they load here without an error, and give wrong features. Check before use:
-open_clip's name for such weights has no "-quickgelu" and is not tagged "openai"; beside them,
-`open_clip_config.json` has no "quick_gelu": true, or `config.json` says "hidden_act": "gelu".
+Which activation a model was trained with, no tensor tells, nor how many heads it has. Everything
+here computes QuickGELU, as all of OpenAI's models do; many of open_clip's own (LAION's and
+DataComp's ViT-B/16, say) were trained with plain GELU. So the description beside the weights is
+read, if there is one (Hugging Face's config.json, open_clip's open_clip_config.json): it tells the
+heads, and GELU in it is an error. Of a file that lies alone, heads are taken to be 64 wide, and the
+activation is yours to check: open_clip's name for weights trained with GELU has no "-quickgelu" and
+is not tagged "openai".
 
 Loading is strict: a missing, unexpected or misshapen tensor is an error that names it. Nothing is
 ever unpickled: `.pt` state dicts go through `torch.load(weights_only=True)`, which admits tensors
@@ -33,10 +35,11 @@ import torch
 from torch import Tensor, nn
 
 from clip_min.errors import UserError
-from clip_min.files import read_safetensors, write_safetensors
+from clip_min.files import read_json, read_safetensors, write_safetensors
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
 from clip_min.names import to_our_names
 
+TOWERS = ("vision", "text")
 DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
 # OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them: where,
@@ -152,7 +155,46 @@ def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
                 f"that divide {config.vision_width} and text_heads that divide {config.text_width}"
             )
         config = replace(config, vision_heads=vision, text_heads=text)
+    elif str(name_or_path) not in HUB:
+        config = _described(path, config)
     return state, config
+
+
+def _described(path: Path, config: CLIPConfig) -> CLIPConfig:
+    """`config` with the heads that a description beside the file tells, if there is one."""
+    for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
+        told = read_json(file, "") if file.exists() else {}
+        try:
+            if "vision_config" in told:  # Hugging Face's; what it leaves out is OpenAI's
+                towers = [{"hidden_act": "quick_gelu"} | told[f"{t}_config"] for t in TOWERS]
+                quick = all(tower["hidden_act"] == "quick_gelu" for tower in towers)
+                own = config.vision_heads, config.text_heads
+                heads = [t.get("num_attention_heads", n) for t, n in zip(towers, own, strict=True)]
+            elif "model_cfg" in told:
+                model = told["model_cfg"]
+                quick = model.get("quick_gelu", False)
+                heads = [
+                    config.vision_width // model["vision_cfg"].get("head_width", 64),
+                    model["text_cfg"].get("heads", 8),
+                ]
+            else:  # of something else
+                continue
+            vision, text = heads
+            usable = config.vision_width % vision == config.text_width % text == 0
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+            quick, usable = True, False
+        if not usable:
+            raise UserError(
+                f"{file}: its numbers of heads are not those of {path.name}, which lies beside it; "
+                "put the file that belongs to these weights there, or none"
+            )
+        if not quick:
+            raise UserError(
+                f"{path}: was trained with GELU, says {file.name} beside it, and CLIP computes "
+                "QuickGELU here, as OpenAI's do: its features would be wrong; take other weights"
+            )
+        config = replace(config, vision_heads=vision, text_heads=text)
+    return config
 
 
 def fingerprint(module: nn.Module) -> str:

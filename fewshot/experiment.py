@@ -59,9 +59,14 @@ class Experiment:
             )
         try:
             torch.empty(0, device=self.device).cpu()  # "meta" holds no numbers
+            if self.device.startswith("cuda:"):
+                torch.cuda.set_device(self.device)  # what names no device now means this one
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--device {self.device}: cannot be used ({reason}); try cpu") from None
+        # So that fp32 is fp32: by default a GPU's convolutions, here the patch embedding, round
+        # their inputs to 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
 
     def load(self, folder: Path | None = cache.FOLDER) -> tuple[CLIP, Task]:
         """The model, and the task as it sees it; fills in `template` if it was left open."""

@@ -142,8 +142,9 @@ def _snapshot(learned: dict, kept: dict, optimizer) -> dict[str, Tensor]:
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
     tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    device = next(iter(learned.values())).device
+    if device.type == "cuda":  # else not even asked for: that alone takes memory on a GPU
+        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     return tensors
 
 
@@ -160,7 +161,7 @@ def _restore(tensors: dict[str, Tensor], learned: dict, optimizer) -> dict[str, 
             state["state"].setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict(state)
     torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
     device = next(iter(learned.values())).device
+    if "random/cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], device)
     return {name: tensors[f"kept/{name}"].to(device) for name in learned}

@@ -9,7 +9,6 @@ strength s = 15/20 the layout of x is left, and little else.
 import torch
 from PIL import Image, ImageOps
 
-from clip_min import UserError
 from gen.hub import locate, quiet
 
 
@@ -26,8 +25,6 @@ class Diffusion:
         folder, self.revision = locate("--painter", name, diffusers.DiffusionPipeline.download)
         self.name, self.options = name, options
         cuda = torch.device(device).type == "cuda"
-        if options.offload and not cuda:
-            raise UserError("--offload: moves models off the GPU, and there is none; leave it out")
         self.pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(
             folder, dtype=torch.float16 if cuda else torch.float32
         )

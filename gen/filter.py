@@ -7,9 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_min import crop
-from fewshot.images import Batches, Pictures
-from fewshot.metrics import predict
+from clip_min import crop, normalize
 
 
 class Filter:
@@ -25,9 +23,11 @@ class Filter:
         """
         clip = self.method.clip
         pixels = torch.stack([crop(image, clip.config.image_size) for image in images])
-        pictures = Pictures(pixels, torch.tensor(labels))
-        logits = predict(self.method, Batches(pictures, pixels, clip.device, None))  # (B, K)
-        return logits.argmax(dim=1).tolist(), margins(logits, pictures.labels).tolist()
+        with self.method.inference():
+            x = normalize(pixels.to(clip.device))  # (B, 3, n, n)
+            x = clip.encode_image(x) if self.method.input == "features" else x
+            logits = self.method(x).cpu()  # (B, K)
+        return logits.argmax(dim=1).tolist(), margins(logits, torch.tensor(labels)).tolist()
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:

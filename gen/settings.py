@@ -7,7 +7,7 @@ the other. It is kept if CLIP recognises the class in it.
 """
 
 from dataclasses import dataclass, fields, replace
-from math import inf
+from math import ceil, inf
 from typing import Annotated, ClassVar, Literal
 
 from clip_min import UserError
@@ -76,10 +76,10 @@ class Generation:
             if not least <= value <= most:
                 expected = f"{least} or more" if most == inf else f"{least} to {most}"
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
-        if round(self.steps * self.strength, 6) < 1:
+        if int(self.steps * self.strength) < 1:  # as diffusers rounds
             raise UserError(
                 f"--strength {self.strength}: of {self.steps} steps that is less than one; "
-                f"expected {1 / self.steps:.2g} or more"
+                f"expected {ceil(1000 / self.steps) / 1000:g} or more"
             )
         for name in ("question", "prompt"):
             text = getattr(self, name)

@@ -33,6 +33,8 @@ from methods.support import WithSupport
 # Settings that say what tensors mean, beyond their shapes.
 MEANING = ("image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks")
 MEANING += ("scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation")
+# PEFT's ways to start a LoRA that leave the frozen weights as they are.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 OUR_TOWER = {"image": "clip.visual.transformer", "text": "clip.transformer"}
 
 # tower, block, part (of q, k, v, o) -> its A (R, D) and B (D, R)
@@ -135,6 +137,11 @@ def read_peft(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     config = read_json(path / "adapter_config.json", "a PEFT adapter has one")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: is PEFT's {config.get('peft_type')}, expected LORA")
+    if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
+        raise UserError(
+            f"{path}: started by {start}, for which PEFT changes the frozen weights: it corrects "
+            "others than CLIP's; save it from PEFT with path_initial_model_for_weight_conversion"
+        )
     found: dict[tuple, dict[str, Tensor]] = {}
     for name, tensor in read_safetensors(path / "adapter_model.safetensors")[0].items():
         match = re.fullmatch(

@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 # First, so that `pytest` tests this checkout, installed or not, and `import clip_min` never finds
 # the folder tests/clip_min.
 sys.path.insert(0, str(ROOT))
+# Tests compare bits, and a GPU's rounding is its own. Scripts would take one that they see.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # Tests are made of small tensors: more threads gain nothing, and on a busy machine lose minutes.
 torch.set_num_threads(1)
 

@@ -33,7 +33,7 @@ from oracle import SMALL, far, openai_clip, random_tokens, renamed, same_in_ours
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clip_min import CLIP, CONFIGS, UserError, load, save, weights
+from clip_min import CLIP, CONFIGS, UserError, formats, load, save, tokenize, weights
 
 CLOSE = 1e-5
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -315,6 +315,75 @@ def test_saving_keeps_a_number_of_heads_that_no_tensor_tells(tmp_path):
     loaded = load(tmp_path / "demo.safetensors")
     assert loaded.config == config
     assert_holds(loaded, model.state_dict())
+
+
+@pytest.fixture
+def beside(theirs, tmp_path):
+    """What lies beside a file of weights -> the model that is loaded from it."""
+    file = tmp_path / "model.safetensors"
+    save_file(theirs.state_dict(), file)
+
+    def load_it(name: str, told):
+        (tmp_path / name).write_text(json.dumps(told))
+        return load(file)
+
+    return load_it
+
+
+@torch.no_grad()
+def test_heads_that_no_tensor_tells_are_read_beside_the_file(tmp_path):
+    vision = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    vision |= {"intermediate_size": 256, "image_size": 32, "patch_size": 8}
+    text = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2}
+    text |= {"intermediate_size": 192, "vocab_size": 49408, "eos_token_id": 49407}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=32)
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path / "model.safetensors")
+    assert (loaded.config.vision_heads, loaded.config.text_heads) == (4, 6)
+    images, tokens = torch.randn(2, 3, 32, 32), tokenize(["a rose", "a red tulip"])
+    expected = model(pixel_values=images, input_ids=tokens).logits_per_image
+    assert far(loaded(images, tokens), expected) < CLOSE
+
+
+@pytest.mark.parametrize("save_folder", [formats.save_hugging_face, formats.save_open_clip])
+def test_what_we_export_is_read_as_the_model_it_was(save_folder, tmp_path):
+    save_folder(load("demo"), tmp_path / "demo")  # whose heads are 32 wide
+    (file,) = (tmp_path / "demo").glob("*.safetensors")
+    assert load(file).config == CONFIGS["demo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("config.json", {"vision_config": {"hidden_act": "gelu"}, "text_config": {}}),
+        ("config.json", {"vision_config": {}, "text_config": {"hidden_act": "gelu"}}),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}}),
+    ],
+)
+def test_weights_trained_with_gelu_are_refused(name, told, beside):
+    with pytest.raises(UserError, match=f"GELU, says {name}"):
+        beside(name, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("config.json", {"vision_config": {"num_attention_heads": 7}, "text_config": {}}),
+        ("config.json", {"vision_config": {"num_attention_heads": 0}, "text_config": {}}),
+        ("config.json", {"vision_config": {}}),
+        ("config.json", {"vision_config": None, "text_config": None}),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {"head_width": 0}}}),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {}, "text_cfg": []}}),
+    ],
+)
+def test_a_description_of_another_model_is_named(name, told, beside):
+    with pytest.raises(UserError, match=f"{name}: its numbers of heads"):
+        beside(name, told)
+
+
+def test_a_config_of_something_else_is_not_looked_at(beside):
+    assert beside("config.json", {"method": "lora", "settings": {}}).config == SMALL
 
 
 def test_the_demo_model_ships_whole_and_small():

@@ -45,6 +45,22 @@ def test_a_setting_that_cannot_be_is_an_error_that_names_its_flag(field, value, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", ["cuda:1"])])
+def test_the_gpu_asked_for_is_the_one_whose_memory_is_measured(device, chosen, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    Experiment(device=device)
+    assert found == chosen
+
+
+def test_fp32_is_fp32_in_the_patch_embedding_of_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    Experiment()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize(
     ("settings", "folder"),
     [

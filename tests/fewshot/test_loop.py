@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -457,6 +458,21 @@ def test_dropout_and_augmentation_matter_to_those_bits(train, val, tmp_path, mon
         descend(plain, train, val, Run.start(tmp_path / "plain", CONFIG), seed=1)
         assert not equal(plain.weights(), results[-1])
     assert not equal(*results)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_the_random_state_kept_is_that_of_the_device_trained_on(device, monkeypatch):
+    asked, state = [], torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    get = lambda device=None: asked.append(str(device)) or state  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_rng_state", get)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device=None: get(device))
+    learned = {"w": SimpleNamespace(device=torch.device(device), copy_=lambda other: None)}
+    best = {"w": SimpleNamespace(to=lambda device: None)}
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    tensors = loop._snapshot(learned, best, optimizer)
+    loop._restore(tensors, learned, optimizer)
+    assert asked == ([] if device == "cpu" else [device, device])
 
 
 def test_resuming_a_run_that_was_over_changes_nothing(train, val, tmp_path, capsys):

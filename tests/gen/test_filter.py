@@ -45,6 +45,13 @@ def test_one_at_a_time_is_the_same(seen):
         assert (one, margin) == (predicted[i], pytest.approx(found[i], abs=1e-3))
 
 
+def test_a_batch_costs_no_hash_of_all_weights(seen, monkeypatch):
+    """Only a cache of features needs one, for their name, and nothing is kept here."""
+    judge, pictures, labels, _ = seen
+    monkeypatch.setattr(clip_min.weights, "fingerprint", None)
+    judge(pictures, labels.tolist())
+
+
 def test_margin_by_hand():
     logits = torch.tensor([[3.0, 1.0, 2.5], [0.0, -2.0, 5.0]])
     assert margins(logits, torch.tensor([0, 1])).tolist() == [0.5, -7.0]

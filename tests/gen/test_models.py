@@ -7,7 +7,7 @@ import transformers
 from PIL import Image
 
 from clip_min import UserError
-from gen.caption import Llava, sampler
+from gen.caption import Llava, four_bits, sampler
 from gen.diffuse import Diffusion
 from gen.hub import locate
 from gen.settings import Generation
@@ -89,6 +89,21 @@ def test_at_temperature_0_the_caption_is_transformers_own_greedy_one(tiny_llava,
     assert ours == [" ".join(answer.split())]
 
 
+def test_as_on_a_gpu_the_language_model_is_4_bit_and_the_image_tower_16(tiny_llava, pictures):
+    captioner = Llava(str(tiny_llava), OPTIONS, "cpu")
+    captioner.model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tiny_llava, dtype=torch.float16, quantization_config=four_bits(), device_map="cpu"
+    )
+    for name, layer in captioner.model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            four = name.startswith("model.language_model.layers.")
+            assert layer.weight.dtype == (torch.uint8 if four else torch.float16), name
+            assert (type(layer).__name__ == "Linear4bit") == four
+    captions = captioner(pictures, NAMES, SEEDS)
+    assert captions == captioner(pictures, NAMES, SEEDS)
+    assert len(set(captions)) == 3
+
+
 def test_the_sampler_draws_from_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     drawn = [sampler([seed], 0.5)(None, logits).argmax().item() for seed in range(4000)]
@@ -158,8 +173,3 @@ def test_a_model_neither_cached_nor_reachable_is_one_line(tmp_path, monkeypatch)
     for flag, make in (("--captioner", Llava), ("--painter", Diffusion)):
         with pytest.raises(UserError, match=f"{flag} nobody/nothing: neither a folder nor"):
             make("nobody/nothing", OPTIONS, "cpu")
-
-
-def test_offloading_needs_a_gpu(tiny_diffusion):
-    with pytest.raises(UserError, match="--offload"):
-        Diffusion(str(tiny_diffusion), Generation(offload=True), "cpu")

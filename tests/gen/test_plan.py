@@ -85,6 +85,8 @@ def test_what_is_left_open_follows_from_the_data_set():
         ({"per_class": 0}, "--per-class 0: expected 1 or more"),
         ({"strength": 1.5}, "--strength 1.5: expected 0 to 1"),
         ({"strength": 0.04}, "expected 0.05 or more"),
+        ({"strength": 0.33, "steps": 3}, "expected 0.334 or more"),
+        ({"strength": 1 / 49, "steps": 49}, "expected 0.021 or more"),  # 0.9999… of a step
         ({"question": "What is it?"}, "--question 'What is it?' has no {}"),
         ({"prompt": "a flower"}, "--prompt 'a flower' has no {}"),
     ],
@@ -93,3 +95,10 @@ def test_a_setting_out_of_range_is_refused(options, said):
     with pytest.raises(UserError, match="--") as error:
         Generation(**options)
     assert said in str(error.value)
+
+
+def test_the_least_strength_that_is_named_is_enough():
+    for steps in range(1, 200):
+        with pytest.raises(UserError, match="expected") as error:
+            Generation(steps=steps, strength=0.001)
+        Generation(steps=steps, strength=float(str(error.value).split()[-3]))

@@ -171,6 +171,7 @@ LAYER = "base_model.model.vision_model.encoder.layers.1"
         ),
         (lambda tensors, config: tensors.clear(), "corrects nothing"),
         (lambda tensors, config: config.update(peft_type="LOHA"), "LOHA, expected LORA"),
+        (lambda tensors, config: config.update(init_lora_weights="pissa"), "started by pissa"),
         (
             lambda tensors, config: config.update(alpha_pattern={r".*layers\.1\..*": 9}),
             "tower has no single lora_alpha",

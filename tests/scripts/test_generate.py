@@ -474,6 +474,22 @@ def test_the_f1_variant_trains_its_filter_first(script, tmp_path):
     assert {a.filter for a in manifest.attempts} == {"lora"}
 
 
+def test_offloading_without_a_gpu_is_refused_before_any_work(script, tmp_path):
+    offload = ["--offload", "--device", "cpu", "--synthetic", tmp_path / "images"]
+    result = script("generate", *offload)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "--offload" in result.err
+    assert not (tmp_path / "images").exists()
+
+
+def test_where_no_class_is_weak_nothing_is_made(script, tmp_path):
+    strong = ["--shots", 1, "--plan", "f1", "--f1-threshold", 0]
+    result = script("generate", *strong, "--synthetic", tmp_path / "images")
+    assert result.code == 0, result.err
+    assert "0 images to make" in result.out
+    assert sorted(os.listdir(tmp_path / "images")) == ["plan.json", "settings.json"]
+
+
 def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and has no settings.json"):
