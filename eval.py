@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from clip_min import CLIP, UserError, crop, normalize, weights
+from clip_min.errors import nearest
 from fewshot import cache, datasets
-from fewshot.experiment import Experiment, evaluate, nearest, run_script
+from fewshot.experiment import Experiment, evaluate, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.folder import told_apart
 from fewshot.images import autocast, open_image

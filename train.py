@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from clip_min import CLIP, UserError, weights
-from clip_min.files import write_text
+from clip_min.errors import nearest
+from clip_min.files import read_json, write_text
 from fewshot import cache, datasets, grid
-from fewshot.experiment import Experiment, evaluate, nearest, peak_memory_mb, run_script
+from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
 from fewshot.report import save_curves, table
-from fewshot.run import Run, provenance, read_json
+from fewshot.run import Run, provenance
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method, Settings

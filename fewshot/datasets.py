@@ -6,14 +6,13 @@ Where a data set has no validation part, the experiment sets a few training pict
 are checked when a set is loaded: a download that was cut short must not become a number.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from clip_min import UserError
+from clip_min.errors import UserError, nearest
 from fewshot import coop, demo
 from fewshot.folder import Parts, read_folder, told_apart
 from fewshot.images import Pictures
@@ -51,11 +50,7 @@ def load(
     name: str, root: Path | None, seed: int, split: str = "official", split_file: Path | None = None
 ) -> Dataset:
     """A data set by its name, in its own split ("official") or CoOp's ("coop", of `split_file`)."""
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"data sets are {', '.join(DATASETS)}"
-        raise UserError(f"--dataset {name}: unknown; {hint}")
-    entry = DATASETS[name]
+    entry = DATASETS[nearest("--dataset", name, DATASETS)]
     if split == "coop":
         names, *parts = _read_coop(name, root, split_file)
     elif split_file:

@@ -1,6 +1,5 @@
 """One experiment from its settings: what train.py runs and eval.py rebuilds."""
 
-import difflib
 import io
 import os
 import resource
@@ -13,6 +12,7 @@ from typing import Annotated, Literal
 import torch
 
 from clip_min import CLIP, UserError, weights
+from clip_min.errors import nearest
 from fewshot import cache, datasets
 from fewshot.folder import read_text
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
@@ -58,7 +58,9 @@ class Experiment:
                 "--base-classes is for base-novel, and --classes all has no halves; drop one"
             )
         try:
-            torch.empty(0, device=self.device).cpu()  # "meta" holds no numbers
+            if torch.device(self.device).type not in ("cpu", "cuda"):  # others lack float64
+                raise RuntimeError("expected cpu, cuda, or cuda:1 and so on")
+            torch.empty(0, device=self.device)
             if self.device.startswith("cuda:"):
                 torch.cuda.set_device(self.device)  # what names no device now means this one
         except (RuntimeError, AssertionError) as error:
@@ -80,6 +82,10 @@ class Experiment:
         task = make_task(dataset, *drawn, folder, base, self.precision)
         if self.precision == "fp16" and device.type == "cpu":
             task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
+        if self.model == "demo" and self.dataset != "demo":
+            task.notes.append(
+                "the demo model has never seen a photo; for real pictures add --model ViT-B/16"
+            )
         return clip, task
 
     def load_dataset(self) -> datasets.Dataset:
@@ -111,15 +117,6 @@ class Experiment:
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
         model = Path(self.model).stem if Path(self.model).suffix else self.model.replace("/", "-")
         return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
-
-
-def nearest(flag: str, value: str, known) -> str:
-    """Look up a name given by a user: `value` if it is known, else an error with the nearest."""
-    if value in known:
-        return value
-    near = difflib.get_close_matches(value, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-    raise UserError(f"{flag} {value}: unknown; {hint}")
 
 
 def evaluate(method, task: Task, queries: Queries | None = None) -> dict:

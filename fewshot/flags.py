@@ -63,4 +63,5 @@ def pick(settings: type, given: dict) -> dict:
 def describe(settings) -> str:
     """Settings in one line: "lr 0.0002, epochs 15, …"."""
     values = ((field.name, getattr(settings, field.name)) for field in fields(settings))
-    return ", ".join(f"{name} {value}" for name, value in values) or "none"
+    shown = (f"{name} {repr(value) if value == '' else value}" for name, value in values)
+    return ", ".join(shown) or "none"

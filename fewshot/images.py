@@ -159,7 +159,8 @@ class Batches:
         if self._features is None:
             machine = (torch.__version__, torch.get_num_threads(), self.device.type)
             machine += () if self.precision == "fp32" else (self.precision,)
-            name = cache.key(self.pixels, weights.fingerprint(clip.visual), batch_size, machine)
+            tower = weights.fingerprint(clip.visual) if self.folder else ""
+            name = cache.key(self.pixels, tower, batch_size, machine)
             features = cache.load(self.folder, "features", name)
             if features is None:
                 parts = torch.arange(len(self)).split(batch_size)

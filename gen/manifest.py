@@ -21,10 +21,9 @@ import torch
 from PIL import Image
 
 from clip_min import UserError
-from clip_min.files import replacing, write_text
+from clip_min.files import HALF_WRITTEN, read_json, replacing, write_json, write_text
 from fewshot import cache
 from fewshot.images import Pictures
-from fewshot.run import read_json
 
 DONE = ("kept", "waived")  # states of an image that is used in training
 
@@ -168,7 +167,7 @@ class Manifest:
     def _sweep(self) -> None:
         """Remove what a killed process left half-written or had not listed yet."""
         listed = {self.folder / attempt.image for attempt in self.attempts}
-        for path in self.folder.rglob(".*.????????.*"):
+        for path in self.folder.rglob(HALF_WRITTEN):
             path.unlink()
         for state in ("kept", "rejected", "undecided"):
             for path in (self.folder / state).rglob("[0-9]*.png"):
@@ -183,11 +182,7 @@ class Manifest:
 
 def _early(path: Path) -> bool:
     """Can it have been left by a process killed before it had written settings.json?"""
-    return path.name == "plan.json" or path.match(".*.????????.json")
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return path.name == "plan.json" or path.match(HALF_WRITTEN)
 
 
 def _read(path: Path, kind: type) -> list:

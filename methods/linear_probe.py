@@ -7,7 +7,7 @@ as the tower gives it, not normalised,
 
     W, b = argmin   Σ_n CE(logits_n, label_n)  +  ‖W‖² / (2C)
 
-The problem is convex: L-BFGS finds the one solution, with no learning rate and no seed. Only C, the
+The problem is convex: L-BFGS finds its minimum, with no learning rate and no seed. Only C, the
 inverse strength of the penalty, is chosen, by accuracy on validation: a sweep over 10^-6 … 10^6,
 then steps that halve around the best. A probe has no idea of a class it saw no image of, so its
 novel column reads n/a.
@@ -55,22 +55,22 @@ class LinearProbe(Method):
         """Solve for W and b; choose C, of equally good ones the smallest."""
         x, y, val_x = train.features(self.clip), train.labels, val.features(self.clip)
 
-        def solve(log_c: float) -> tuple[float, float, tuple[Tensor, Tensor]]:
-            w, b = logistic_regression(
-                x, y, len(self.classnames), 10**log_c, self.settings.max_iterations
-            )
+        def solve(c: float) -> tuple[Tensor, Tensor]:
+            return logistic_regression(x, y, len(self.classnames), c, self.settings.max_iterations)
+
+        def judge(log_c: float) -> tuple[float, float, tuple[Tensor, Tensor]]:
+            """(-accuracy on validation, log10 C, (W, b)): the least is best, then the smallest."""
+            w, b = solve(10**log_c)
             right = (val_x.double() @ w.T + b).argmax(dim=1) == val.labels
             return -right.double().mean().item(), log_c, (w, b)
 
         if self.settings.c:
-            w, b = logistic_regression(
-                x, y, len(self.classnames), self.settings.c, self.settings.max_iterations
-            )
+            w, b = solve(self.settings.c)
         else:
-            best = min((solve(log_c) for log_c in SWEEP), key=lambda tried: tried[:2])
+            best = min((judge(log_c) for log_c in SWEEP), key=lambda tried: tried[:2])
             step = (SWEEP[1] - SWEEP[0]) / 2
             for _ in range(HALVINGS):
-                tried = [best, solve(best[1] - step), solve(best[1] + step)]
+                tried = [best, judge(best[1] - step), judge(best[1] + step)]
                 best, step = min(tried, key=lambda one: one[:2]), step / 2
             w, b = best[2]
             print(f"C = {10 ** best[1]:.4g}: {-100 * best[0]:.2f} % on validation")

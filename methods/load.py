@@ -3,19 +3,14 @@
 Runs are the experiment's (fewshot/run.py) and are only read here: config, names, learned tensors.
 """
 
-import difflib
-
 from clip_min import CLIP, UserError
+from clip_min.errors import nearest
 from methods import METHODS, Method, Settings
 
 
 def described(run) -> tuple[type[Method], Settings]:
     """The method and the settings that a run's config.json names."""
-    name = run.config["method"]
-    if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(METHODS)}"
-        raise UserError(f"{run.path}/config.json: method {name}: unknown; {hint}")
+    name = nearest(f"{run.path}/config.json: method", run.config["method"], METHODS)
     try:
         return METHODS[name], METHODS[name].Settings(**run.config["settings"])
     except TypeError as error:

@@ -29,7 +29,7 @@ from methods.base import TrainingSettings
 from methods.support import WithSupport
 from methods.zero_shot import TemplateSettings
 
-ALPHAS = [0.0] + [2.0 ** (i / 2) for i in range(-6, 15)]  # 0, 1/8 … 128
+ALPHAS = [0.0] + [2.0 ** (i / 2) for i in range(-6, 21)]  # 0, 1/8 … 1024
 BETAS = [2.0 ** (i / 2) for i in range(-4, 15)]  # 1/4 … 128
 
 
@@ -67,8 +67,7 @@ class TipAdapter(WithSupport):
             return (-beta * distance).exp() @ self.votes()
 
     def fit(self, train, val, descend) -> None:
-        s = self.settings
-        self.remember(train, s.views, s.augment)
+        self.remember(train, self.settings.views, self.settings.augment)
         self.search(val)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clip_min import UserError
-from fewshot.experiment import Experiment, evaluate, nearest, peak_memory_mb, run_script
+from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.images import Batches
 from fewshot.task import Task
 from fewshot.task import Test as Part  # pytest would take the name for a test
@@ -48,7 +48,7 @@ def test_a_setting_that_cannot_be_is_an_error_that_names_its_flag(field, value, 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", ["cuda:1"])])
 def test_the_gpu_asked_for_is_the_one_whose_memory_is_measured(device, chosen, monkeypatch):
     found = []
-    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)  # a GPU that is there
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
     Experiment(device=device)
     assert found == chosen
@@ -81,15 +81,6 @@ def test_a_run_belongs_under_data_model_method_shots_and_seed(
     (tmp_path / "here" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     assert Experiment(**settings).folder("lora") == Path(folder)
-
-
-def test_nearest_returns_a_known_name_and_suggests_one_for_an_unknown():
-    known = {"lora": 1, "zero_shot": 2}
-    assert nearest("--method", "lora", known) == "lora"
-    with pytest.raises(UserError, match="--method zeroshot: unknown; did you mean zero_shot"):
-        nearest("--method", "zeroshot", known)
-    with pytest.raises(UserError, match="--method xyz: unknown; known are lora, zero_shot"):
-        nearest("--method", "xyz", known)
 
 
 class Rigged:

@@ -109,6 +109,6 @@ def test_describe_lists_every_setting_or_says_none():
     class Nothing:
         pass
 
-    text = "height 3.5, rings 8, leaf_shape oak, name , evergreen False"
+    text = "height 3.5, rings 8, leaf_shape oak, name '', evergreen False"
     assert describe(Tree(rings=8)) == text
     assert describe(Nothing()) == "none"
