@@ -165,6 +165,7 @@ def compare(classes: int, batch: int, rounds: int, unit: dict, rate: float) -> d
     elif takes > 120:
         skip = f"published skipped: about {takes:.0f} s a step"
     ways = {"ours": ours} if skip else {"ours": ours, "published": published}
+    memory = {name: peak_mb(name, classes, batch) for name in ways}  # before this process grows
     logits = {}
     for name, model in ways.items():
         logits[name] = model(features)
@@ -182,7 +183,6 @@ def compare(classes: int, batch: int, rounds: int, unit: dict, rate: float) -> d
             model(features)
 
     tests = seconds({n: lambda m=m: predict(m) for n, m in ways.items()}, rounds)
-    memory = {name: peak_mb(name, classes, batch) for name in ways}
     for name in ways:
         row[f"{name} s/step"], row[f"{name} MB"] = step[name], memory[name]
         row[f"{name} images/s tested"] = batch / tests[name]
