@@ -117,24 +117,20 @@ def test_pictures_are_classified_among_any_names(method, run, script, data):
     assert sum(float(percent) for percent, _ in shown) == pytest.approx(100, abs=0.02)
 
 
+@pytest.fixture
+def other_place(data, model, tmp_path) -> tuple:
+    """The flags of a run on the same task, in a folder of its own."""
+    return ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path / "two")
+
+
 @pytest.mark.parametrize("method", ["linear_probe", "tip_adapter", "tip_adapter_f", "em_dirichlet"])
 def test_what_starts_from_its_images_alone_takes_no_other_start(
-    method, run, script, data, model, tmp_path, is_one_line
+    method, run, script, other_place, is_one_line
 ):
     made = run(method).path
-    where = (
-        "--dataset",
-        "folder",
-        "--data-root",
-        data,
-        "--model",
-        model,
-        "--out",
-        tmp_path / "two",
-    )
-    result = script("train", "--method", method, *where, "--init-from", made)
+    result = script("train", "--method", method, *other_place, "--init-from", made)
     assert is_one_line(result, f"--init-from {made}", "from the training images")
-    assert not (tmp_path / "two").exists()
+    assert not other_place[-1].exists()
 
 
 @pytest.mark.parametrize(
@@ -146,20 +142,10 @@ def test_what_starts_from_its_images_alone_takes_no_other_start(
     ],
 )
 def test_a_start_that_means_something_else_here_is_one_line_with_the_flag_to_give(
-    method, made_with, run, script, data, model, tmp_path, is_one_line
+    method, made_with, run, script, other_place, is_one_line
 ):
     made = run(method, *made_with).path
-    where = (
-        "--dataset",
-        "folder",
-        "--data-root",
-        data,
-        "--model",
-        model,
-        "--out",
-        tmp_path / "two",
-    )
-    start = (*where, "--epochs", 1, "--init-from", made)
+    start = (*other_place, "--epochs", 1, "--init-from", made)
     assert is_one_line(script("train", "--method", method, *start), " ".join(map(str, made_with)))
     assert script("train", "--method", method, *start, *made_with).code == 0
 
