@@ -17,7 +17,6 @@ from clip_min.errors import nearest
 from fewshot import cache, datasets
 from fewshot.experiment import Experiment, evaluate, run_script
 from fewshot.flags import Parser, add_flags, pick
-from fewshot.folder import told_apart
 from fewshot.images import autocast, open_image
 from fewshot.report import table
 from fewshot.run import Run
@@ -126,7 +125,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         known = [name for names in run.config["classnames"].values() for name in names]
     if "classes" in given:
         known = [name.strip() for name in given["classes"].split(",") if name.strip()]
-    told_apart("--classes", known)
+    datasets.told_apart("--classes", known)
     if not known:
         raise UserError('--image: say which classes to choose from: --classes "rose,tulip"')
     if run is None:

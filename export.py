@@ -16,9 +16,9 @@ from clip_min import UserError, weights
 from clip_min.errors import nearest
 from clip_min.files import new_folder, write_safetensors, write_text
 from clip_min.formats import save_hugging_face, save_open_clip, save_openai
+from fewshot.datasets import told_apart
 from fewshot.experiment import run_script
 from fewshot.flags import Parser
-from fewshot.folder import told_apart
 from fewshot.run import Run
 from methods import Method
 from methods.export import class_matrix, merged_clip, to_peft

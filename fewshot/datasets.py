@@ -14,7 +14,7 @@ import torch
 
 from clip_min.errors import UserError, nearest
 from fewshot import coop, demo
-from fewshot.folder import Parts, read_folder, told_apart
+from fewshot.folder import Parts, read_folder
 from fewshot.images import Pictures
 from fewshot.manifest import is_manifest, read_manifest
 
@@ -69,6 +69,18 @@ def load(
         raise UserError(f"{name}: has {len(names)} classes, expected {entry.classes}")
     told_apart(str(root or name), names)
     return Dataset(names, entry.template, *parts, split)
+
+
+def told_apart(where: str, names: list[str]) -> None:
+    """CLIP reads lower case: names that differ in case alone are one text, and always tie."""
+    first: dict[str, str] = {}
+    for name in names:
+        if other := first.get(name.lower()):
+            raise UserError(
+                f"{where}: {other!r} and {name!r} are one class to CLIP, which reads lower case; "
+                "rename or remove one"
+            )
+        first[name.lower()] = name
 
 
 def read_demo(root: Path | None, seed: int) -> Parts:

@@ -134,18 +134,6 @@ def same_classes(where: str, found: set[str], expected, of: str) -> None:
         )
 
 
-def told_apart(where: str, names: list[str]) -> None:
-    """CLIP reads lower case: names that differ in case alone are one text, and always tie."""
-    first: dict[str, str] = {}
-    for name in names:
-        if other := first.get(name.lower()):
-            raise UserError(
-                f"{where}: {other!r} and {name!r} are one class to CLIP, which reads lower case; "
-                "rename or remove one"
-            )
-        first[name.lower()] = name
-
-
 def split(pictures: Pictures, seed: int) -> tuple[Pictures, Pictures, Pictures]:
     """Half of each class to train, a fifth to val, the rest to test, drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)

@@ -19,11 +19,14 @@ from fewshot.metrics import accuracy, predict
 from fewshot.run import Run
 
 
-def descend(method, train: Batches, val: Batches, run: Run, seed: int, resume: bool = False):
+def descend(
+    method, train: Batches, val: Batches, run: Run, seed: int, resume: bool = False
+) -> float:
     """Train `method` on `train`, leave it with its tensors of the best epoch on `val`, or the last.
 
     Everything random follows from `seed` and, for dropout and augmentation, from torch's global
-    generator, whose state is saved with each epoch: a resumed run ends in the same bits.
+    generator, whose state is saved with each epoch: a resumed run ends in the same bits. Returns
+    the seconds of all epochs, those before a kill included.
     """
     s = method.settings
     learned = method.adapter_state()

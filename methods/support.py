@@ -38,11 +38,11 @@ class WithSupport(ZeroShot):
 
     @torch.no_grad()
     def _view(self, train, augment: str) -> Tensor:
-        """Features (N, E) of one random view of each picture, on the unit sphere."""
+        """Features of one random view of each picture (N, E), not normalised, as published."""
         parts = torch.arange(len(train)).split(64)
         with train.autocast():
             features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
-        return torch.cat(features).float()  # (N, E), not normalised, as published
+        return torch.cat(features).float()
 
     def votes(self) -> Tensor:
         """One row a support image, 1 at its class, (N, K); of a class not asked for, all zero."""
