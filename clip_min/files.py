@@ -17,6 +17,15 @@ from clip_min.errors import UserError
 HALF_WRITTEN = ".*.????????.*"
 
 
+def remove_half_written(folder: Path) -> None:
+    """Remove what a killed process left anywhere below `folder`: our temporary files, and those
+    that safetensors makes while it writes one (".tmpnRT2eS").
+    """
+    for pattern in (HALF_WRITTEN, ".tmp??????"):
+        for path in folder.rglob(pattern):
+            path.unlink()
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
     """Write to the temporary name this yields; on success it becomes `path`, synced to disk.

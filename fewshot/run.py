@@ -25,9 +25,9 @@ from torch import Tensor
 
 from clip_min import CLIP, UserError, weights
 from clip_min.files import (
-    HALF_WRITTEN,
     read_json,
     read_safetensors,
+    remove_half_written,
     write_json,
     write_safetensors,
     write_text,
@@ -95,8 +95,7 @@ class Run:
                     "give the same flags, or start anew without --resume"
                 )
         _claim(path)
-        for half_written in path.glob(HALF_WRITTEN):  # by the process that was killed
-            half_written.unlink()
+        remove_half_written(path)
         log = path / "log.jsonl"
         if log.exists():
             try:

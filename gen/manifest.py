@@ -21,7 +21,14 @@ import torch
 from PIL import Image
 
 from clip_min import UserError
-from clip_min.files import HALF_WRITTEN, read_json, replacing, write_json, write_text
+from clip_min.files import (
+    HALF_WRITTEN,
+    read_json,
+    remove_half_written,
+    replacing,
+    write_json,
+    write_text,
+)
 from fewshot import cache
 from fewshot.images import Pictures
 
@@ -167,8 +174,7 @@ class Manifest:
     def _sweep(self) -> None:
         """Remove what a killed process left half-written or had not listed yet."""
         listed = {self.folder / attempt.image for attempt in self.attempts}
-        for path in self.folder.rglob(HALF_WRITTEN):
-            path.unlink()
+        remove_half_written(self.folder)
         for state in ("kept", "rejected", "undecided"):
             for path in (self.folder / state).rglob("[0-9]*.png"):
                 if path not in listed:
