@@ -107,8 +107,14 @@ class Batches:
         """The pictures that are not synthetic, in their order."""
         if self.synthetic is None:
             return self
-        chosen = (~self.synthetic).nonzero().flatten().cpu()
-        return self._like(self.pictures[chosen], self.pixels[chosen])
+        return self.part((~self.synthetic).nonzero().flatten().cpu())
+
+    def part(self, chosen: Tensor) -> "Batches":
+        """The pictures with the numbers `chosen` (B,), as real ones."""
+        part = self._like(self.pictures[chosen], self.pixels[chosen])
+        if self._features is not None:
+            part._features = self._features[chosen]
+        return part
 
     def join(self, synthetic: "Batches") -> "Batches":
         """These pictures, which are real, and then synthetic ones of the same size."""
