@@ -106,6 +106,7 @@ class Method(nn.Module):
     input: ClassVar[str] = "images"
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     transductive: ClassVar[bool] = False  # does forward label the images of a batch jointly?
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
 
     def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
         super().__init__()

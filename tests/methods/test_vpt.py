@@ -131,8 +131,9 @@ def test_the_linear_head_knows_its_own_classes_alone(clip):
     method = vpt(clip, head="linear")
     assert set(method.adapter_state()) == {"visual_prompts", "head.weight", "head.bias"}
     assert method.head.weight.shape == (3, WIDTH)
-    assert method.head.weight.std().item() == pytest.approx((2 / WIDTH) ** 0.5, rel=0.15)
+    assert method.head.weight.std().item() == pytest.approx((2 / 3) ** 0.5, rel=0.15)  # fan-out
     assert not method.head.bias.any()
+    assert method.no_weight_decay == ("head.bias",)
     with pytest.raises(UserError, match="cannot name classes"):
         method.for_classes(["sweet pea"])
     assert vpt(clip).for_classes(["sweet pea"]).classnames == ["sweet pea"]
