@@ -19,6 +19,10 @@ B, stacked, and part g of the product is added to the rows of that part alone:
 What we do differently: the published code of both papers forms B·A (D x D) in every step and every
 projection and multiplies x by it; here x·Aᵀ is multiplied by Bᵀ, which is the same number for less
 than 2R/D of the multiplications. B·A is formed once, by `merge`, for evaluation or export.
+Dropout is equal in distribution, not in masks: a token that prompts share (PromptTree) is dropped
+for all of them alike, and q, k and v share a mask unless `--dropout-masks each`, as in CLIP-LoRA's
+code, which draws one for each. (At a dropout of exactly 0 that code takes the correction out of W
+before it computes gradients, which are then wrong for the blocks below; ours are the equation's.)
 """
 
 import contextlib
@@ -41,6 +45,9 @@ class LoRASettings(TrainingSettings):
     text_rank: Annotated[int, "R in the text tower"] = 16
     text_alpha: Annotated[float, "α in the text tower"] = 32.0
     dropout: Annotated[float, "dropout on the input of the correction"] = 0.1
+    dropout_masks: Annotated[
+        Literal["shared", "each"], "one mask for q, k and v, or one for each of them"
+    ] = "shared"
     parts: Annotated[str, "projections that learn: letters of q, k, v, o (the output's)"] = "qv"
     towers: Annotated[Literal["both", "image", "text"], "towers that learn"] = "both"
     blocks: Annotated[str, "blocks that learn: all, or numbers from 0, as 0-5 or 9,10,11"] = "all"
@@ -65,6 +72,7 @@ class LoRA(Method):
             "text_rank": 2,
             "text_alpha": 1.0,
             "dropout": 0.25,
+            "dropout_masks": "each",
             "parts": "qkv",
             "scaling": "sqrt",
             "steps_per_shot": 500,
@@ -90,12 +98,16 @@ class LoRA(Method):
                     self._adapt(transformer.resblocks[i].attn, rank, scale)
 
     def _adapt(self, attention: nn.Module, rank: int, scale: float) -> None:
-        parts, dropout = self.settings.parts, self.settings.dropout
+        parts, dropout, masks = (
+            getattr(self.settings, name) for name in ("parts", "dropout", "dropout_masks")
+        )
         if not parts or set(parts) - set("qkvo") or len(set(parts)) < len(parts):
             raise UserError(f"--parts {parts!r}: expected different letters of q, k, v, o: try qv")
         fused = tuple(sorted("qkv".index(letter) for letter in parts if letter != "o"))
         if fused:
-            attention.in_proj = GroupedLoRA(attention.in_proj, rank, scale, dropout, fused, of=3)
+            attention.in_proj = GroupedLoRA(
+                attention.in_proj, rank, scale, dropout, fused, of=3, masks=masks
+            )
         if "o" in parts:
             attention.out_proj = GroupedLoRA(attention.out_proj, rank, scale, dropout)
 
