@@ -190,7 +190,7 @@ def read_file(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     return _read_loralib(path, content, method)
 
 
-# CLIP-LoRA's --position, in towers of 12 blocks.
+# CLIP-LoRA's --position, in towers of 12 blocks and, until September 2024, in all.
 CLIP_LORA_BLOCKS = {
     "top": range(11, 12),
     "top1": range(11, 12),
@@ -204,10 +204,23 @@ CLIP_LORA_BLOCKS = {
 }
 
 
-def _clip_lora_blocks(position: str, tower: str, depth: int) -> range:
-    if position == "all":  # of ViT-L/14's 24 image blocks, their table lists 21
-        return range(21 if (tower, depth) == ("image", 24) else depth)
-    return CLIP_LORA_BLOCKS[position]
+# In ViT-L/14's 24 image blocks since then; before, "all" were 21 of them.
+CLIP_LORA_BLOCKS_24 = {"all": range(24), "half-up": range(12, 24), "half-bottom": range(12)}
+
+
+def _clip_lora_places(
+    towers: list[str], position: str, depths: dict[str, int], layers: int
+) -> list[tuple[str, int]]:
+    """Tower and block of each layer in a file; of their two tables the one that has so many."""
+    blocks = {
+        tower: range(depths[tower]) if position == "all" else CLIP_LORA_BLOCKS[position]
+        for tower in towers
+    }
+    if "image" in towers and depths["image"] == 24:
+        new = {**blocks, "image": CLIP_LORA_BLOCKS_24.get(position, blocks["image"])}
+        old = {**blocks, "image": range(21) if position == "all" else blocks["image"]}
+        blocks = old if layers == sum(map(len, old.values())) else new
+    return [(tower, block) for tower in towers for block in blocks[tower]]
 
 
 def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, Tensor], dict]:
@@ -218,12 +231,9 @@ def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, 
     try:
         weights, metadata = content["weights"], content["metadata"]
         towers = {"both": ["text", "image"], "text": ["text"], "vision": ["image"]}
-        depths = _depths(method)
-        places = [
-            (tower, block)
-            for tower in towers[metadata["encoder"]]
-            for block in _clip_lora_blocks(metadata["position"], tower, depths[tower])
-        ]
+        places = _clip_lora_places(
+            towers[metadata["encoder"]], metadata["position"], _depths(method), len(weights)
+        )
         if len(places) != len(weights):
             raise UserError(
                 f"{path}: holds {len(weights)} layers, but encoder "

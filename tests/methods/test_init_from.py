@@ -17,7 +17,7 @@ from clip_min import UserError, formats, tokenize, weights
 from clip_min.files import write_safetensors
 from methods import METHODS
 from methods.export import to_peft
-from methods.init_from import load_into
+from methods.init_from import _clip_lora_places, load_into
 from methods.lora import LoRA, LoRASettings
 
 NAMES = ["rose", "red tulip", "ox-eye daisy"]
@@ -320,6 +320,28 @@ def test_a_clip_lora_file_that_does_not_fit_is_one_line(options, said, new_clip,
     assert said in str(error.value)
     assert str(error.value).startswith(f"--init-from {tmp_path / 'lora.pt'}: ")
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("position", "encoder", "image", "text"),
+    [
+        ("all", "both", range(24), range(12)),
+        ("all", "both", range(21), range(12)),  # as their table was until September 2024
+        ("all", "vision", range(21), ()),
+        ("half-up", "vision", range(12, 24), ()),
+        ("half-up", "vision", range(6, 12), ()),
+        ("half-bottom", "both", range(12), range(6)),
+        ("half-bottom", "both", range(6), range(6)),
+        ("up", "both", range(8, 12), range(8, 12)),
+    ],
+)
+def test_layers_of_a_clip_lora_file_of_vit_l_14_are_told_by_their_number(
+    position, encoder, image, text
+):
+    towers = {"both": ["text", "image"], "vision": ["image"]}[encoder]
+    depths = {"text": 12, "image": 24}
+    places = _clip_lora_places(towers, position, depths, len(image) + len(text))
+    assert places == [("text", i) for i in text] + [("image", i) for i in image]
 
 
 class Malicious:
