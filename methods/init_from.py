@@ -102,7 +102,10 @@ def _same(method: Method, key: str, value) -> bool:
         return set(mine) == set(value)
     if key == "blocks":
         depth = max(_depths(method).values())
-        return block_numbers(mine, depth) == block_numbers(value, depth)
+        return all(
+            block_numbers(mine, depth, tower) == block_numbers(value, depth, tower)
+            for tower in OUR_TOWER
+        )
     return mine == value
 
 
@@ -290,15 +293,14 @@ def _fuse(path: Path, pairs: Corrections, method: LoRA) -> tuple[dict[str, Tenso
     blocks = {t: sorted({b for tower, b, _ in pairs if tower == t}) for t in towers}
     parts = "".join(p for p in "qkvo" if any(part == p for _, _, part in pairs))
     depths = _depths(method)
-    numbers = {
-        "all" if found == list(range(depths[t])) else ",".join(map(str, found))
+    numbers = {  # image before text, as --blocks has them
+        "all" if found == list(range(depths[t])) else ",".join(map(str, found)): None
         for t, found in blocks.items()
     }
-    if len(numbers) != 1:
-        listed = " and ".join(f"blocks {found} of the {t} tower" for t, found in blocks.items())
-        raise UserError(f"{path}: corrects {listed or 'nothing'}; --blocks is one for both towers")
+    if not pairs:
+        raise UserError(f"{path}: corrects nothing")
     settings = {"parts": parts, "towers": "both" if len(towers) == 2 else towers[0]}
-    settings["blocks"] = numbers.pop()
+    settings["blocks"] = "/".join(numbers)
     state = {}
     for tower in towers:
         rank = {len(a) for (t, _, _), (a, _) in pairs.items() if t == tower}

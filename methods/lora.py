@@ -50,7 +50,9 @@ class LoRASettings(TrainingSettings):
     ] = "shared"
     parts: Annotated[str, "projections that learn: letters of q, k, v, o (the output's)"] = "qv"
     towers: Annotated[Literal["both", "image", "text"], "towers that learn"] = "both"
-    blocks: Annotated[str, "blocks that learn: all, or numbers from 0, as 0-5 or 9,10,11"] = "all"
+    blocks: Annotated[
+        str, "blocks that learn: all, or numbers from 0, as 0-5 or 9,10,11; 12-23/all: image/text"
+    ] = "all"
     scaling: Annotated[Literal["rank", "sqrt"], "s is α/R (rank) or α/√R (sqrt)"] = "rank"
 
     limits = {
@@ -94,7 +96,7 @@ class LoRA(Method):
         for tower, (transformer, rank, alpha) in towers.items():
             if settings.towers in ("both", tower):
                 scale = alpha / (rank if settings.scaling == "rank" else math.sqrt(rank))
-                for i in block_numbers(settings.blocks, len(transformer.resblocks)):
+                for i in block_numbers(settings.blocks, len(transformer.resblocks), tower):
                     self._adapt(transformer.resblocks[i].attn, rank, scale)
 
     def _adapt(self, attention: nn.Module, rank: int, scale: float) -> None:
@@ -127,8 +129,13 @@ class LoRA(Method):
                 layer.unmerge()
 
 
-def block_numbers(text: str, depth: int) -> list[int]:
-    """The blocks a setting names: "all" -> 0 … depth-1, "0-2,5" -> [0, 1, 2, 5]."""
+def block_numbers(text: str, depth: int, tower: str = "image") -> list[int]:
+    """The blocks a setting names: "all" -> 0 … depth-1, "0-2,5" -> [0, 1, 2, 5].
+
+    Of "0-2/all", the first half is for the image tower, the second for the text tower.
+    """
+    if text.count("/") == 1:
+        text = text.split("/")[tower == "text"]
     if text == "all":
         return list(range(depth))
     try:

@@ -145,6 +145,15 @@ def test_settings_written_otherwise_but_meaning_the_same_fit(written, new_clip, 
     load_into(new_lora(new_clip(), parts=written, blocks="0-1"), tmp_path, "")
 
 
+def test_towers_may_learn_in_different_blocks(new_clip, tmp_path):
+    there = new_lora(new_clip(), trained=True, blocks="1/all")
+    assert len(there.adapter_state()) == 2 * (1 + 2)
+    write_peft(there, tmp_path)
+    lora = new_lora(new_clip(), blocks="1/0-1")
+    load_into(lora, tmp_path, "")
+    assert equal(lora.adapter_state(), there.adapter_state())
+
+
 def drop(text):
     return lambda tensors, config: [tensors.pop(n) for n in list(tensors) if text in n]
 
@@ -163,7 +172,7 @@ LAYER = "base_model.model.vision_model.encoder.layers.1"
         (put(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector"), "lora_magnitude_vector is no"),
         (drop("layers.1.self_attn.q_proj.lora_B"), "has only one of lora_A and lora_B"),
         (drop("vision_model.encoder.layers.1.self_attn.v_proj"), "block 1 of the image tower has"),
-        (drop("text_model.encoder.layers.0"), "blocks [1] of the text tower; --blocks is one"),
+        (drop("text_model.encoder.layers.0"), "give --blocks all/1"),
         (put(f"{LAYER}.self_attn.q_proj.lora_A.weight", (2, 64)), "image tower has ranks [2, 4]"),
         (
             put(f"{LAYER}.self_attn.q_proj.lora_A.weight", (4, 7)),

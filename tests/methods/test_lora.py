@@ -327,12 +327,17 @@ def test_each_tower_has_its_own_rank_and_alpha(new_clip):
 )
 def test_blocks_are_numbers_and_ranges(text, numbers):
     assert block_numbers(text, depth=6) == numbers
+    assert block_numbers(text, depth=6, tower="text") == numbers
+    assert block_numbers(f"0/{text}", depth=6, tower="text") == numbers
+    assert block_numbers(f"{text}/0", depth=6, tower="image") == numbers
 
 
-@pytest.mark.parametrize("text", ["6", "0-6", "x", "", "3-1", "-1", "0,,1", "1-2-3", "some", "1.5"])
+@pytest.mark.parametrize(
+    "text", ["6", "0-6", "x", "", "3-1", "-1", "0,,1", "1-2-3", "some", "1.5", "1/", "1/2/3"]
+)
 def test_wrong_blocks_are_an_error_that_says_the_depth(text):
     with pytest.raises(UserError, match="--blocks.*below 6"):
-        block_numbers(text, depth=6)
+        block_numbers(text, depth=6, tower="text")
 
 
 @pytest.mark.parametrize(
