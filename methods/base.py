@@ -40,6 +40,9 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
 
 
+Augment = Literal["none", "crop-flip", "random-crop", "randaugment", "randaugment-crop"]
+
+
 @dataclass(frozen=True)
 class TrainingSettings(Settings):
     """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
@@ -66,9 +69,11 @@ class TrainingSettings(Settings):
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     augment: Annotated[
-        Literal["none", "crop-flip", "randaugment"],
+        Augment,
         "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip; "
-        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719",
+        "random-crop: resized to 8/7 of the size, a random crop of the size, and flip; "
+        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719; "
+        "randaugment-crop: RandAugment of the whole picture, then random resized crop",
     ] = "none"
 
     limits = {

@@ -66,7 +66,7 @@ class DISEF(LoRA):
             "batch_size": 64,
             "label_smoothing": 0.1,
             "per_class": 64,
-            "augment": "randaugment",
+            "augment": "randaugment-crop",
         },
         "demo": DEMO,
     }

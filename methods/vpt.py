@@ -62,6 +62,7 @@ class VPT(ZeroShot):
             "warmup_lr": 0.0,
             "batch_size": 64,
             "patience": 0,
+            "augment": "random-crop",
         },
         "mri": {"head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
         "demo": {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import byhand
 import pytest
@@ -21,6 +22,7 @@ import train as train_script
 from clip_min import UserError
 from fewshot import demo
 from methods import METHODS
+from methods.base import Augment
 
 BASE, NOVEL = ["amber_lily", "blue-bell", "cyan lotus"], ["dark-iris", "egg flower"]
 HERE = "noise/tiny/lora-s4-seed1"
@@ -514,7 +516,7 @@ def test_the_recipe_follows_from_the_model_and_flags_win_over_it(argv, recipe, l
 
 @pytest.mark.parametrize("method", [m for m in METHODS if hasattr(METHODS[m].Settings, "augment")])
 def test_whatever_augments_can_do_it_in_every_way(method):
-    for augment in ("none", "crop-flip", "randaugment"):
+    for augment in get_args(Augment):
         plan = train_script.parse(["--method", method, "--augment", augment])
         assert plan.settings.augment == augment
 
