@@ -64,6 +64,7 @@ def descend(
                 lr = learning_rate(s, epoch, epochs, s.warmup_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            method.step = done
             with train.autocast():
                 loss = method.loss(train.inputs(method, chosen, s.augment), *train.targets(chosen))
             if not loss.isfinite():

@@ -112,6 +112,7 @@ class Method(nn.Module):
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     transductive: ClassVar[bool] = False  # does forward label the images of a batch jointly?
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
+    step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
 
     def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
         super().__init__()

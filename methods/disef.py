@@ -12,8 +12,8 @@ variant of a course notebook's and not published, makes images only of the class
 CLIP is weak in (gen/plan.py), keeps those that a LoRA-tuned CLIP recognises, and trusts them less
 (λ 0.95).
 
-The paper also mixes images (`--mixup`, `--cutmix`): within each part of a batch, every image with the
-one that stands as far from the other end, and their labels likewise,
+The paper also mixes images (`--mixup`, `--cutmix`): within each part of a batch, every image with
+the one that stands as far from the other end, and their labels likewise,
 
     x' = m·x + (1 - m)·flip(x)      or, half the time, a box of x' is flip(x)'s: cutmix
     y' = m·y + (1 - m)·flip(y)      m ~ Beta(a, a), then the share of x' that is x
