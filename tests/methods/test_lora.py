@@ -357,6 +357,17 @@ def test_trained_parameters_at_vit_b_16(recipe, count):
         assert count == 184_320  # as the authors of CLIP-LoRA count
 
 
+def test_the_paper_recipe_is_that_of_clip_loras_code():
+    """run_utils.py, main.py, lora.py and loralib/layers.py of its repository."""
+    s = LoRASettings(**LoRA.recipes["paper"])
+    assert (s.optimizer, s.lr, s.weight_decay, s.batch_size) == ("adamw", 2e-4, 1e-2, 32)
+    assert (s.steps_per_shot, s.schedule, s.min_lr) == (500, "step", 1e-6)
+    assert (s.keep, s.patience, s.augment) == ("last", 0, "crop-flip")
+    assert (s.image_rank, s.image_alpha, s.text_rank, s.text_alpha) == (2, 1, 2, 1)
+    assert (s.parts, s.towers, s.blocks, s.scaling) == ("qkv", "both", "all", "sqrt")
+    assert (s.dropout, s.dropout_masks) == (0.25, "each")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("image_rank", 0), ("text_rank", -1), ("dropout", 1.5), ("dropout", -0.1), ("epochs", -1)],

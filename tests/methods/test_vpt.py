@@ -139,6 +139,16 @@ def test_the_linear_head_knows_its_own_classes_alone(clip):
     assert vpt(clip).for_classes(["sweet pea"]).classnames == ["sweet pea"]
 
 
+def test_the_paper_recipe_is_that_of_its_code():
+    """configs/base-prompt.yaml, tune_fgvc.py, src/data/transforms.py of its repository."""
+    s = VPTSettings(**VPT.recipes["paper"])
+    assert (s.optimizer, s.head, s.augment, s.keep) == ("sgd", "linear", "random-crop", "best")
+    assert (s.epochs, s.warmup_epochs, s.warmup, s.warmup_lr) == (100, 10, "linear", 0)
+    assert (s.schedule, s.patience, s.min_lr) == ("epoch", 0, 0)
+    assert s.lr * 256 / s.batch_size in (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1)  # its grid
+    assert s.weight_decay in (0.01, 1e-3, 1e-4, 0)
+
+
 def test_a_first_block_past_the_last_is_an_error(clip):
     with pytest.raises(UserError, match="--first-block 3: expected 0 to 2"):
         vpt(clip, first_block=3)
