@@ -45,7 +45,7 @@ class CrossModal(ZeroShot):
     def __init__(self, clip, classnames, template, settings: CrossModalSettings):
         super().__init__(clip, classnames, template, settings)
         self.head = nn.Parameter(F.normalize(self.class_features().float(), dim=-1))  # (K, E)
-        self.order = int(torch.randint(2**31, (), device="cpu"))  # which the texts' follows from
+        self.seed = torch.initial_seed()  # what the order of the texts follows from
 
     def forward(self, x: Tensor) -> Tensor:
         """features (B, E), of texts too, or images (B, 3, n, n) if augmented -> logits (B, K)."""
@@ -63,7 +63,7 @@ class CrossModal(ZeroShot):
         """Numbers of the class prompts (B,) that step `self.step` learns from."""
         count, classes = self.settings.batch_size, len(self.classnames)
         epoch, place = divmod(self.step, max(1, classes // count))
-        generator = torch.Generator().manual_seed(self.order + epoch)
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + epoch) % 2**63)
         passes = math.ceil(count / classes)  # more than one, where a batch is larger than K
         order = [torch.randperm(classes, generator=generator) for _ in range(passes)]
         return torch.cat(order)[place * count : (place + 1) * count]
