@@ -151,7 +151,7 @@ def fit_dirichlets(
     fitted = alpha[held]
     for step in range(steps):
         last, fitted = fitted, mm_step(fitted, means)
-        if step and (fitted - last).square().sum() < tolerance * last.square().sum():
+        if step and tolerance and (fitted - last).norm() ** 2 < tolerance * last.norm() ** 2:
             break
     alpha = alpha.clone()
     alpha[held] = fitted
