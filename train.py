@@ -221,6 +221,12 @@ def parse(argv: list[str]) -> Plan:
     given = parser.parse(argv)
     if "seed" in given and "seeds" in given:
         raise UserError("--seed and --seeds: give one of them")
+    if "grid" in preset:  # a flag wins over it, too
+        axes = preset["grid"].split()
+        preset["grid"] = " ".join(axis for axis in axes if axis.split("=")[0] not in given)
+    for axis in given.get("grid", "").split():
+        if (name := axis.split("=")[0]) in given:
+            raise UserError(f"--{name.replace('_', '-')} and --grid {axis}: give one of them")
     settings = method.Settings(**{**preset, **pick(method.Settings, given)})
     if "epochs" in given and "min_steps" not in given:  # as many as asked for, then
         settings = replace(settings, min_steps=0)

@@ -85,7 +85,8 @@ class Batches:
 
     pixels (N, 3, n, n) uint8 crops; labels (N,). `folder`: the cache of features (None: no cache).
     `precision`: in which a method computes on them, see `autocast`.
-    synthetic (N,) bool: which ones gen/ painted; None if all are real.
+    synthetic (N,) bool: which ones gen/ painted; None if all are real. `apart`: are these drawn
+    into batches apart from the real ones?
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Batches:
         self.pictures, self.pixels, self.device, self.folder = pictures, pixels, device, folder
         self.labels = pictures.labels.to(device)
         self.synthetic: Tensor | None = None
+        self.apart = False
         self._features = self._originals = None
 
     def __len__(self) -> int:
@@ -109,6 +111,14 @@ class Batches:
     def shots(self) -> int:
         """Pictures in the largest class, synthetic ones not counted."""
         return int(self.real().pictures.labels.bincount().max())
+
+    @property
+    def drawn(self) -> list[Tensor]:
+        """Numbers of the pictures that are drawn together: all, or the real and the synthetic."""
+        if self.synthetic is None or not self.apart:
+            return [torch.arange(len(self))]
+        synthetic = self.synthetic.cpu()
+        return [(~synthetic).nonzero().flatten(), synthetic.nonzero().flatten()]
 
     def real(self) -> "Batches":
         """The pictures that are not synthetic, in their order."""

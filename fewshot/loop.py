@@ -9,7 +9,7 @@ validation, those of the last.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class Length:
     @classmethod
     def of(cls, s, train: Batches) -> "Length":
         """The length that settings `s` ask for, on these training images."""
-        whole = len(train) // s.batch_size if s.drop_last else math.ceil(len(train) / s.batch_size)
-        epoch = max(1, whole)
+        fewest = min(len(part) for part in train.drawn)
+        epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
         total = s.steps_per_shot * train.shots or max(s.epochs * epoch, s.min_steps)
         rounds = math.ceil(total / s.validations) if s.validations else epoch
         return cls(epoch, total, max(1, rounds), s.keep != "last" or s.patience > 0)
@@ -51,9 +51,12 @@ def descend(
 
     Everything random follows from `seed` and, for dropout and augmentation, from torch's global
     generator, whose state is saved with each round: a resumed run ends in the same bits. Returns
-    the seconds of all rounds, those before a kill included.
+    the seconds of all rounds, those before a kill included. Where the settings have a grid, all of
+    this is `search`'s.
     """
     s = method.settings
+    if s.grid:
+        return search(method, train, val, run, seed)
     learned = method.adapter_state()
     trained = {name: tensor for name, tensor in learned.items() if tensor.requires_grad}
     optimizer = new_optimizer(s, trained, method.no_weight_decay)
@@ -61,7 +64,7 @@ def descend(
     # fp16 has no small numbers: the loss is multiplied so that gradients do not vanish.
     scaler = torch.amp.GradScaler(train.device.type, enabled=train.precision == "fp16")
 
-    kept = {name: tensor.detach().clone() for name, tensor in learned.items()}  # copies, not views
+    kept = copies(learned)  # not views
     at = {"step": 0, "best_val": -1.0, "best_step": 0, "waited": 0, "seconds": 0.0, "stopped": ""}
     if resume and (saved := run.load_resume()):
         tensors, at = saved
@@ -79,10 +82,10 @@ def descend(
                 begun = time.perf_counter()
             epoch, i = divmod(step, length.epoch)
             if i == 0 or not losses:
-                batches = torch.randperm(len(train), generator=_generator(seed, epoch))
-                batches = batches.split(s.batch_size)
+                batches = shuffled(train, s.batch_size, _generator(seed, epoch))
             if s.schedule == "step":
-                lr = learning_rate(s, step, length.total, s.warmup_epochs * length.epoch)
+                warm = s.warmup_steps or s.warmup_epochs * length.epoch
+                lr = learning_rate(s, step, length.total, warm)
             else:
                 lr = learning_rate(
                     s, epoch, math.ceil(length.total / length.epoch), s.warmup_epochs
@@ -133,7 +136,7 @@ def descend(
             break
         at["step"] = now
         if s.keep == "last" or at["best_step"] == now:
-            kept = {name: tensor.detach().clone() for name, tensor in learned.items()}
+            kept = copies(learned)
             run.save_adapter(kept)
         at["seconds"] += time.perf_counter() - started
         mean = sum(losses) / len(losses)
@@ -159,6 +162,45 @@ def descend(
     return at["seconds"]
 
 
+def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
+    """`descend` with each point of the settings' grid; leave the tensors that are best on `val`.
+
+    Of equally good points the first. Each starts from the same tensors and random state, as a run
+    of its own in this one's folder, so that after a kill those before it are not trained again.
+    """
+    s, start = method.settings, copies(method.adapter_state())
+    best, seconds = -1.0, 0.0
+    for number, point in enumerate(s.points(), 1):
+        name = " ".join(f"{key}={value:g}" for key, value in point.items())
+        print(f"grid: {name}")
+        method.settings = replace(s, grid="", **point)
+        method.load_adapter(start)
+        torch.manual_seed(seed)
+        part = run.part(f"grid{number}")
+        seconds += descend(method, train, val, part, seed, resume=True)
+        found = accuracy(predict(method, val), val.labels.cpu())
+        print(f"grid: {name}: {found:.2f} % on validation")
+        if found > best:
+            best, chosen, kept, log = found, point, copies(method.adapter_state()), part.log
+    method.settings = s
+    method.load_adapter(kept)
+    run.save_adapter(kept)
+    for line in log:
+        run.log_round({**line, "seconds": seconds, **chosen})  # of all points
+    print("grid: kept is " + ", ".join(f"{key} {value:g}" for key, value in chosen.items()))
+    return seconds
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def shuffled(train: Batches, size: int, generator: torch.Generator) -> list[Tensor]:
+    """The batches of an epoch: numbers of the pictures, `size` of all that is drawn together."""
+    orders = [part[torch.randperm(len(part), generator=generator)] for part in train.drawn]
+    return [torch.cat(pair) for pair in zip(*(o.split(size) for o in orders), strict=False)]
+
+
 def new_optimizer(s, trained: dict[str, Tensor], undecayed: tuple[str, ...]):
     """AdamW or SGD over `trained`; the tensors named in `undecayed` have no weight decay."""
     groups = [
@@ -174,8 +216,9 @@ def new_optimizer(s, trained: dict[str, Tensor], undecayed: tuple[str, ...]):
 def announce(s, train: Batches, val: Batches, length: Length, done: int) -> str:
     """What is to come, in a line: gradient steps, and validations."""
     left = length.total - done
-    text = f"{left} gradient steps of {min(s.batch_size, len(train))} images, "
-    text += f"{left / length.epoch:.3g} passes over {len(train)}"
+    sizes = [len(part) for part in train.drawn]
+    text = f"{left} gradient steps of {sum(min(s.batch_size, size) for size in sizes)} images, "
+    text += f"{left / length.epoch:.3g} passes over {min(sizes)}"
     if length.chooses:
         text += f"; {math.ceil(left / length.round)} validations on {len(val)} images"
     return text
@@ -205,10 +248,15 @@ def learning_rate(s, now: int, end: int, warm: int) -> float:
     """The rate at `now` of `end`, of which `warm` are the warm-up: all in epochs, or all in steps.
 
     constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever.
+    proportional, as cross-modal's code has it: the same, but for a rise from 0, which the first
+    rate itself is not.
     linear, as VPT's code has it: the cosine fills the time that is left.
     """
     if now < warm:
-        return s.warmup_lr + (now / warm * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0)
+        share = now / warm
+        if s.warmup == "proportional":
+            return share * s.lr or s.warmup_lr  # of the first step, whose share is 0
+        return s.warmup_lr + (share * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0)
     length = end - warm if s.warmup == "linear" else end
     return cosine(s.lr, s.min_lr, (now - warm) / length)
 

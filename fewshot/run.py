@@ -6,6 +6,7 @@
     resume.safetensors   all that the next round depends on (resume.json: its header, to read)
     results.json         base, novel, HM, zero-shot beside them, per class
     curves.png           loss and validation accuracy
+    grid1/ …             with --grid: log, adapter and resume.safetensors of each of its points
 
 Every file is written whole or not at all, so that a run killed at any moment can be resumed.
 """
@@ -95,14 +96,25 @@ class Run:
                     "give the same flags, or start anew without --resume"
                 )
         _claim(path)
-        remove_half_written(path)
-        log = path / "log.jsonl"
+        run._go_on()
+        return run
+
+    def part(self, name: str) -> "Run":
+        """A run in this one's folder, as it was left or new: a point of a grid of settings."""
+        run = Run(self.path / name, self.config)
+        run.path.mkdir(exist_ok=True)
+        run._go_on()
+        return run
+
+    def _go_on(self) -> None:
+        """Clear what a kill left half written, and read the log."""
+        remove_half_written(self.path)
+        log = self.path / "log.jsonl"
         if log.exists():
             try:
-                run.log = [json.loads(line) for line in log.read_text().splitlines()]
+                self.log = [json.loads(line) for line in log.read_text().splitlines()]
             except ValueError as error:
                 raise UserError(f"{log}: a line cannot be read as JSON ({error})") from None
-        return run
 
     @classmethod
     def open(cls, path: Path) -> "Run":

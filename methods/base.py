@@ -8,8 +8,9 @@ name it in METHODS, methods/__init__.py: train.py, eval.py and the tests then fi
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Annotated, ClassVar, Literal
 
@@ -60,8 +61,11 @@ class TrainingSettings(Settings):
     )
     min_lr: Annotated[float, "learning rate at the end of the cosine"] = 0.0
     warmup_epochs: Annotated[int, "first epochs, before the cosine starts at its peak"] = 0
+    warmup_steps: Annotated[int, "the same, counted in steps: with --schedule step"] = 0
     warmup: Annotated[
-        Literal["constant", "linear"], "in these the rate is --warmup-lr, or rises from it to --lr"
+        Literal["constant", "linear", "proportional"],
+        "in these the rate is --warmup-lr, or rises from it to --lr, or is the share of --lr that "
+        "is the share of these",
     ] = "constant"
     warmup_lr: Annotated[float, "learning rate of these, or of the first"] = 1e-5
     validations: Annotated[int, "times to validate, evenly spread; 0: after each epoch"] = 0
@@ -71,6 +75,11 @@ class TrainingSettings(Settings):
         "weights that are kept: the best on validation, the first or the latest of equally good "
         "ones, or the last",
     ] = "best"
+    grid: Annotated[
+        str,
+        "numbers to choose by validation: 'lr=1e-3,1e-4 weight_decay=0,0.01' trains with each of "
+        "the four pairs, and keeps the best",
+    ] = ""
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     augment: Annotated[
@@ -91,11 +100,40 @@ class TrainingSettings(Settings):
         "batch_size": (1, inf),
         "min_lr": (0, inf),
         "warmup_epochs": (0, inf),
+        "warmup_steps": (0, inf),
         "warmup_lr": (0, inf),
         "patience": (0, inf),
         "clip_norm": (0, inf),
         "eps": (0, inf),
     }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.warmup_steps and self.schedule == "epoch":
+            raise UserError(
+                f"--warmup-steps {self.warmup_steps}: the rate changes once an epoch; add "
+                "--schedule step, or give --warmup-epochs"
+            )
+        for point in self.points() if self.grid else ():
+            replace(self, grid="", **point)  # in range
+
+    def points(self) -> list[dict[str, float]]:
+        """The combinations of the values in `grid`: [{"lr": 1e-3, "weight_decay": 0.0}, …]."""
+        kinds = {f.name: type(f.default) for f in fields(TrainingSettings)}
+        numbers: dict[str, list] = {}
+        try:
+            for axis in self.grid.split():
+                name, texts = axis.split("=")
+                if name in numbers or kinds[name] not in (int, float):
+                    raise KeyError
+                numbers[name] = [kinds[name](text) for text in texts.split(",")]
+        except (KeyError, ValueError):
+            raise UserError(
+                f"--grid: {axis!r} is not a setting's name with numbers for it; expected, for "
+                "example, lr=1e-3,1e-4 or batch_size=8,32"
+            ) from None
+        points = itertools.product(*numbers.values())
+        return [dict(zip(numbers, point, strict=True)) for point in points]
 
 
 # For pictures that no published recipe is for. Few classes make an epoch of one or two steps, so

@@ -8,6 +8,8 @@ On the feature f (E,) of an image, not normalised,
 
 and the rest is zero-shot CLIP. A second adapter may change the text features W in the same way
 (`--adapters both`, known from JCLIP), and r may be learned, as the sigmoid of a free number.
+
+The published code has no recipe of its own, and trains as CoOp's does; so does `--recipe paper`.
 """
 
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from clip_min import UserError
 from methods.base import DEFAULT, TrainingSettings
+from methods.coop import PUBLISHED
 from methods.zero_shot import TemplateSettings, ZeroShot
 
 
@@ -68,7 +71,7 @@ class ClipAdapter(ZeroShot):
     Settings = ClipAdapterSettings
     recipes = {
         "default": {**DEFAULT, "min_steps": 1500},
-        "paper": {},
+        "paper": {**PUBLISHED, "epochs": 200},
         "jclip": {"adapters": "both"},
         "demo": {"lr": 3e-3, "ratio": 0.6},
     }

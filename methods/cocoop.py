@@ -36,7 +36,7 @@ class CoCoOp(LearnedContext):
     Settings = CoCoOpSettings
     recipes = {
         "default": {**DEFAULT, "batch_size": 16},
-        "notebook": {},
+        "notebook": {"patience": 4},
         "paper": PUBLISHED,
         "demo": {"batch_size": 16},
     }

@@ -26,9 +26,11 @@ from methods.base import DEFAULT, Method, TrainingSettings
 
 PLACEHOLDER = "X"  # one token, whose embedding the context replaces
 
-PUBLISHED = {  # how CoOp's and CoCoOp's papers train: nothing is chosen on validation
+PUBLISHED = {  # how CoOp's and CoCoOp's code trains: nothing is chosen on validation
     "optimizer": "sgd",
+    "lr": 2e-3,
     "weight_decay": 5e-4,
+    "drop_last": True,
     "warmup_epochs": 1,
     "warmup_lr": 1e-5,
     "patience": 0,
@@ -70,7 +72,8 @@ class CoOp(LearnedContext):
     recipes = {
         "default": {**DEFAULT, "min_steps": 1500},
         "notebook": {},
-        # 16 shots; with fewer, the paper trains 50 epochs (1 shot) or 100 (2 and 4).
+        # 8 or 16 shots; with fewer, the paper trains 50 epochs (1 shot) or 100 (2 and 4), and 50
+        # on ImageNet.
         "paper": {**PUBLISHED, "epochs": 200},  # base-to-novel: M = 4, from "a photo of a"
         "few-shot": {**PUBLISHED, "epochs": 200, "n_ctx": 16, "ctx_init": ""},  # all classes
         "demo": {"epochs": 30, "patience": 5},

@@ -12,8 +12,12 @@ and half of every batch are text features, each a sample of its own class:
     loss = CE over B images and B texts
 
 which come in shuffled passes over the class prompts, as the images do over theirs; of a pass that B
-does not divide, the rest is left out. The paper counts both: its batches of 32 (or 8) are 16 (or 4)
+does not divide, the rest is left out. The paper counts both: its batches of 32 or 8 are 16 or 4
 images here.
+
+As published, learning rate, weight decay and batch size are chosen on validation (`--grid`), and so
+is one of 128 moments of 12,800 steps. What the `paper` recipe does differently: these moments are
+after steps 100, 200 … (there 1, 101 …); and a batch may be larger than the images or the texts.
 """
 
 import math
@@ -39,7 +43,23 @@ class CrossModalSettings(TrainingSettings, TemplateSettings):
 class CrossModal(ZeroShot):
     title = "a linear head on images and class names as samples"
     Settings = CrossModalSettings
-    recipes = {"default": {**DEFAULT, "min_steps": 1500}, "paper": {"batch_size": 16}, "demo": {}}
+    recipes = {
+        "default": {**DEFAULT, "min_steps": 1500},
+        "paper": {
+            "epochs": 0,  # its length is in steps
+            "min_steps": 12_800,
+            "drop_last": True,
+            "schedule": "step",
+            "warmup_steps": 50,
+            "warmup": "proportional",
+            "warmup_lr": 1e-5,
+            "validations": 128,
+            "patience": 0,
+            "keep": "best",
+            "grid": "lr=1e-3,1e-4 weight_decay=0,0.01,1e-4 batch_size=4,16",
+        },
+        "demo": {},
+    }
     demo_model = {"lr": 1e-2}
     names_unseen = False
 

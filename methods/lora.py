@@ -71,7 +71,9 @@ class LoRA(Method):
     Settings = LoRASettings
     recipes = {
         "default": DEFAULT,
-        "notebook": {},  # grouped LoRA on q and v, as DISEF sets it up: the defaults above
+        # Grouped LoRA on q and v, as DISEF sets it up: the defaults above. What the notebook calls
+        # a patience of 3 stops at the fourth epoch without gain.
+        "notebook": {"patience": 4},
         "paper": {  # CLIP-LoRA's; its released code scales by α/√R, which the paper writes α/R
             "image_rank": 2,
             "image_alpha": 1.0,

@@ -7,12 +7,16 @@ image tower reads, right after the class token, and are all that learns of the t
     deep       the same, but before every later block the N outputs at the prompts' places are
                thrown away, and N vectors of that block's own stand there instead
 
-They enter after CLIP's own `ln_pre`, which the paper's ViT does not have. Attention has no order
-but what positions add, and prompts have none: their place in the sequence does not matter, only
-the block at which they enter (`--first-block`).
+They enter after CLIP's own `ln_pre`, which the paper's ViT, trained on labels, does not have.
+Attention has no order but what positions add, and prompts have none: their place in the sequence
+does not matter, only the block at which they enter (`--first-block`).
 
 Two classifiers: CLIP's own text features (`--head text`), which can name unseen classes, and the
 paper's, a linear layer on the class token (`--head linear`), which starts at random and can not.
+
+The paper tries 36 pairs of learning rate and weight decay on the validation images of every data
+set, and several N. Recipe `paper` takes one of these pairs, `paper-grid` tries them all. What it
+does differently: pictures are resized bicubically, as CLIP's, and not bilinearly.
 """
 
 from dataclasses import dataclass
@@ -43,6 +47,22 @@ class VPTSettings(TrainingSettings, TemplateSettings):
     }
 
 
+PAPER = {
+    "head": "linear",
+    "optimizer": "sgd",
+    "lr": 0.25,
+    "weight_decay": 1e-3,
+    "epochs": 100,
+    "warmup_epochs": 10,
+    "warmup": "linear",
+    "warmup_lr": 0.0,
+    "batch_size": 64,
+    "patience": 0,
+    "keep": "best",
+    "augment": "random-crop",
+}
+RATES = (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1)  # at 256 images in one step
+GRID = f"lr={','.join(str(rate * 64 / 256) for rate in RATES)} weight_decay=0.01,0.001,0.0001,0"
 DEMO_MODEL = {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0}
 
 
@@ -53,20 +73,8 @@ class VPT(ZeroShot):
     no_weight_decay = ("head.bias",)  # as published
     recipes = {
         "default": DEFAULT,
-        # The paper searches lr, weight decay and N for every data set, on validation.
-        "paper": {
-            "head": "linear",
-            "optimizer": "sgd",
-            "lr": 0.25,
-            "weight_decay": 1e-3,
-            "epochs": 100,
-            "warmup_epochs": 10,
-            "warmup": "linear",
-            "warmup_lr": 0.0,
-            "batch_size": 64,
-            "patience": 0,
-            "augment": "random-crop",
-        },
+        "paper": PAPER,
+        "paper-grid": {**PAPER, "grid": GRID},
         "mri": {"head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
         "demo": DEMO_MODEL,
     }
@@ -90,7 +98,6 @@ class VPT(ZeroShot):
             self.names_unseen = False
             self.head = nn.Linear(width, len(classnames))
             nn.init.kaiming_normal_(self.head.weight, mode="fan_out")  # variance 2/K, as theirs
-            nn.init.zeros_(self.head.bias)
             self.head.to(clip.device)
 
     def class_token(self, images: Tensor) -> Tensor:

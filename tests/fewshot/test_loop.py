@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_min import UserError
 from fewshot import loop
 from fewshot.images import Batches, Pictures
 from fewshot.loop import cosine, descend, learning_rate
@@ -65,9 +66,13 @@ def val():
     return batches(9, seed=2)
 
 
+def start(path) -> Run:
+    return Run.start(path, CONFIG)
+
+
 @pytest.fixture
 def run(tmp_path):
-    return Run.start(tmp_path / "run", CONFIG)
+    return start(tmp_path / "run")
 
 
 def settings(**changes) -> TrainingSettings:
@@ -99,27 +104,162 @@ def rates(s: TrainingSettings) -> list[float]:
     return [learning_rate(s, epoch, s.epochs, s.warmup_epochs) for epoch in range(s.epochs)]
 
 
-def test_the_paper_recipe_of_vpt_warms_up_as_vpts_code():
-    """lr·e/10 in epoch e of the first ten, and then half a cosine over the ninety that are left."""
-    vpt = rates(recipe("vpt", "paper"))
-    assert len(vpt) == 100
-    assert vpt[:11] == pytest.approx([0.025 * epoch for epoch in range(11)])
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.25)
-    cosines = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
-    for rate in vpt[10:]:
-        assert rate == pytest.approx(cosines.get_last_lr()[0], rel=1e-6)
+def annealed(peak: float, end: float, length: int) -> list[float]:
+    """The rates of torch's own cosine, of which the last is one before its end."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length, eta_min=end)
+    found = []
+    for _ in range(length):
+        found += scheduler.get_last_lr()
         optimizer.step()
-        cosines.step()
+        scheduler.step()
+    return found
 
 
-@pytest.mark.parametrize("method", ["coop", "cocoop"])
-def test_the_paper_recipes_of_coop_and_cocoop_warm_up_as_coops_code(method):
-    """One epoch at 1e-5, and then the first E - 1 rates of a cosine over E epochs."""
-    s = recipe(method, "paper")
-    cosines = rates(dataclasses.replace(s, warmup_epochs=0))
-    assert rates(s) == [1e-5, *cosines[:-1]]
-    assert cosines[0] == 2e-3
-    assert s.keep == "last"
+@pytest.fixture
+def followed(val, run, monkeypatch):
+    """(method, training pictures) -> what its paper recipe makes the loop do with them."""
+
+    def follow(method: str, train: Batches, **point) -> SimpleNamespace:
+        # Nothing is learned or written, which costs time; views are pinned beside each method.
+        s = dataclasses.replace(recipe(method, "paper"), augment="none", grid="", **point)
+        toy, done = Toy(s), SimpleNamespace(settings=s, rates=[], sizes=[])
+        toy.no_weight_decay = ("linear.bias",) if METHODS[method].no_weight_decay else ()
+        new_optimizer = loop.new_optimizer
+
+        def watched(*arguments):
+            done.optimizer = new_optimizer(*arguments)
+            done.optimizer.register_step_pre_hook(
+                lambda optimizer, *_: done.rates.append(optimizer.param_groups[0]["lr"])
+            )
+            return done.optimizer
+
+        def loss(images, labels, *_):
+            done.sizes.append(len(labels))
+            return 0 * toy.linear.bias.sum()
+
+        for name in ("save_adapter", "save_resume"):
+            monkeypatch.setattr(run, name, lambda *_: None)
+        monkeypatch.setattr(loop, "new_optimizer", watched)
+        monkeypatch.setattr(toy, "loss", loss)
+        descend(toy, train, val, run, seed=1)
+        done.validated = [line["step"] for line in run.log if "val" in line]
+        return done
+
+    return follow
+
+
+def sgd(done: SimpleNamespace, momentum: float, *weight_decays: float) -> bool:
+    groups = done.optimizer.param_groups
+    assert all(not group["nesterov"] and group["momentum"] == momentum for group in groups)
+    assert [group["weight_decay"] for group in groups] == list(weight_decays)
+    return type(done.optimizer) is torch.optim.SGD
+
+
+def adamw(done: SimpleNamespace, eps: float, *weight_decays: float) -> bool:
+    groups = done.optimizer.param_groups
+    assert all(g["betas"] == (0.9, 0.999) and g["eps"] == eps for g in groups)
+    assert [group["weight_decay"] for group in groups] == list(weight_decays)
+    return type(done.optimizer) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "images", "sizes"),
+    [
+        ("coop", 200, 816, [32] * 25),  # 16 images left out
+        ("clip_adapter", 200, 816, [32] * 25),
+        ("cocoop", 10, 20, [1] * 20),
+    ],
+)
+def test_paper_coop_cocoop_and_clip_adapter_train_as_coops_code(
+    method, epochs, images, sizes, followed
+):
+    """Dassl: an epoch at 1e-5, then the first E - 1 rates of a cosine over E; the last is kept."""
+    done = followed(method, batches(images, 1))
+    each = [1e-5, *annealed(2e-3, 0, epochs)[:-1]]
+    assert done.sizes == sizes * epochs
+    assert done.rates == pytest.approx([rate for rate in each for _ in sizes], rel=1e-6)
+    assert sgd(done, 0.9, 5e-4)
+    assert done.validated == []
+    assert done.settings.keep == "last"
+    assert recipe(method, "paper").augment == "crop-flip"
+
+
+def test_paper_clip_lora_trains_500_steps_a_shot_as_its_code(followed):
+    assert recipe("lora", "paper").steps_per_shot == 500
+    done = followed("lora", batches(34, 1), steps_per_shot=20)  # 12 of a class
+    assert done.sizes == [32, 2] * 120  # nothing is left out
+    assert done.rates == pytest.approx(annealed(2e-4, 1e-6, 240), rel=1e-6)
+    assert adamw(done, 1e-8, 1e-2)
+    assert done.validated == []
+    assert done.settings.keep == "last"
+
+
+def test_paper_cross_modal_takes_12800_steps_and_the_best_of_its_grid_as_its_code(followed):
+    """engine/optimizer/default.py and scheduler.py, train.py of its repository."""
+    points = recipe("cross_modal", "paper").points()
+    lrs, decays, halves = (1e-3, 1e-4), (0, 0.01, 1e-4), (8 / 2, 32 / 2)
+    assert [tuple(p.values()) for p in points] == list(itertools.product(lrs, decays, halves))
+    done = followed("cross_modal", batches(40, 1), **points[-1])
+    assert done.sizes == [16] * 12800
+    lr = 1e-4
+    expected = [1e-5, *(lr * i / 50 for i in range(1, 50))]
+    expected += [lr * (1 + math.cos(math.pi * (i - 50) / 12800)) / 2 for i in range(50, 12800)]
+    assert done.rates == pytest.approx(expected, rel=1e-9)
+    assert adamw(done, 1e-8, 1e-4)
+    assert done.validated == list(range(100, 12801, 100))
+    assert done.settings.keep == "best"
+
+
+def test_paper_disef_pairs_64_and_64_for_50_epochs_as_its_code(followed):
+    """fine-tune/scripts/disef.sh, src/data/_base.py (concat_mode min) of its repository."""
+    train = batches(150, 1).join(batches(200, 2))
+    train.apart = recipe("disef", "paper").apart
+    done = followed("disef", train)
+    assert done.sizes == [64 + 64] * 2 * 50
+    lr = 2**-12
+    expected = [1e-7 + (lr - 1e-7) * (1 + math.cos(math.pi * t / 100)) / 2 for t in range(100)]
+    assert done.rates == pytest.approx(expected, rel=1e-9)
+    assert adamw(done, 1e-8, 1e-3)
+    assert done.validated == []
+    assert done.settings.keep == "last"
+
+
+def test_paper_vpt_warms_up_and_takes_the_best_epoch_as_its_code(followed):
+    """lr·e/10 in epoch e of the first ten, and then half a cosine over the ninety that are left."""
+    done = followed("vpt", batches(138, 1))
+    each = [0.25 * epoch / 10 for epoch in range(10)] + annealed(0.25, 0, 90)
+    assert done.sizes == [64, 64, 10] * 100
+    assert done.rates == pytest.approx([rate for rate in each for _ in range(3)], rel=1e-6)
+    assert sgd(done, 0.9, 1e-3, 0)  # its head's bias does not decay
+    assert done.validated == list(range(3, 301, 3))
+    assert done.settings.keep == "best"
+
+
+def test_paper_tip_adapter_f_trains_20_epochs_as_its_code(followed):
+    done = followed("tip_adapter_f", batches(300, 1))
+    assert done.sizes == [256, 44] * 20
+    assert done.rates == pytest.approx(annealed(1e-3, 0, 40), rel=1e-6)
+    assert adamw(done, 1e-4, 1e-2)
+    assert done.validated == list(range(2, 41, 2))  # its code: on the test set
+    assert recipe("tip_adapter_f", "paper").augment == "crop-flip"
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("lora", "notebook"), ("disef", "notebook"), ("disef", "improved"), ("disef_f1", "improved")]
+    + [("cocoop", "notebook")],
+)
+def test_the_notebook_stops_at_the_fourth_epoch_without_gain(
+    method, name, train, val, run, scripted
+):
+    assert recipe(method, "demo").patience == 3
+    s = recipe(method, name)
+    assert (s.schedule, s.augment, s.keep, s.optimizer) == ("epoch", "none", "best", "adamw")
+    toy = Toy(dataclasses.replace(s, batch_size=14))
+    scripted(toy, [10, 20, 15, 20, 20, 20, 90])
+    descend(toy, train, val, run, seed=1)
+    assert len(run.log) == 6
 
 
 @pytest.mark.parametrize(("kind", "second"), [("constant", 0.002), ("linear", 0.004)])
@@ -140,6 +280,7 @@ CASES = {
     "warm-up by steps": {"warmup_epochs": 2, "warmup": "linear", "epochs": 4, "schedule": "step"},
     "clipped": {"clip_norm": 0.1},
     "steps by shots": {"steps_per_shot": 2, "schedule": "step"},
+    "warm-up of 3 steps": {"warmup_steps": 3, "warmup": "linear", "schedule": "step"},
     "one batch": {"batch_size": 100},
 }
 
@@ -164,7 +305,7 @@ def test_weights_equal_those_of_a_loop_by_hand_to_the_bit(case, train, val, run,
     for done, (images, labels) in enumerate(method.given):
         epoch = done // steps
         now, end = (done, total) if s.schedule == "step" else (epoch, math.ceil(total / steps))
-        warm = s.warmup_epochs * (steps if s.schedule == "step" else 1)
+        warm = s.warmup_steps or s.warmup_epochs * (steps if s.schedule == "step" else 1)
         length = end - warm if s.warmup == "linear" else end
         lr = s.min_lr + (s.lr - s.min_lr) * (1 + math.cos(math.pi * (now - warm) / length)) / 2
         if now < warm:
@@ -390,6 +531,67 @@ def test_no_epochs_leave_the_method_as_it_was(train, val, run):
     assert equal(method.weights(), before)
     assert equal(run.load_adapter(), before)
     assert run.log == []
+
+
+# ------------------------------------------------------------------------------------------ grid
+
+GRID = "lr=0.1,0.01 batch_size=4,14"
+
+
+def test_the_best_point_of_a_grid_is_kept_as_if_it_alone_had_been_trained(
+    train, val, tmp_path, monkeypatch, capsys
+):
+    ends, found = [], iter([40, 70, 70, 60])  # of equally good points the first
+    monkeypatch.setattr(loop, "accuracy", lambda *_: ends.append(method.weights()) or next(found))
+    method, run = Toy(settings(grid=GRID, keep="last"), dropout=0.3), start(tmp_path / "grid")
+    descend(method, train, val, run, seed=1)
+    alone = Toy(settings(lr=0.1, batch_size=14, keep="last"), dropout=0.3)
+    torch.manual_seed(1)
+    descend(alone, train, val, start(tmp_path / "alone"), seed=1)
+    assert equal(method.weights(), alone.weights())
+    assert equal(run.load_adapter(), alone.weights())
+    assert all(not equal(ends[i], ends[j]) for i, j in itertools.combinations(range(4), 2))
+    assert method.settings.grid == GRID
+    assert "kept is lr 0.1, batch_size 14" in capsys.readouterr().out
+    log = [json.loads(line) for line in (run.path / "log.jsonl").open()]
+    assert [(line["step"], line["lr"], line["batch_size"]) for line in log] == [
+        (step, 0.1, 14) for step in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize("kill", [0, 3, 8, 12, 17])
+def test_a_grid_that_is_killed_and_resumed_ends_in_the_same_bits(
+    kill, train, val, tmp_path, monkeypatch
+):
+    s = settings(grid="lr=0.1,0.01 batch_size=5", epochs=3)  # two points of nine steps
+    whole = train_to_the_end(tmp_path / "whole", s, "", monkeypatch, train, val)
+    resumed = train_to_the_end(tmp_path / "resumed", s, f"loss {kill}", monkeypatch, train, val)
+    assert len(resumed.given) == 18 - 3 * (kill // 3)  # no whole epoch twice
+    assert equal(resumed.weights(), whole.weights())
+    files = [tmp_path / name / "adapter.safetensors" for name in ("whole", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("rate=1,2", "'rate=1,2' is not a setting's name"),
+        ("lr=1,x", "'lr=1,x' is not"),
+        ("lr", "'lr' is not"),
+        ("lr=1 lr=2", "'lr=2' is not"),
+        ("optimizer=sgd", "'optimizer=sgd' is not"),
+        ("drop_last=1", "'drop_last=1' is not"),
+        ("batch_size=4,0", "--batch-size 0: expected"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_an_error(grid, said):
+    with pytest.raises(UserError, match=said):
+        settings(grid=grid)
+
+
+def test_a_warm_up_in_steps_needs_a_rate_per_step():
+    with pytest.raises(UserError, match="--warmup-steps 5: .*--schedule step"):
+        settings(warmup_steps=5)
 
 
 # -------------------------------------------------------------------------------- when it breaks

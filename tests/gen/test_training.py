@@ -6,7 +6,7 @@ from PIL import Image
 from torch import nn
 
 from fewshot.images import Batches, Pictures
-from fewshot.loop import descend
+from fewshot.loop import Length, descend, shuffled
 from fewshot.run import Run
 from methods import Method, TrainingSettings
 
@@ -49,6 +49,24 @@ def test_shots_and_real_count_the_real_ones_alone(joined):
     assert real.labels.tolist() == [0, 0, 1, 1, 1]
     assert real.synthetic is None
     assert real.real() is real
+
+
+@pytest.mark.parametrize(
+    ("drop_last", "sizes"), [(True, [(2, 2), (2, 2)]), (False, [(2, 2), (2, 2), (2, 1)])]
+)
+def test_drawn_apart_a_batch_has_as_many_of_each_and_an_epoch_ends_with_the_fewer(drop_last, sizes):
+    joined = numbered(list(range(7)), [0] * 7).join(numbered(list(range(100, 105)), [1] * 5))
+    joined.apart = True
+    s, seen = TrainingSettings(batch_size=2, drop_last=drop_last), set()
+    assert Length.of(s, joined).epoch == len(sizes)
+    for epoch in range(40):
+        order = shuffled(joined, 2, torch.Generator().manual_seed(epoch))[: len(sizes)]
+        parts = [joined.targets(chosen)[1] for chosen in order]
+        assert [(int((~p).sum()), int(p.sum())) for p in parts] == sizes
+        chosen = torch.cat(order).tolist()
+        assert len(set(chosen)) == len(chosen)
+        seen |= set(chosen)
+    assert seen == set(range(12))
 
 
 def test_the_loop_tells_the_loss_which_are_synthetic(joined, tmp_path):

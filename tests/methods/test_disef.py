@@ -155,12 +155,15 @@ def test_recipes():
     names = ("notebook", "improved", "paper")
     notebook, improved, paper = (DISEFSettings(**DISEF.recipes[name]) for name in names)
     assert (notebook.lam, notebook.lr, notebook.weight_decay) == (0.8, 2e-4, 1e-2)
-    assert (notebook.epochs, notebook.patience, notebook.batch_size) == (50, 3, 32)
+    assert (notebook.epochs, notebook.patience, notebook.batch_size) == (50, 4, 32)
     assert (improved.lam, improved.lr, improved.plan, improved.filter) == (0.95, 2e-5, "f1", "lora")
     assert (paper.batch_size, paper.weight_decay, paper.label_smoothing) == (64, 1e-3, 0.1)
+    assert (paper.apart, paper.drop_last, paper.lam, paper.epochs) == (True, True, 0.8, 50)
     assert (paper.mixup, paper.cutmix, paper.augment) == (0.1, 0.1, "randaugment-crop")
     assert (paper.schedule, paper.min_lr, paper.patience, paper.keep) == ("step", 1e-7, 0, "last")
-    assert math.log2(paper.lr) in range(-15, -9)
+    points = DISEFSettings(**DISEF.recipes["paper-grid"]).points()
+    assert [math.log2(point["lr"]) for point in points] == list(range(-15, -9))
+    assert {"lr": paper.lr} in points
     assert DISEF_F1.recipes["improved"] == DISEF.recipes["improved"]
 
 

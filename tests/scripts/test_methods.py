@@ -19,11 +19,15 @@ SHORT = ("--epochs", 2, "--batch-size", 4)
 VARIANTS = {  # what a method can do beside its defaults, and whether it then names novel classes
     "zero_shot": [(("--templates", "a {}.|the {}"), True)],
     "linear_probe": [((), False), (("--c", 0.1), False)],
-    "clip_adapter": [((), True), (("--recipe", "jclip", "--learn-ratio"), True)],
+    "clip_adapter": [
+        ((), True),
+        (("--recipe", "jclip", "--learn-ratio"), True),
+        (("--recipe", "paper"), True),
+    ],
     "projection": [((), True), (("--objective", "contrastive", "--activation", "relu"), True)],
     "tip_adapter": [((), True), (("--recipe", "paper", "--views", 2), True)],
     "tip_adapter_f": [((), True), (("--recipe", "paper", "--views", 2), True)],
-    "cross_modal": [((), False)],
+    "cross_modal": [((), False), (("--recipe", "paper"), False)],
     "vpt": [
         (("--n-tokens", 3, "--deep"), True),
         (("--n-tokens", 3, "--recipe", "paper", "--warmup-epochs", 1), False),

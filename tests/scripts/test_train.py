@@ -532,6 +532,7 @@ class Counted(list):
     """As many training images; nothing else of them is asked."""
 
     shots = 1
+    drawn = property(lambda self: [self])
 
     def __init__(self, count: int):
         super().__init__([None] * count)
@@ -544,6 +545,17 @@ def test_epochs_that_are_given_are_all_there_are():
     assert (settings.epochs, settings.min_steps) == (2, 0)
     settings = train_script.parse([*own, "--epochs", "2", "--min-steps", "5"]).settings
     assert (settings.epochs, settings.min_steps) == (2, 5)
+
+
+def test_a_flag_wins_over_the_grid_of_a_recipe():
+    own = ["--method", "cross_modal", "--recipe", "paper"]
+    assert len(train_script.parse(own).settings.points()) == 12
+    settings = train_script.parse([*own, "--lr", "0.5", "--batch-size", "8"]).settings
+    assert (settings.lr, settings.grid) == (0.5, "weight_decay=0,0.01,1e-4")
+    settings = train_script.parse([*own, "--lr", "0.5", "--grid", "batch_size=2"]).settings
+    assert settings.points() == [{"batch_size": 2}]
+    with pytest.raises(UserError, match="--lr and --grid lr=1,2: give one of them"):
+        train_script.parse([*own, "--lr", "0.5", "--grid", "lr=1,2"])
 
 
 @pytest.mark.parametrize(
