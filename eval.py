@@ -10,9 +10,10 @@ python eval.py --method zero_shot --dataset demo              CLIP as it is
 import sys
 from pathlib import Path
 
+# Before torch, which takes from it how threads wait.
+from clip_min import CLIP, UserError, crop, normalize, weights  # isort: skip
 import torch
 
-from clip_min import CLIP, UserError, crop, normalize, weights
 from clip_min.errors import nearest
 from fewshot import cache, datasets
 from fewshot.experiment import Experiment, evaluate, run_script

@@ -11,26 +11,31 @@ import functools
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+# Before torch, which takes from it how threads wait.
+from clip_min import CLIP, UserError, weights  # isort: skip
 import torch
 
-from clip_min import CLIP, UserError, weights
 from clip_min.errors import nearest
 from clip_min.files import read_json, write_text
 from fewshot import cache, datasets, grid
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
+from fewshot.metrics import train_accuracy
 from fewshot.record import summary
-from fewshot.report import save_curves, table
+from fewshot.report import doubts, save_curves, table
 from fewshot.run import Run, provenance
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method, Settings
 from methods.disef import DISEFSettings
 from methods.init_from import load_into
+
+# The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
+MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
 
 
 @dataclass
@@ -120,6 +125,11 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         functools.partial(descend, run=run, seed=experiment.seed, resume=resume),
     )
     seconds = run.log[-1]["seconds"] if run.log else time.perf_counter() - started
+    fitted = {}
+    if run.log:
+        fitted = {"steps": run.log[-1]["step"], "train": train_accuracy(method, task.train)}
+        for doubt in doubts(**fitted):
+            print(f"note: {doubt}")
     run.save_adapter(method.adapter_state())
     if run.log:
         save_curves(run.log, run.path / "curves.png")
@@ -129,7 +139,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
     brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all")}
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
-    results = {**scores, "zero_shot": brief, **measured, **synthetic}
+    results = {**scores, "zero_shot": brief, **fitted, **measured, **synthetic}
     run.write_json("results.json", results)
 
     if queries:
@@ -208,15 +218,18 @@ def parse(argv: list[str]) -> Plan:
     defaults = Experiment(**pick(Experiment, named))
     recipe = known.recipe
     if recipe is None:
-        recipes = list(method.recipes)
-        recipe = "demo" if defaults.model == "demo" and "demo" in recipes else recipes[0]
-    preset = method.recipes[nearest("--recipe", recipe, method.recipes)]
+        of_its_world = (defaults.dataset == "demo") == (defaults.model == "demo")
+        wanted = MADE_FOR.get(defaults.dataset, ()) if of_its_world else ()
+        recipe = next(r for r in (*wanted, "default", *method.recipes) if r in method.recipes)
+    preset = method.preset(nearest("--recipe", recipe, method.recipes), defaults.model)
     title = f"{known.method}: recipe {recipe} of {', '.join(method.recipes)}"
     add_flags(parser.add_argument_group(title), method.Settings, preset)
     given = parser.parse(argv)
     if "seed" in given and "seeds" in given:
         raise UserError("--seed and --seeds: give one of them")
     settings = method.Settings(**{**preset, **pick(method.Settings, given)})
+    if "epochs" in given and "min_steps" not in given:  # as many as asked for, then
+        settings = replace(settings, min_steps=0)
     common = pick(Experiment, given)
     experiments = [
         Experiment(**{**common, "shots": shots, "seed": seed})

@@ -20,6 +20,8 @@ from fewshot.record import Record
 from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
 
+SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
+
 
 @dataclass
 class Experiment:
@@ -45,6 +47,7 @@ class Experiment:
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], "of the forward pass; what is learned stays fp32"
     ] = "fp32"
+    threads: Annotated[int, "threads that compute; 0: one for a small model, else all cores"] = 0
 
     def __post_init__(self):
         if self.dataset in datasets.DATASETS:
@@ -52,6 +55,8 @@ class Experiment:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.shots != "all" and not (isinstance(self.shots, int) and self.shots >= 1):
             raise UserError(f"--shots {self.shots}: expected 1 or more, or all")
+        if self.threads < 0:
+            raise UserError(f"--threads {self.threads}: expected 1 or more, or 0")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
         if self.base_classes and self.classes == "all":
@@ -81,6 +86,7 @@ class Experiment:
         dataset = self.load_dataset()
         self.template = self.template or dataset.template
         clip = weights.load(self.model, self.device)
+        self.use_threads(clip)
         size = clip.config.image_size
         device = torch.device(self.device)
         base = self.base(dataset.classnames) if self.base_classes else None
@@ -98,6 +104,17 @@ class Experiment:
                 "the demo model has never seen a photo; for real pictures add --model ViT-B/16"
             )
         return clip, task
+
+    def use_threads(self, clip: CLIP) -> None:
+        """Compute on as many threads as `threads` says; fills it in if it was left open.
+
+        Threads wait for one another at every product. Those of a small model are done within
+        microseconds, so two threads are hardly faster than one; and on a machine whose other core
+        is busy, ten times slower. The number is part of a run, since sums are rounded by it.
+        """
+        small = sum(parameter.numel() for parameter in clip.parameters()) < SMALL
+        self.threads = self.threads or (1 if small else torch.get_num_threads())
+        torch.set_num_threads(self.threads)
 
     def load_dataset(self) -> datasets.Dataset:
         """The data set that the flags name, all of it; `load` draws the task from it."""

@@ -2,9 +2,9 @@
 
     config.json          all settings, the command, versions, git commit
     data.json            which pictures it learned from, chose by, was tested on (fewshot/record.py)
-    log.jsonl            a line an epoch
-    adapter.safetensors  what was learned (--keep: at which epoch), and nothing else
-    resume.safetensors   all that the next epoch depends on (resume.json: its header, to read)
+    log.jsonl            a line for each round of training: an epoch, or a share of the steps
+    adapter.safetensors  what was learned (--keep: after which round), and nothing else
+    resume.safetensors   all that the next round depends on (resume.json: its header, to read)
     results.json         base, novel, HM, zero-shot beside them, per class
     curves.png           loss and validation accuracy
 
@@ -140,9 +140,9 @@ class Run:
     def write_json(self, name: str, value: dict) -> None:
         write_json(self.path / name, value)
 
-    def log_epoch(self, entry: dict) -> None:
+    def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
-        self.log = [line for line in self.log if line["epoch"] < entry["epoch"]] + [entry]
+        self.log = [line for line in self.log if line["step"] < entry["step"]] + [entry]
         write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
     def save_adapter(self, state: dict[str, Tensor]) -> None:
@@ -165,7 +165,7 @@ class Run:
         self.write_json("resume.json", position)
 
     def load_resume(self) -> tuple[dict[str, Tensor], dict] | None:
-        """What `save_resume` wrote; None if the run was killed before its first epoch ended."""
+        """What `save_resume` wrote; None if the run was killed before its first round ended."""
         if not (self.path / "resume.safetensors").exists():
             return None
         tensors, header = read_safetensors(self.path / "resume.safetensors")

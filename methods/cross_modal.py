@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import TrainingSettings
+from methods.base import DEFAULT, TrainingSettings
 from methods.zero_shot import TemplateSettings, ZeroShot
 
 
@@ -34,7 +34,8 @@ class CrossModalSettings(TrainingSettings, TemplateSettings):
 class CrossModal(ZeroShot):
     title = "a linear head on images and class names as samples"
     Settings = CrossModalSettings
-    recipes = {"paper": {}}
+    recipes = {"default": {**DEFAULT, "min_steps": 1500}, "paper": {}, "demo": {}}
+    demo_model = {"lr": 1e-2}
     names_unseen = False
 
     def __init__(self, clip, classnames, template, settings: CrossModalSettings):

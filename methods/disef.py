@@ -25,6 +25,7 @@ from typing import Annotated, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from methods.base import DEFAULT
 from methods.lora import LoRA, LoRASettings
 
 
@@ -58,6 +59,7 @@ class DISEF(LoRA):
     title = "LoRA on real and synthetic images together"
     Settings = DISEFSettings
     recipes = {
+        "default": DEFAULT,
         "notebook": {},
         "improved": IMPROVED,
         "paper": {  # lr: one of its grid, 2^-15 … 2^-10, from which it chooses by data set
@@ -90,7 +92,11 @@ class DISEF(LoRA):
 
 class DISEF_F1(DISEF):
     title = "the same, images made only of classes that are hard"
-    recipes = {"improved": IMPROVED, "demo": {**DEMO, "lam": 0.95, "plan": "f1", "filter": "lora"}}
+    recipes = {
+        "default": {**IMPROVED, **DEFAULT},
+        "improved": IMPROVED,
+        "demo": {**DEMO, "lam": 0.95, "plan": "f1", "filter": "lora"},
+    }
 
 
 def _mean(each: Tensor, part: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 from torch import nn
 
 from clip_min import UserError
-from methods.base import Method, TrainingSettings
+from methods.base import DEFAULT, Method, TrainingSettings
 from methods.grouped_lora import GroupedLoRA
 
 
@@ -54,10 +54,14 @@ class LoRASettings(TrainingSettings):
     }
 
 
+DEMO_MODEL = {"lr": 2e-3, "image_rank": 16, "image_alpha": 16.0, "text_alpha": 16.0}
+
+
 class LoRA(Method):
     title = "low-rank corrections to attention in both towers (CLIP-LoRA)"
     Settings = LoRASettings
     recipes = {
+        "default": DEFAULT,
         "notebook": {},  # grouped LoRA on q and v, as DISEF sets it up: the defaults above
         "paper": {  # CLIP-LoRA's; its released code scales by α/√R, which the paper writes α/R
             "image_rank": 2,
@@ -74,8 +78,9 @@ class LoRA(Method):
             "keep": "last",
             "augment": "crop-flip",
         },
-        "demo": {"lr": 2e-3, "image_rank": 16, "image_alpha": 16.0, "text_alpha": 16.0},
+        "demo": DEMO_MODEL,
     }
+    demo_model = DEMO_MODEL
 
     def __init__(self, clip, classnames, template, settings: LoRASettings):
         super().__init__(clip, classnames, template, settings)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.base import TrainingSettings
+from methods.base import DEFAULT, TrainingSettings
 from methods.support import WithSupport
 from methods.zero_shot import TemplateSettings
 
@@ -106,7 +106,11 @@ class TipAdapterFSettings(TrainingSettings, TipAdapterSettings):
 class TipAdapterF(TipAdapter):
     title = "the same memory, its keys trained"
     Settings = TipAdapterFSettings
-    recipes = {"default": {}, "paper": {"augment": "crop-flip", "patience": 0}}
+    recipes = {
+        "default": {**DEFAULT, "min_steps": 1500},
+        "paper": {"augment": "crop-flip", "patience": 0},
+        "demo": {},
+    }
     trains_support = True
 
     def fit(self, train, val, descend) -> None:

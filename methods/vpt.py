@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_min import UserError
-from methods.base import TrainingSettings
+from methods.base import DEFAULT, TrainingSettings
 from methods.zero_shot import TemplateSettings, ZeroShot
 
 
@@ -42,12 +42,15 @@ class VPTSettings(TrainingSettings, TemplateSettings):
     }
 
 
+DEMO_MODEL = {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0}
+
+
 class VPT(ZeroShot):
     title = "learned tokens among the image's patches (VPT)"
     Settings = VPTSettings
     input = "images"
     recipes = {
-        "default": {},
+        "default": DEFAULT,
         # The paper searches lr, weight decay and N for every data set, on validation.
         "paper": {
             "head": "linear",
@@ -62,8 +65,9 @@ class VPT(ZeroShot):
             "patience": 0,
         },
         "mri": {"head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
-        "demo": {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0},
+        "demo": DEMO_MODEL,
     }
+    demo_model = DEMO_MODEL
 
     def __init__(self, clip, classnames, template, settings: VPTSettings):
         super().__init__(clip, classnames, template, settings)

@@ -103,7 +103,8 @@ def test_at_lambda_1_synthetic_images_are_left_out(new_clip, lam, joined):
 
 
 def test_recipes():
-    notebook, improved, paper = (DISEFSettings(**DISEF.recipes[r]) for r in list(DISEF.recipes)[:3])
+    names = ("notebook", "improved", "paper")
+    notebook, improved, paper = (DISEFSettings(**DISEF.recipes[name]) for name in names)
     assert (notebook.lam, notebook.lr, notebook.weight_decay) == (0.8, 2e-4, 1e-2)
     assert (notebook.epochs, notebook.patience, notebook.batch_size) == (50, 3, 32)
     assert (improved.lam, improved.lr, improved.plan, improved.filter) == (0.95, 2e-5, "f1", "lora")

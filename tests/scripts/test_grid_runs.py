@@ -66,7 +66,7 @@ def test_the_summary_is_mean_and_spread_of_the_runs(whole):
 def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(
     whole, script, flags, tmp_path, monkeypatch
 ):
-    real, epochs = fewshot.run.Run.log_epoch, []
+    real, epochs = fewshot.run.Run.log_round, []
 
     def killed(run, entry):
         real(run, entry)
@@ -74,7 +74,7 @@ def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(
         if epochs[-1] == ("lora-s2-seed2", 1):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fewshot.run.Run, "log_epoch", killed)
+    monkeypatch.setattr(fewshot.run.Run, "log_round", killed)
     result = script("train", *flags, "--out", tmp_path, *GRID)
     assert result.code == 130
     assert "--resume" in result.err
@@ -83,7 +83,7 @@ def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(
 
     epochs.clear()
     monkeypatch.setattr(
-        fewshot.run.Run, "log_epoch", lambda run, e: epochs.append(run.path.name) or real(run, e)
+        fewshot.run.Run, "log_round", lambda run, e: epochs.append(run.path.name) or real(run, e)
     )
     result = script("train", *flags, "--out", tmp_path, *GRID, "--resume")
     assert result.code == 0, result.err

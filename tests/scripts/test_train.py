@@ -20,7 +20,8 @@ import clip_min
 import train as train_script
 from clip_min import UserError
 from fewshot import demo
-from methods import METHODS
+from fewshot.loop import Length
+from methods import METHODS, TrainingSettings
 
 BASE, NOVEL = ["amber_lily", "blue-bell", "cyan lotus"], ["dark-iris", "egg flower"]
 HERE = "noise/tiny/lora-s4-seed1"
@@ -126,6 +127,17 @@ def test_what_is_printed_is_what_is_saved(trained):
     assert trained.err == ""
 
 
+def test_what_is_to_come_is_said_and_what_has_hardly_learned(trained, script, flags, tmp_path):
+    """trained: 3 base classes, 4 shots."""
+    found = results(trained.path)
+    assert f"{found['steps']} gradient steps of 4 images, " in trained.out
+    assert f"note: only {found['steps']} gradient steps" in trained.out
+    short = ("--epochs", 1, "--lr", 0, "--out", tmp_path)
+    result = script("train", *flags, *short)
+    found = results(tmp_path / HERE)
+    assert f"note: training accuracy is only {found['train']:.1f} %" in result.out
+
+
 def test_the_demo_set_trains_on_any_model(script, model, tmp_path):
     few = ("--shots", 1, "--epochs", 1, "--image-rank", 2, "--text-rank", 2)
     result = script("train", "--method", "lora", "--model", model, *few, "--out", tmp_path)
@@ -221,7 +233,7 @@ def test_augmentation_and_paper_recipe_train(train, trained, tmp_path):
     settings = json.loads((run / "config.json").read_text())["settings"]
     assert (settings["augment"], settings["scaling"]) == ("crop-flip", "sqrt")
     assert (settings["image_rank"], settings["lr"]) == (4, 0.01)  # a flag wins over a recipe
-    assert epochs(run) == [1, 2, 3]  # 8 steps of 3 in an epoch
+    assert epochs(run) == [1, 2, 2.67]  # 8 steps of 3 in an epoch
     assert adapter(run) != adapter(trained.path)
 
 
@@ -231,7 +243,7 @@ def test_augmentation_and_paper_recipe_train(train, trained, tmp_path):
 def test_a_process_killed_in_mid_epoch_resumes_to_the_same_bytes(
     script, train, flags, tmp_path, root
 ):
-    long = ("--epochs", 60, "--augment", "crop-flip")
+    long = ("--epochs", 60, "--validations", 0, "--augment", "crop-flip")
     whole = train(tmp_path / "whole", *long)
     killed = tmp_path / "killed" / HERE
     command = [sys.executable, root / "train.py", *flags, "--out", tmp_path / "killed", *long]
@@ -291,7 +303,7 @@ def test_resuming_a_run_that_was_over_repeats_its_results(script, flags, train, 
     [
         (("--lr", 0.02), "lr 0.01, not 0.02"),
         (("--template", "a {}"), "template a photo of a {}., not a {}"),
-        (("--recipe", "paper"), "recipe notebook, not paper"),
+        (("--recipe", "paper"), "recipe default, not paper"),
     ],
 )
 def test_resuming_with_other_flags_is_an_error_that_names_one(
@@ -514,7 +526,7 @@ def test_help_of_a_method_shows_its_settings_with_its_defaults(script):
     shown = " ".join(result.out.split())
     assert result.code == 0
     assert "--image-rank INT R in the image tower [16]" in shown  # the demo's recipe
-    assert "lora: recipe demo of notebook, paper, demo" in shown
+    assert "lora: recipe demo of default, notebook, paper, demo" in shown
     result = script("train", "--method", "lora", "--recipe", "paper", "--help")
     assert "--image-rank INT R in the image tower [2]" in " ".join(result.out.split())
     assert "--image-rank" not in script("train", "--method", "zero_shot", "--help").out
@@ -534,18 +546,52 @@ def test_help_without_a_method_lists_the_methods(script):
         (["--dataset", "demo"], "demo", 2e-3, "demo"),
         (["--lr", "0.5"], "demo", 0.5, "demo"),
         (["--recipe", "notebook"], "notebook", 2e-4, "demo"),
-        (["--model", "ViT-B/16"], "notebook", 2e-4, "ViT-B/16"),
+        (["--model", "ViT-B/16"], "default", 2e-4, "ViT-B/16"),
         (["--dataset", "flowers102"], "notebook", 2e-4, "ViT-B/16"),
-        (["--dataset", "flowers102", "--model", "demo"], "demo", 2e-3, "demo"),
-        (["--dataset", "folder"], "demo", 2e-3, "demo"),
+        (["--dataset", "flowers102", "--model", "demo"], "default", 2e-3, "demo"),
+        (["--dataset", "folder"], "default", 2e-3, "demo"),
+        (["--dataset", "folder", "--model", "ViT-B/16"], "default", 2e-4, "ViT-B/16"),
+        (["--dataset", "eurosat"], "default", 2e-4, "ViT-B/16"),
     ],
 )
-def test_the_recipe_follows_from_the_model_and_flags_win_over_it(argv, recipe, lr, model):
+def test_the_recipe_follows_from_the_data_and_flags_win_over_it(argv, recipe, lr, model):
     plan = train_script.parse(["--method", "lora", *argv])
     (experiment,) = plan.experiments
     assert (plan.method, plan.recipe) == ("lora", recipe)
     assert (plan.settings.lr, experiment.model) == (lr, model)
     assert (plan.out, plan.resume) == (Path("runs"), False)
+
+
+class Counted(list):
+    """As many training images; nothing else of them is asked."""
+
+    shots = 1
+
+    def __init__(self, count: int):
+        super().__init__([None] * count)
+
+
+def test_epochs_that_are_given_are_all_there_are():
+    own = ["--method", "lora", "--dataset", "folder"]
+    assert train_script.parse(own).settings.min_steps == 400
+    settings = train_script.parse([*own, "--epochs", "2"]).settings
+    assert (settings.epochs, settings.min_steps) == (2, 0)
+    settings = train_script.parse([*own, "--epochs", "2", "--min-steps", "5"]).settings
+    assert (settings.epochs, settings.min_steps) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if issubclass(METHODS[m].Settings, TrainingSettings)]
+)
+def test_the_default_of_what_learns_by_steps_is_long_enough_for_two_classes(method):
+    """And validates a bounded number of times, whatever its length."""
+    settings = train_script.parse(["--method", method, "--dataset", "folder"]).settings
+    for images in (2, 8, 2 * 64, 500, 500 * 64):
+        length = Length.of(settings, Counted(images))
+        assert length.total >= 400
+        assert length.total >= 10 * images / settings.batch_size
+        assert length.chooses
+        assert length.total / length.round <= 10
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if hasattr(METHODS[m].Settings, "augment")])
