@@ -25,6 +25,7 @@ from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
 from fewshot.metrics import train_accuracy
+from fewshot.record import summary
 from fewshot.report import doubts, save_curves, table
 from fewshot.run import Run, provenance
 from fewshot.transductive import Queries
@@ -86,6 +87,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         print(f"{made['images']} synthetic images join them")
         synthetic = {"synthetic": made}
 
+    record = task.record(experiment.data_root)
     config = {
         "method": plan.method,
         "recipe": plan.recipe,
@@ -95,6 +97,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         "fingerprint": fingerprint,
         "init_from": str(plan.init_from) if plan.init_from else None,
         "classnames": {part: test.classnames for part, test in task.tests.items()},
+        "data": summary(record),
         **provenance(),
     }
     path = plan.out / experiment.folder(plan.method)
@@ -113,6 +116,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     method = new_method(plan, clip, task.classnames, experiment.template, settings, fingerprint)
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
+    if "data" in run.config:
+        write_text(run.path / "data.json", json.dumps(record) + "\n")
     started = time.perf_counter()
     method.fit(
         task.train,
@@ -194,7 +199,7 @@ def parse(argv: list[str]) -> Plan:
     group.add_argument("--out", help="folder that run folders are made in [runs]")
     group.add_argument("--resume", action="store_true", help="go on with what was killed")
     group.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
-    group.add_argument("--cache", help=cache.HELP)
+    cache.add_flags(group)
     group.add_argument(
         "--init-from",
         metavar="PATH",
@@ -202,7 +207,8 @@ def parse(argv: list[str]) -> Plan:
     )
     add_flags(parser.add_argument_group("experiment"), Experiment)
     shots = next(a for a in parser._actions if a.dest == "shots")
-    shots.type, shots.help = grid.numbers, f"{shots.help}; several, as 1,2,4: a run for each"
+    shots.type = functools.partial(grid.numbers, words=("all",))
+    shots.help += "; several, as 1,2,4: a run for each"
     if known.method is None:
         parser.parse(argv)  # --help ends here
         raise UserError(f"--method is missing; methods are {', '.join(METHODS)}")
@@ -238,7 +244,7 @@ def parse(argv: list[str]) -> Plan:
         Path(given.get("out", "runs")),
         Path(given["init_from"]).expanduser() if "init_from" in given else None,
         given["resume"],
-        cache.place(given.get("cache", "")),
+        cache.chosen(given),
     )
 
 

@@ -16,7 +16,8 @@ from clip_min.errors import nearest
 from fewshot import cache, datasets
 from fewshot.folder import read_text, spoken
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
-from fewshot.task import Task, make_task
+from fewshot.record import Record
+from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
 
 SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
@@ -29,7 +30,7 @@ class Experiment:
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
     data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
     model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file"] = ""
-    shots: Annotated[int, "training images of a class, S"] = 10
+    shots: Annotated[int | str, "training images of a class, S, or all"] = 10
     seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
     classes: Annotated[
         Literal["base-novel", "all"], "learn half of the classes and test both halves, or all"
@@ -52,8 +53,8 @@ class Experiment:
         if self.dataset in datasets.DATASETS:
             self.model = self.model or datasets.DATASETS[self.dataset].model
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.shots < 1:
-            raise UserError(f"--shots {self.shots}: expected 1 or more")
+        if self.shots != "all" and not (isinstance(self.shots, int) and self.shots >= 1):
+            raise UserError(f"--shots {self.shots}: expected 1 or more, or all")
         if self.threads < 0:
             raise UserError(f"--threads {self.threads}: expected 1 or more, or 0")
         if not 0 <= self.seed < 2**32:
@@ -75,8 +76,13 @@ class Experiment:
         # their inputs to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
 
-    def load(self, folder: Path | None = cache.FOLDER) -> tuple[CLIP, Task]:
-        """The model, and the task as it sees it; fills in `template` if it was left open."""
+    def load(
+        self, folder: Path | None = cache.FOLDER, *, record: Record | None = None
+    ) -> tuple[CLIP, Task]:
+        """The model, and the task as it sees it; fills in `template` if it was left open.
+
+        record: of a run, whose task is then to be tested again, on the pictures it names.
+        """
         dataset = self.load_dataset()
         self.template = self.template or dataset.template
         clip = weights.load(self.model, self.device)
@@ -84,8 +90,13 @@ class Experiment:
         size = clip.config.image_size
         device = torch.device(self.device)
         base = self.base(dataset.classnames) if self.base_classes else None
-        drawn = (self.shots, self.seed, self.classes, size, device, self.skip_bad_images)
-        task = make_task(dataset, *drawn, folder, base, self.precision)
+        more = (size, device, self.skip_bad_images, folder)
+        if record:
+            more += (self.precision, self.classes, base)
+            task = make_test(dataset, *more, record, again=True)
+        else:
+            drawn = (self.shots, self.seed, self.classes)
+            task = make_task(dataset, *drawn, *more, base, self.precision)
         if self.precision == "fp16" and device.type == "cpu":
             task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
         if self.model == "demo" and self.dataset != "demo":

@@ -1,6 +1,7 @@
 """The folder a run leaves: everything needed to trust it, repeat it, resume it or use it.
 
     config.json          all settings, the command, versions, git commit
+    data.json            which pictures it learned from, chose by, was tested on (fewshot/record.py)
     log.jsonl            a line for each round of training: an epoch, or a share of the steps
     adapter.safetensors  what was learned (--keep: after which round), and nothing else
     resume.safetensors   all that the next round depends on (resume.json: its header, to read)
@@ -88,7 +89,9 @@ class Run:
             )
         run = cls(path, _read_config(path))
         for key, value in config.items():
-            if key not in ("argv", "versions", "commit") and run.config.get(key) != value:
+            told = key not in ("argv", "versions", "commit")
+            told &= key != "data" or key in run.config  # earlier versions kept none
+            if told and run.config.get(key) != value:
                 difference = _difference(key, run.config.get(key), value)
                 raise UserError(
                     f"--resume: {path} was started with {difference}; "

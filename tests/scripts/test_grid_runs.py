@@ -122,6 +122,7 @@ def test_one_number_each_is_a_run_and_no_grid(script, flags, tmp_path, trained):
     ("more", "said"),
     [
         (("--seed", "1", "--seeds", "1,2"), "--seed and --seeds: give one of them"),
+        (("--seeds", "1,all"), "--seeds: invalid value: '1,all'; expected a number, or several"),
         (("--shots", "1,x"), "--shots: invalid value: '1,x'; expected a number, or several"),
         (("--shots", "4,0"), "--shots 0: expected 1 or more"),
         (("--seeds", "1,-2"), "--seed -2: expected 0 to"),
@@ -138,5 +139,7 @@ def test_the_experiments_of_a_plan_are_every_pair():
     plan = train_script.parse(["--method", "lora", "--shots", "1,16", "--seeds", "3,4"])
     pairs = [(experiment.shots, experiment.seed) for experiment in plan.experiments]
     assert pairs == [(1, 3), (1, 4), (16, 3), (16, 4)]
+    plan = train_script.parse(["--method", "lora", "--shots", "1,2,all"])
+    assert [experiment.shots for experiment in plan.experiments] == [1, 2, "all"]
     (alone,) = train_script.parse(["--method", "lora", "--seed", "7"]).experiments
     assert (alone.shots, alone.seed) == (10, 7)

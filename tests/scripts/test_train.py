@@ -31,6 +31,7 @@ FILES = [
     "adapter.safetensors",
     "config.json",
     "curves.png",
+    "data.json",
     "log.jsonl",
     "results.json",
     "resume.json",
@@ -313,6 +314,41 @@ def test_resuming_with_other_flags_is_an_error_that_names_one(
     out = trained.path.parents[2]
     result = script("train", *flags, "--out", out, *more, "--resume")
     assert is_one_line(result, "--resume", said)
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_resuming_on_changed_pictures_is_an_error(
+    part, script, flags, train, own_data, tmp_path, is_one_line
+):
+    path = train(tmp_path / "runs", "--data-root", own_data)
+    file, *_ = json.loads((path / "data.json").read_text())[part][0]
+    stat = (own_data / file).stat()
+    Image.new("RGB", (40, 36), "red").save(own_data / file)
+    os.utime(own_data / file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    before = (path / "data.json").read_bytes()
+    more = ("--data-root", own_data, "--out", tmp_path / "runs", "--resume")
+    assert is_one_line(script("train", *flags, *more), f"was started with {part} ", "pictures (")
+    assert (path / "data.json").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(script, flags, train, tmp_path):
+    path = train(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    del config["data"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "data.json").unlink()
+    assert script("train", *flags, "--out", tmp_path, "--resume").code == 0
+    assert not (path / "data.json").exists()  # nobody knows what it was begun on
+
+
+def test_all_shots_are_all_pictures_and_the_folder_says_so(script, train, tmp_path):
+    path = train(tmp_path, "--shots", "all", "--epochs", 1)
+    assert path.name == "lora-sall-seed1"
+    record = json.loads((path / "data.json").read_text())
+    assert [len(record[part]) for part in ("train", "val", "test")] == [21, 3, 20]
+    assert json.loads((path / "config.json").read_text())["experiment"]["shots"] == "all"
+    result = script("eval", "--run", path)
+    assert (result.code, result.err) == (0, "")
 
 
 def test_resuming_where_there_is_nothing_is_an_error(script, flags, tmp_path, is_one_line):
