@@ -109,15 +109,16 @@ def read_own(root: Path | None, seed: int) -> Parts:
 
 
 def read_flowers102(root: Path | None, seed: int) -> Parts:
-    """The official split, as torchvision has it: 10 train and 10 val images a class."""
+    """The official split, as torchvision has it: 10 train and 10 val images a class, and its names,
+    of which one is "pink-yellow dahlia?". CoOp's split has names of its own.
+    """
     from torchvision.datasets import Flowers102
 
     def read(root: Path) -> Parts:
         parts = [Flowers102(root, name, download=True) for name in ("train", "val", "test")]
-        names = [name.rstrip("?") for name in Flowers102.classes]  # "pink-yellow dahlia?"
         files = [[Path(file) for file in part._image_files] for part in parts]
         labels = [torch.tensor(part._labels) for part in parts]
-        return Parts(names, *map(Pictures, files, labels))
+        return Parts(list(Flowers102.classes), *map(Pictures, files, labels))
 
     return _download("flowers102", "flowers-102/", root, read)
 

@@ -14,7 +14,7 @@ import torch
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import nearest
 from fewshot import cache, datasets
-from fewshot.folder import read_text
+from fewshot.folder import read_text, spoken
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
 from fewshot.record import Record
 from fewshot.task import Task, make_task, make_test
@@ -126,7 +126,7 @@ class Experiment:
     def base(self, classnames: list[str]) -> list[int]:
         """The numbers of the classes that the file `base_classes` names."""
         file = Path(self.base_classes).expanduser()
-        names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        names = [name for line in read_text(file).splitlines() if (name := spoken(line))]
         chosen = {classnames.index(nearest(f"{file}: class", n, classnames)) for n in names}
         if not 0 < len(chosen) < len(classnames):
             raise UserError(

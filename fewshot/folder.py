@@ -5,7 +5,7 @@
     root/CLASS/*.jpg         one tree: split by the seed
 
 "-" and "_" in a folder's name are spaces. Where folders cannot be named so, a file beside them says
-how the classes are called, and in which order:
+how the classes are called ("_" is a space there, too), and in which order:
 
     root/classes.txt         a name a line; a folder bears the name, or the line's number from 0
     root/classes.json        {"folder": "name", …}, as {"n01440764": "tench"} or {"1": "rose"}
@@ -87,21 +87,29 @@ def readable(label: str) -> str:
     return " ".join(label.replace("-", " ").replace("_", " ").split())
 
 
+def spoken(name: str) -> str:
+    """A name as a prompt has it: "_" is a space, as in CoOp, Tip-Adapter and CLIP-LoRA.
+
+    spoken("ox-eye_daisy") is "ox-eye daisy".
+    """
+    return " ".join(name.replace("_", " ").split())
+
+
 def read_classnames(root: Path) -> dict[str, str]:
     """Label -> class name by root/classes.txt or classes.json, in order; {} where there is none."""
     text, mapping = root / "classes.txt", root / "classes.json"
     if text.is_file() and mapping.is_file():
         raise UserError(f"{root}: has both classes.txt and classes.json; keep one")
     if text.is_file():
-        names = [name for line in read_text(text).splitlines() if (name := line.strip())]
-        named = dict(enumerate(names))
+        written = [name for line in read_text(text).splitlines() if (name := line.strip())]
+        named = dict(enumerate(written))
     elif mapping.is_file():
         try:
             named = json.loads(read_text(mapping))
         except ValueError as error:
             raise UserError(f"{mapping}: cannot be read as JSON ({error})") from None
         if not isinstance(named, dict) or not all(
-            isinstance(name, str) and name.strip() for name in named.values()
+            isinstance(name, str) and spoken(name) for name in named.values()
         ):
             raise UserError(f'{mapping}: expected a JSON object of names, {{"label": "name", …}}')
         if all(label.isdecimal() for label in named):
@@ -109,21 +117,21 @@ def read_classnames(root: Path) -> dict[str, str]:
     else:
         return {}
     file = text if text.is_file() else mapping
-    names = list(named.values())
+    names = [spoken(name) for name in named.values()]
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{file}: {twice!r} stands there twice; a class is named once")
     if len(names) < 2:
         raise UserError(f"{file}: names {len(names)} classes; expected two or more")
-    known = {str(label): name for label, name in named.items()}
-    return known if file == mapping else known | {name: name for name in names}
+    known = dict(zip(map(str, named), names, strict=True))
+    return known if file == mapping else known | dict(zip(written + names, names * 2, strict=True))
 
 
 def class_of(label: str, known: dict[str, str], where: str) -> str:
     """The name of the class that is written `label` in `where`."""
     if not known:
         return readable(label)
-    name = known.get(label, known.get(readable(label)))
+    name = next((known[x] for x in (label, spoken(label), readable(label)) if x in known), None)
     if name is None:
         near = difflib.get_close_matches(label, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -18,7 +18,14 @@ import PIL
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop
+from torchvision.transforms import (
+    Compose,
+    InterpolationMode,
+    RandAugment,
+    RandomCrop,
+    RandomResizedCrop,
+    Resize,
+)
 from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
@@ -199,7 +206,7 @@ class Batches:
         """The pictures with the numbers `chosen` (B,), as the image tower reads them: (B, 3, n, n),
         normalised, on the device.
         """
-        pixels = self.pixels[chosen] if augment == "none" else self._crop_flip(chosen)
+        pixels = self.pixels[chosen] if augment == "none" else self._views(chosen, augment)
         if augment == "randaugment":  # after the crop, two operations of magnitude 9
             change = RandAugment(num_ops=2, magnitude=9)
             pixels = torch.stack([change(image) for image in pixels])
@@ -233,14 +240,21 @@ class Batches:
             self._features = features.to(self.device)
         return self._features
 
-    def _crop_flip(self, chosen: Tensor) -> Tensor:
-        """A fresh random crop of each picture, from 8 to 100 % of its area, flipped half the time.
+    def _views(self, chosen: Tensor, augment: str) -> Tensor:
+        """A fresh random view of each picture, uint8 (B, 3, n, n), from torch's global generator.
 
-        Drawn from torch's global generator.
+        Most are crops of 8 to 100 % of the area, flipped half the time.
         """
         size = self.pixels.shape[-1]
-        cut = RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)
+        bicubic = InterpolationMode.BICUBIC  # as CLIP's own crop
+        cut = RandomResizedCrop(size, interpolation=bicubic)
+        if augment == "random-crop":  # VPT's: at 224 pixels, of 256
+            cut = Compose([Resize(size * 8 // 7, bicubic), RandomCrop(size)])
+        elif augment == "randaugment-crop":  # DISEF's
+            cut = Compose([RandAugment(num_ops=2, magnitude=9), cut])
         crops = torch.stack([tv.pil_to_tensor(cut(whole)) for whole in self._whole(chosen)])
+        if augment == "randaugment-crop":  # which does not flip
+            return crops
         flip = torch.rand(len(crops)) < 0.5  # (B,)
         return torch.where(flip[:, None, None, None], crops.flip(-1), crops)  # (B, 3, n, n)
 

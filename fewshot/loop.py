@@ -89,6 +89,7 @@ def descend(
                 )
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            method.step = step
             with train.autocast():
                 inputs = train.inputs(method, batches[i], s.augment)
                 loss = method.loss(inputs, *train.targets(batches[i]))

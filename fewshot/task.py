@@ -267,12 +267,11 @@ def draw_coop(
     train, val = coop.draw(dataset.train, dataset.val, shots, seed)
     counts = dataset.train.labels.bincount(minlength=len(dataset.classnames)).tolist()
     short = {dataset.classnames[k]: counts[k] for k in classes if counts[k] < shots}
-    notes = [f"{note}; CoOp's rule repeats some" for note in _note_short(short, shots)]
     train, val = (
         _of_classes(part[chosen], classes)
         for part, chosen in ((dataset.train, train), (dataset.val, val))
     )
-    return train, val, notes
+    return train, val, _note_short(short, shots)
 
 
 def _note_short(short: dict[str, int], shots: int) -> list[str]:

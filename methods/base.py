@@ -40,6 +40,9 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
 
 
+Augment = Literal["none", "crop-flip", "random-crop", "randaugment", "randaugment-crop"]
+
+
 @dataclass(frozen=True)
 class TrainingSettings(Settings):
     """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
@@ -71,9 +74,11 @@ class TrainingSettings(Settings):
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     augment: Annotated[
-        Literal["none", "crop-flip", "randaugment"],
+        Augment,
         "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip; "
-        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719",
+        "random-crop: resized to 8/7 of the size, a random crop of the size, and flip; "
+        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719; "
+        "randaugment-crop: RandAugment of the whole picture, then random resized crop",
     ] = "none"
 
     limits = {
@@ -128,7 +133,8 @@ class Method(nn.Module):
     input: ClassVar[str] = "images"
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     transductive: ClassVar[bool] = False  # does forward label the images of a batch jointly?
-    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of `adapter_state` that are not decayed
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
+    step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
 
     @classmethod
     def preset(cls, recipe: str, model: str) -> dict:

@@ -239,13 +239,14 @@ def test_flowers102_is_torchvisions_split(flowers, tmp_path):
     assert [len(part) for part in (data.train, data.val, data.test)] == [1020, 1020, 6149]
     assert data.train.source[7] == tmp_path / "flowers-102/jpg/train_7.jpg"
     assert data.train.labels[:103].tolist() == [*range(102), 0]
-    assert data.classnames[1] == "pink-yellow dahlia"  # without its mark of doubt
+    assert data.classnames[1] == "pink-yellow dahlia?"  # as there, mark and all
     assert data.template == "a photo of a {}, a type of flower."
 
 
 def test_what_is_read_of_torchvisions_flowers102_is_there():
     real = torchvision.datasets.Flowers102
     assert len(real.classes) == 102
+    assert "pink-yellow dahlia?" in real.classes
     assert "_image_files" in inspect.getsource(real)
     assert "_labels" in inspect.getsource(real)
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile, features
 from safetensors.torch import load_file, save_file
-from torchvision.transforms import RandAugment
+from torchvision import transforms as tv
+from torchvision.transforms import InterpolationMode, RandAugment
 
 from clip_min import UserError, crop, normalize
 from fewshot import images
@@ -489,13 +490,46 @@ def test_augmentation_sees_what_the_centre_crop_cuts_off():
 def test_randaugment_is_torchvisions_after_crop_flip_from_the_global_generator(pictures):
     batches, chosen = batches_of(pictures, 32), torch.tensor([0, 3, 3, 6])
     torch.manual_seed(7)
-    crops = batches._crop_flip(chosen)
+    crops = batches._views(chosen, "crop-flip")
     expected = torch.stack([RandAugment(2, 9)(crop) for crop in crops])
     torch.manual_seed(7)
     seen = batches.images(chosen, "randaugment")
     assert torch.equal(seen, normalize(expected))
     assert not torch.equal(seen, normalize(crops))
     assert not torch.equal(batches.images(chosen, "randaugment"), seen)  # drawn anew each time
+
+
+RESIZED_CROP = tv.RandomResizedCrop(32, interpolation=InterpolationMode.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("augment", "size", "flips", "steps"),
+    [
+        ("crop-flip", 32, True, [RESIZED_CROP]),
+        ("random-crop", 32, True, [tv.Resize(36, InterpolationMode.BICUBIC), tv.RandomCrop(32)]),
+        (  # VPT's
+            "random-crop",
+            224,
+            True,
+            [tv.Resize(256, InterpolationMode.BICUBIC), tv.RandomCrop(224)],
+        ),
+        ("randaugment-crop", 32, False, [tv.RandAugment(2, 9), RESIZED_CROP]),  # DISEF's
+    ],
+)
+def test_views_are_those_of_torchvisions_transforms_under_one_seed(
+    augment, size, flips, steps, pictures
+):
+    batches, chosen = batches_of(pictures, size), torch.tensor([0, 4, 4, 6, 1, 2])
+    torch.manual_seed(5)
+    seen = batches.images(chosen, augment)
+    torch.manual_seed(5)
+    view = tv.Compose([*steps, tv.PILToTensor()])
+    expected = [view(Image.open(pictures.source[i]).convert("RGB")) for i in chosen.tolist()]
+    if flips:
+        mirrored = (torch.rand(len(chosen)) < 0.5).tolist()
+        expected = [x.flip(-1) if m else x for x, m in zip(expected, mirrored, strict=True)]
+        assert len(set(mirrored)) == 2
+    assert torch.equal(seen, normalize(torch.stack(expected)))
 
 
 def test_flowers102_whole_is_under_1300_megabytes():

@@ -138,11 +138,14 @@ def test_numbers_are_keys_of_classes_json_in_the_order_of_numbers(root):
 
 def test_labels_are_names_in_classes_txt_or_keys_in_classes_json(root):
     (root / "classes.txt").write_text("rose\ntiger lily\nblue_bell\n")
-    assert load(root).classnames == ["rose", "tiger lily", "blue_bell"]
+    assert load(root).classnames == ["rose", "tiger lily", "blue bell"]  # "_" is a space
+    (root / "classes.txt").write_text("rose\ntiger-lily\nblue bell\n")
+    assert load(root).classnames == ["rose", "tiger-lily", "blue bell"]  # and "-" stays
     (root / "classes.txt").unlink()
-    names = {"tiger-lily": "a lily 🌹", "blue_bell": "Hyacinthoides", "rose": "rose"}
+    names = {"tiger-lily": "a_lily 🌹", "blue_bell": "Hyacinthoides", "rose": "rose"}
     (root / "classes.json").write_text(json.dumps(names), encoding="utf-8")
     data = load(root)
+    names["tiger-lily"] = "a lily 🌹"
     assert data.classnames == list(names.values())
     for file, name in listed(data, data.val, root):
         assert name == names[LABELS[number(file) % 3]]
@@ -213,10 +216,12 @@ def repeat_a_row(root: Path) -> None:
         (lambda root: (root / "train.csv").write_bytes(b"path,label\n\xff"), "as UTF-8 text"),
         (text("classes.txt", "rose\ntiger lily\n"), "'blue_bell' is not in classes.txt"),
         (text("classes.txt", "rose\nrose\ntiger lily\nblue bell\n"), "'rose' stands there twice"),
+        (text("classes.txt", "a_b\nrose\na b\n"), "'a b' stands there twice"),
         (text("classes.txt", "rose\ntiger lily\nblue bell\nfern\n"), "fern in one only"),
         (text("classes.json", '{"rose": "a"'), "classes.json: cannot be read as JSON"),
         (text("classes.json", '["rose"]'), "expected a JSON object of names"),
         (text("classes.json", '{"rose": 1}'), "expected a JSON object of names"),
+        (text("classes.json", '{"rose": "_"}'), "expected a JSON object of names"),
         (text("classes.json", '{"roses": "r", "b": "b"}'), "is not in classes.txt or classes.json"),
         (text("classes.txt", "rose\n"), "names 1 classes; expected two or more"),
     ],

@@ -110,7 +110,7 @@ def test_base_classes_by_name_are_learned_and_the_others_are_novel(
     script, train, tmp_path, data, model, is_one_line
 ):
     file = tmp_path / "mine.txt"
-    file.write_text("egg flower\n\n  blue bell \n")
+    file.write_text("egg_flower\n\n  blue bell \n")
     run = train(tmp_path / "runs", "--base-classes", file)
     assert run == tmp_path / "runs/noise-mine/tiny/lora-s4-seed1"
     config = json.loads((run / "config.json").read_text())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import byhand
 import pytest
@@ -22,6 +23,7 @@ from clip_min import UserError
 from fewshot import demo
 from fewshot.loop import Length
 from methods import METHODS, TrainingSettings
+from methods.base import Augment
 
 BASE, NOVEL = ["amber_lily", "blue-bell", "cyan lotus"], ["dark-iris", "egg flower"]
 HERE = "noise/tiny/lora-s4-seed1"
@@ -596,7 +598,7 @@ def test_the_default_of_what_learns_by_steps_is_long_enough_for_two_classes(meth
 
 @pytest.mark.parametrize("method", [m for m in METHODS if hasattr(METHODS[m].Settings, "augment")])
 def test_whatever_augments_can_do_it_in_every_way(method):
-    for augment in ("none", "crop-flip", "randaugment"):
+    for augment in get_args(Augment):
         plan = train_script.parse(["--method", method, "--augment", augment])
         assert plan.settings.augment == augment
 
