@@ -1,9 +1,11 @@
 """One experiment from its settings: what train.py runs and eval.py rebuilds."""
 
+import functools
 import io
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Annotated, Literal
 import torch
 
 from clip_min import CLIP, UserError, weights
-from clip_min.errors import nearest
+from clip_min.errors import Note, nearest
 from fewshot import cache, datasets
 from fewshot.folder import read_text
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
@@ -26,7 +28,7 @@ class Experiment:
 
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
     data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
-    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file"] = ""
+    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a file or folder"] = ""
     shots: Annotated[int, "training images of a class, S"] = 10
     seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
     classes: Annotated[
@@ -46,8 +48,8 @@ class Experiment:
     ] = "fp32"
 
     def __post_init__(self):
-        if self.dataset in datasets.DATASETS:
-            self.model = self.model or datasets.DATASETS[self.dataset].model
+        nearest("--dataset", self.dataset, datasets.DATASETS)
+        self.model = self.model or datasets.DATASETS[self.dataset].model
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.shots < 1:
             raise UserError(f"--shots {self.shots}: expected 1 or more")
@@ -72,6 +74,7 @@ class Experiment:
 
     def load(self, folder: Path | None = cache.FOLDER) -> tuple[CLIP, Task]:
         """The model, and the task as it sees it; fills in `template` if it was left open."""
+        weights.check(self.model)  # before the pictures, which take longer than a mistyped name
         dataset = self.load_dataset()
         self.template = self.template or dataset.template
         clip = weights.load(self.model, self.device)
@@ -158,6 +161,14 @@ def peak_memory_mb() -> float:
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
+def _show(otherwise: Callable, message: Warning, category: type, *where) -> None:
+    """A `Note` as a line; every other warning as always."""
+    if issubclass(category, Note):
+        print(f"note: {message}")
+    else:
+        otherwise(message, category, *where)
+
+
 def run_script(main: Callable[[], None], resume: str = "add --resume to the same command") -> None:
     """Run a script; a user's mistake is one line and exit code 2, never a traceback.
 
@@ -166,7 +177,9 @@ def run_script(main: Callable[[], None], resume: str = "add --resume to the same
     if isinstance(sys.stdout, io.TextIOWrapper):  # else a log file stays empty for minutes
         sys.stdout.reconfigure(line_buffering=True)
     try:
-        main()
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show, warnings.showwarning)
+            main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

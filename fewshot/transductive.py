@@ -45,9 +45,11 @@ class Queries:
 
     def describe(self, scores: dict) -> str:
         """What `evaluate_tasks` scored, in a line to stand above its table."""
-        widths = ", ".join(f"{p} ± {s['interval95']:.2f}" for p, s in scores["parts"].items())
+        parts = scores["parts"].items()
+        widths = ", ".join(f"{part} ± {score['interval95']:.2f}" for part, score in parts)
+        classes = " or ".join(str(n) for n in sorted({score["classes"] for _, score in parts}))
         return (
-            f"mean of {self.tasks} tasks of {self.queries} images or fewer, {self.k_eff} classes "
+            f"mean of {self.tasks} tasks of {self.queries} images or fewer, {classes} classes "
             f"(95 % intervals: {widths}):"
         )
 
@@ -67,6 +69,7 @@ def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
         spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
         scores["parts"][part] = {
             "tasks": len(accuracies),
+            "classes": min(queries.k_eff, len(labels.unique())),  # of a task
             "interval95": 1.96 * spread / len(accuracies) ** 0.5,
         }
     if scores["novel"] is not None:
