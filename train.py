@@ -24,7 +24,7 @@ from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
 from fewshot.report import save_curves, table
-from fewshot.run import Run, provenance
+from fewshot.run import Run, provenance, set_aside
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method, Settings
@@ -145,11 +145,17 @@ def new_method(plan: Plan, clip: CLIP, classnames, template, settings, fingerpri
 
 def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
     """Mean and spread over the seeds: a table, a JSON file and a plot, beside the runs."""
-    summary = {"method": plan.method, "recipe": plan.recipe, **grid.summarise(results)}
+    settings = {"recipe": plan.recipe, "settings": asdict(plan.settings)}
+    summary = {"method": plan.method, **settings, **grid.summarise(results)}
     shots, seeds = "-".join(summary["shots"]), "-".join(map(str, summary["seeds"]))
     folder = (plan.out / plan.experiments[0].folder(plan.method)).parent
     file = folder / f"{plan.method}-grid-s{shots}-seed{seeds}.json"
-    write_text(file, json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    if file.exists() and file.read_bytes() != text.encode():
+        for earlier in (file, file.with_suffix(".png")):
+            if earlier.exists():
+                set_aside(earlier, "grid")
+    write_text(file, text)
     grid.save_plot(plan.method, summary, file.with_suffix(".png"))
     print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
     print(grid.table(plan.method, summary))

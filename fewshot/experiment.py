@@ -28,7 +28,7 @@ class Experiment:
 
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
     data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
-    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, a file or folder"] = ""
+    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, file or folder"] = ""
     shots: Annotated[int, "training images of a class, S"] = 10
     seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
     classes: Annotated[
@@ -118,8 +118,16 @@ class Experiment:
         data += "-coop" if self.split == "coop" else ""
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
-        model = Path(self.model).stem if Path(self.model).suffix else self.model.replace("/", "-")
-        return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
+        return Path(data) / self._model_folder() / f"{method}-s{self.shots}-seed{self.seed}"
+
+    def _model_folder(self) -> str:
+        """ "ViT-B-16"; of a file its name, or its folder's where all files are called so."""
+        if self.model in ("demo", *weights.HUB):
+            return self.model.replace("/", "-")
+        path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
+        if path.is_dir():
+            return path.name
+        return path.parent.name if path.name in weights.IN_FOLDERS else path.stem
 
 
 def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
