@@ -76,7 +76,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     new_method(plan, empty, task.classnames, experiment.template, plan.settings, fingerprint)
     settings, synthetic = plan.settings, {}
     if isinstance(settings, DISEFSettings):
-        filter = lora_run(experiment, plan.out) if settings.filter == "lora" else settings.filter
+        filter = lora_run(plan, experiment) if settings.filter == "lora" else settings.filter
         settings, task.train, made = add_synthetic(settings, experiment, task, plan.out, filter)
         print(f"{made['images']} synthetic images join them")
         synthetic = {"synthetic": made}
@@ -162,15 +162,29 @@ def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
     print(f"grid: {file}")
 
 
-def lora_run(experiment: Experiment, out: Path) -> Path:
-    """The LoRA run of this seed; on the demo task, trained now if there is none."""
-    path = out / experiment.folder("lora")
-    if experiment.dataset == "demo" and not (path / "results.json").exists():
+def lora_run(plan: Plan, experiment: Experiment) -> Path:
+    """The run of LoRA's defaults, of this seed; on the demo task, trained now if there is none."""
+    path = plan.out / experiment.folder("lora")
+    if experiment.dataset != "demo":
+        return path
+    same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision", "device")
+    flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same]
+    argv = ["--method", "lora", *flags, "--out", str(plan.out)]
+    argv += ["--cache", str(plan.cache or "none")]
+    if not (path / "results.json").exists():
         print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
-        same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision")
-        same += ("device",)
-        flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same]
-        main(["--method", "lora", *flags, "--out", str(out)])
+        main(argv)
+        return path
+    config, lora = Run.open(path).config, parse(argv)
+    found = {**config["settings"], **config["experiment"], "init_from": config.get("init_from")}
+    wanted = {**asdict(lora.settings), "init_from": None}
+    wanted |= {key: getattr(experiment, key) for key in same if key != "device"}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path}: is the run that filters synthetic images, but was trained with "
+                f"{key} {found.get(key)}, not {value}; move it away, or give another --out"
+            )
     return path
 
 

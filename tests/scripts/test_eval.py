@@ -64,7 +64,8 @@ def test_every_method_trains_and_is_tested_again_with_the_same_numbers(
     common = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
     short = ("--epochs", 1) if hasattr(METHODS[method].Settings, "epochs") else ()
     if method.startswith("disef"):
-        short += ("--synthetic", synthetic(classes))
+        short += ("--synthetic", synthetic(classes), "--per-class", 2)
+        short += ("--plan", "uniform", "--filter", "zero_shot")
     trained = script("train", "--method", method, *common, *short, "--classes", classes)
     assert trained.code == 0, trained.err
     (path,) = tmp_path.glob("*/*/*")
