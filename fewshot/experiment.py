@@ -130,6 +130,17 @@ class Experiment:
         return path.parent.name if path.name in weights.IN_FOLDERS else path.stem
 
 
+def named(classes: str) -> list[str]:
+    """The names that a script's --classes gives: "rose,tulip", or a file of one a line."""
+    path = os.path.expanduser(classes)
+    names = read_text(Path(path)).splitlines() if os.path.isfile(path) else classes.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UserError(f'--classes {classes}: names no class; give some, as "rose,tulip"')
+    datasets.told_apart("--classes", names)
+    return names
+
+
 def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
     """Score a method on every test part -> {"base", "novel", "hm", "all", "parts"}, in percent.
 
