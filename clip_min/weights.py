@@ -126,10 +126,18 @@ def mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[st
     ]
 
 
-def save(clip: CLIP, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a CLIP as safetensors under our names, its sizes in the header; whole or not at all."""
+def save(
+    clip: CLIP,
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    about: dict | None = None,
+) -> None:
+    """Write a CLIP as safetensors under our names, its sizes and `about` in the header; whole or
+    not at all.
+    """
     state = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
-    write_safetensors(path, state, {"clip_min": json.dumps(asdict(clip.config))})
+    header = json.dumps(asdict(clip.config) | (about or {}), ensure_ascii=False)
+    write_safetensors(path, state, {"clip_min": header})
 
 
 def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
