@@ -11,16 +11,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch, which takes from it how threads wait.
+from clip_min import CLIP, UserError, crop, normalize, weights  # isort: skip
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_min import CLIP, UserError, crop, normalize, weights
 from clip_min.errors import nearest
 from fewshot import cache, datasets
 from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
-from fewshot.images import ENDINGS, autocast, open_image
+from fewshot.folder import find_pictures
+from fewshot.images import autocast, open_image
+from fewshot.record import kept, summary
 from fewshot.report import table
 from fewshot.run import Run
 from fewshot.task import Task, make_test
@@ -31,8 +34,8 @@ from methods.load import described, trained
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
-# All that pictures of one's own are classified by; a run knows the last three.
-PICTURES = ("image", "classes", "device", "model", "template", "templates", "precision")
+# All that pictures of one's own are classified by; a run knows the last four.
+PICTURES = ("image", "classes", "device", "model", "template", "templates", "precision", "threads")
 BATCH = 64  # pictures in memory at once
 
 
@@ -61,7 +64,8 @@ def main() -> None:
 
 def test(run: Run, experiment: Experiment, given: dict) -> None:
     """Print the table that training printed."""
-    clip, task = experiment.load(cache.place(given.get("cache", "")))
+    record = kept(run.path, run.config)
+    clip, task = experiment.load(cache.chosen(given), record=record)
     for note in task.notes:
         print(f"note: {note}")
     run.check_model(clip)
@@ -71,6 +75,11 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
         raise UserError(
             f"{run.path}: the data set's classes are no longer those it was trained and "
             "tested on; give the right one with --data-root, or train again"
+        )
+    if not record and "data" in run.config and run.config["data"] != summary(task.record("")):
+        raise UserError(
+            f"{run.path}: the data are not those it was trained and tested on, and which of them "
+            "it has seen cannot be told without its data.json; put that back"
         )
     compare(run, clip, task, experiment.template)
 
@@ -85,9 +94,10 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     dataset = other.load_dataset()
     template = other.template or dataset.template
     run.check_model(clip)
-    folder = cache.place(given.get("cache", ""))
+    folder, record = cache.chosen(given), kept(run.path, run.config)
     size, device = clip.config.image_size, torch.device(other.device)
-    task = make_test(dataset, size, device, other.skip_bad_images, folder, experiment.precision)
+    more = (other.skip_bad_images, folder, experiment.precision)
+    task = make_test(dataset, size, device, *more, record=record)
     for note in task.notes:
         print(f"note: {note}")
     images = len(task.tests["all"].batches)
@@ -111,7 +121,7 @@ def compare(run: Run, clip: CLIP, task: Task, template: str) -> None:
 
 def test_zero_shot(experiment: Experiment, given: dict) -> None:
     """Print the table of CLIP as it is and, if some are given, with several templates."""
-    clip, task = experiment.load(cache.place(given.get("cache", "")))
+    clip, task = experiment.load(cache.chosen(given))
     for note in task.notes:
         print(f"note: {note}")
     zero_shot = METHODS["zero_shot"]
@@ -157,12 +167,15 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
 
 
 def pictures_in(path: Path) -> list[Path]:
-    """A picture's file, or all those below a folder."""
+    """A picture's file, or all those below a folder; what else lies there is noted."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+    left_out: dict[str, list[Path]] = {}
+    files = find_pictures(path, left_out)
+    for why, others in left_out.items():
+        print(f"note: {path}: left out {len(others)} {why}")
     if not files:
-        raise UserError(f"--image {path}: is a folder without pictures ({', '.join(ENDINGS)})")
+        raise UserError(f"--image {path}: is a folder without pictures")
     return files
 
 
@@ -198,7 +211,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
-    parser.add_argument("--cache", help=cache.HELP)
+    cache.add_flags(parser)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
     # --classes means names here when there are pictures to classify, so choices are checked below.
@@ -212,7 +225,7 @@ def parse(argv: list[str]) -> dict:
         for name in sorted(given.keys() - {"run", "method", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
     if "run" in given:
-        read = {"run", *PICTURES[:4]} if "image" in given else {"run", "cache", *MOVED}
+        read = {"run", *PICTURES[:4]} if "image" in given else {"run", "cache", "cache_gb", *MOVED}
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")

@@ -1,9 +1,10 @@
 """The folder a run leaves: everything needed to trust it, repeat it, resume it or use it.
 
     config.json          all settings, the command, versions, commit; the run it took the place of
-    log.jsonl            a line an epoch
-    adapter.safetensors  what was learned (--keep: at which epoch), and nothing else
-    resume.safetensors   all that the next epoch depends on (resume.json: its header, to read)
+    data.json            which pictures it learned from, chose by, was tested on (fewshot/record.py)
+    log.jsonl            a line for each round of training: an epoch, or a share of the steps
+    adapter.safetensors  what was learned (--keep: after which round), and nothing else
+    resume.safetensors   all that the next round depends on (resume.json: its header, to read)
     results.json         base, novel, HM, zero-shot beside them, per class
     curves.png           loss and validation accuracy
 
@@ -81,7 +82,9 @@ class Run:
             )
         run = cls(path, _read_config(path))
         for key, value in config.items():
-            if key not in ("argv", "versions", "commit") and run.config.get(key) != value:
+            told = key not in ("argv", "versions", "commit")
+            told &= key != "data" or key in run.config  # earlier versions kept none
+            if told and run.config.get(key) != value:
                 difference = _difference(key, run.config.get(key), value)
                 raise UserError(
                     f"--resume: {path} was started with {difference}; "
@@ -130,9 +133,9 @@ class Run:
     def write_json(self, name: str, value: dict) -> None:
         write_json(self.path / name, value)
 
-    def log_epoch(self, entry: dict) -> None:
+    def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
-        self.log = [line for line in self.log if line["epoch"] < entry["epoch"]] + [entry]
+        self.log = [line for line in self.log if line["step"] < entry["step"]] + [entry]
         write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
     def save_adapter(self, state: dict[str, Tensor]) -> None:
@@ -155,7 +158,7 @@ class Run:
         self.write_json("resume.json", position)
 
     def load_resume(self) -> tuple[dict[str, Tensor], dict] | None:
-        """What `save_resume` wrote; None if the run was killed before its first epoch ended."""
+        """What `save_resume` wrote; None if the run was killed before its first round ended."""
         if not (self.path / "resume.safetensors").exists():
             return None
         tensors, header = read_safetensors(self.path / "resume.safetensors")

@@ -121,14 +121,14 @@ def test_equal_adapters_are_equal_files(run):
 
 def test_a_full_disk_leaves_the_earlier_files_and_no_others(run, full_disk):
     run.save_adapter({"w": torch.zeros(3)})
-    run.log_epoch({"epoch": 1})
+    run.log_round({"step": 1})
     run.save_resume({"w": torch.zeros(3)}, {"epoch": 1})
     run.write_json("results.json", {"base": 1})
     before = contents(run.path)
     full_disk()
     writes = {
         "adapter.safetensors": lambda: run.save_adapter({"w": torch.ones(3)}),
-        "log.jsonl": lambda: run.log_epoch({"epoch": 2}),
+        "log.jsonl": lambda: run.log_round({"step": 2}),
         "resume.safetensors": lambda: run.save_resume({"w": torch.ones(3)}, {"epoch": 2}),
         "results.json": lambda: run.write_json("results.json", {"base": 2}),
     }
@@ -146,15 +146,15 @@ def test_a_full_disk_at_the_start_is_an_error_that_names_the_file(tmp_path, full
 
 
 def test_a_log_line_replaces_later_ones_that_a_killed_run_left(run):
-    for epoch in (1, 2, 3):
-        run.log_epoch({"epoch": epoch, "loss": epoch / 3})
+    for step in (1, 2, 3):
+        run.log_round({"step": step, "loss": step / 3})
     again = Run.resume(run.path, CONFIG)
-    assert [line["epoch"] for line in again.log] == [1, 2, 3]
-    again.log_epoch({"epoch": 2, "loss": 9.0})
+    assert [line["step"] for line in again.log] == [1, 2, 3]
+    again.log_round({"step": 2, "loss": 9.0})
     lines = (run.path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"epoch": 1, "loss": 1 / 3},
-        {"epoch": 2, "loss": 9.0},
+        {"step": 1, "loss": 1 / 3},
+        {"step": 2, "loss": 9.0},
     ]
 
 
@@ -193,7 +193,7 @@ def test_resuming_removes_what_a_killed_run_had_half_written_and_nothing_else(ru
         patch.setattr(clip_min.files.Path, "unlink", lambda *_, **__: None)  # as SIGKILL does not
         patch.setattr(clip_min.files.os, "replace", lambda *_: None)
         run.save_adapter({"w": torch.ones(3)})
-        run.log_epoch({"epoch": 1})
+        run.log_round({"step": 1})
     (run.path / ".notes").write_text("a user's")
     assert len(contents(run.path)) == len(before) + 3
     Run.resume(run.path, CONFIG)
