@@ -27,7 +27,7 @@ from fewshot.loop import descend
 from fewshot.metrics import train_accuracy
 from fewshot.record import summary
 from fewshot.report import doubts, save_curves, table
-from fewshot.run import Run, provenance
+from fewshot.run import Run, provenance, set_aside
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method, Settings
@@ -82,7 +82,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     new_method(plan, empty, task.classnames, experiment.template, plan.settings, fingerprint)
     settings, synthetic = plan.settings, {}
     if isinstance(settings, DISEFSettings):
-        filter = lora_run(experiment, plan.out) if settings.filter == "lora" else settings.filter
+        filter = lora_run(plan, experiment) if settings.filter == "lora" else settings.filter
         settings, task.train, made = add_synthetic(settings, experiment, task, plan.out, filter)
         print(f"{made['images']} synthetic images join them")
         synthetic = {"synthetic": made}
@@ -160,26 +160,47 @@ def new_method(plan: Plan, clip: CLIP, classnames, template, settings, fingerpri
 
 def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
     """Mean and spread over the seeds: a table, a JSON file and a plot, beside the runs."""
-    summary = {"method": plan.method, "recipe": plan.recipe, **grid.summarise(results)}
+    settings = {"recipe": plan.recipe, "settings": asdict(plan.settings)}
+    summary = {"method": plan.method, **settings, **grid.summarise(results)}
     shots, seeds = "-".join(summary["shots"]), "-".join(map(str, summary["seeds"]))
     folder = (plan.out / plan.experiments[0].folder(plan.method)).parent
     file = folder / f"{plan.method}-grid-s{shots}-seed{seeds}.json"
-    write_text(file, json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    if file.exists() and file.read_bytes() != text.encode():
+        for earlier in (file, file.with_suffix(".png")):
+            if earlier.exists():
+                set_aside(earlier, "grid")
+    write_text(file, text)
     grid.save_plot(plan.method, summary, file.with_suffix(".png"))
     print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
     print(grid.table(plan.method, summary))
     print(f"grid: {file}")
 
 
-def lora_run(experiment: Experiment, out: Path) -> Path:
-    """The LoRA run of this seed; on the demo task, trained now if there is none."""
-    path = out / experiment.folder("lora")
-    if experiment.dataset == "demo" and not (path / "results.json").exists():
+def lora_run(plan: Plan, experiment: Experiment) -> Path:
+    """The run of LoRA's defaults, of this seed; on the demo task, trained now if there is none."""
+    path = plan.out / experiment.folder("lora")
+    if experiment.dataset != "demo":
+        return path
+    same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision")
+    here = ("device", "threads")
+    flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same + here]
+    argv = ["--method", "lora", *flags, "--out", str(plan.out)]
+    argv += ["--cache", str(plan.cache or "none")]
+    if not (path / "results.json").exists():
         print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
-        same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision")
-        same += ("device",)
-        flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same]
-        main(["--method", "lora", *flags, "--out", str(out)])
+        main(argv)
+        return path
+    config, lora = Run.open(path).config, parse(argv)
+    found = {**config["settings"], **config["experiment"], "init_from": config.get("init_from")}
+    wanted = {**asdict(lora.settings), "init_from": None}
+    wanted |= {key: getattr(experiment, key) for key in same}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path}: is the run that filters synthetic images, but was trained with "
+                f"{key} {found.get(key)}, not {value}; move it away, or give another --out"
+            )
     return path
 
 

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class Note(UserWarning):
+    """What a user should know of what was taken for granted; scripts print it as a line."""
+
+
 def nearest(what: str, value: str, known) -> str:
     """Look up a name given by a user: `value` if it is known, else an error with the nearest.
 

@@ -4,6 +4,7 @@
     load("ViT-B/16")           OpenAI's weights from the Hugging Face hub, cached where it caches
     load("ViT-B-16.pt")        OpenAI's own file: TorchScript archive or state dict, sha256 checked
     load("model.safetensors")  OpenAI's, Hugging Face's or open_clip's names, told by the keys
+    load("folder")             the weights in a folder of Hugging Face's or open_clip's
 
     python -m clip_min.weights convert IN OUT.safetensors
 
@@ -11,9 +12,10 @@ Which activation a model was trained with, no tensor tells, nor how many heads i
 here computes QuickGELU, as all of OpenAI's models do; many of open_clip's own (LAION's and
 DataComp's ViT-B/16, say) were trained with plain GELU. So the description beside the weights is
 read, if there is one (Hugging Face's config.json, open_clip's open_clip_config.json): it tells the
-heads, and GELU in it is an error. Of a file that lies alone, heads are taken to be 64 wide, and the
-activation is yours to check: open_clip's name for weights trained with GELU has no "-quickgelu" and
-is not tagged "openai".
+heads, and GELU in it is an error, as is another way to prepare pictures (in preprocess_cfg or
+preprocessor_config.json). Of a file that lies alone, heads are taken to be 64 wide, and the
+activation, with a warning, to be QuickGELU: open_clip's name for weights trained with GELU has no
+"-quickgelu" and is not tagged "openai".
 
 Loading is strict: a missing, unexpected or misshapen tensor is an error that names it. Nothing is
 ever unpickled: `.pt` state dicts go through `torch.load(weights_only=True)`, which admits tensors
@@ -34,12 +36,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip_min.errors import UserError
+from clip_min.errors import Note, UserError
 from clip_min.files import read_json, read_safetensors, write_safetensors
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
 from clip_min.names import to_our_names
+from clip_min.preprocess import MEAN, STD
 
 TOWERS = ("vision", "text")
+# How the file of weights is called in a folder of open_clip's or Hugging Face's.
+IN_FOLDERS = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
 DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
 # OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them: where,
@@ -116,10 +126,18 @@ def mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[st
     ]
 
 
-def save(clip: CLIP, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a CLIP as safetensors under our names, its sizes in the header; whole or not at all."""
+def save(
+    clip: CLIP,
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    about: dict | None = None,
+) -> None:
+    """Write a CLIP as safetensors under our names, its sizes and `about` in the header; whole or
+    not at all.
+    """
     state = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
-    write_safetensors(path, state, {"clip_min": json.dumps(asdict(clip.config))})
+    header = json.dumps(asdict(clip.config) | (about or {}), ensure_ascii=False)
+    write_safetensors(path, state, {"clip_min": header})
 
 
 def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
@@ -162,6 +180,7 @@ def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
 
 def _described(path: Path, config: CLIPConfig) -> CLIPConfig:
     """`config` with the heads that a description beside the file tells, if there is one."""
+    known = path.name in OPENAI_SHA256
     for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
         told = read_json(file, "") if file.exists() else {}
         try:
@@ -193,8 +212,46 @@ def _described(path: Path, config: CLIPConfig) -> CLIPConfig:
                 f"{path}: was trained with GELU, says {file.name} beside it, and CLIP computes "
                 "QuickGELU here, as OpenAI's do: its features would be wrong; take other weights"
             )
-        config = replace(config, vision_heads=vision, text_heads=text)
+        config, known = replace(config, vision_heads=vision, text_heads=text), True
+    if not known:
+        warnings.warn(
+            f"{path}: no config.json or open_clip_config.json beside it says how it was trained; "
+            "QuickGELU and heads 64 wide are assumed, as OpenAI's models have them",
+            Note,
+            stacklevel=1,  # so that it is said once for a file
+        )
+    _check_transform(path, config.image_size)
     return config
+
+
+def _check_transform(path: Path, size: int) -> None:
+    """UserError, if a file beside the weights says that pictures are prepared in another way."""
+    # What may stand there for what preprocess.py does; `resample` 3 is Pillow's bicubic.
+    own = {
+        **dict.fromkeys(("mean", "image_mean"), (MEAN,)),
+        **dict.fromkeys(("std", "image_std"), (STD,)),
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+        "interpolation": ("bicubic",),
+        "resample": (3,),
+        "resize_mode": ("shortest",),
+        "size": (size, (size, size), {"shortest_edge": size}),
+        "crop_size": (size, {"height": size, "width": size}),
+    }
+    for name in ("open_clip_config.json", "preprocessor_config.json"):
+        file = path.with_name(name)
+        told = read_json(file, "") if file.exists() else {}
+        told = told.get("preprocess_cfg") if name == "open_clip_config.json" else told
+        for key, value in told.items() if isinstance(told, dict) else ():
+            if key in own and _rounded(value) not in _rounded(own[key]):
+                raise UserError(
+                    f"{file}: {key} is {value}, but here pictures are prepared as CLIP does it, "
+                    f"with {own[key][0]}: its features would be wrong; take other weights"
+                )
+
+
+def _rounded(value):
+    """A JSON value with three digits of every float, and no tuples."""
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 3))
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -209,17 +266,33 @@ def fingerprint(module: nn.Module) -> str:
 # ----------------------------------------------------------------------------- where it comes from
 
 
+def check(name: str) -> None:
+    """UserError, unless there is such a model; nothing is read or downloaded."""
+    if name not in ("demo", *HUB):
+        _file(name)
+
+
 def _locate(name: str) -> Path:
     """The local file behind a name or path; OpenAI's names are fetched from the hub."""
     if name == "demo":
         return DEMO
     if name in HUB:
         return _download(name)
+    return _file(name)
+
+
+def _file(name: str) -> Path:
+    """A weights file, or the one in a folder as Hugging Face and open_clip lay it out."""
     path = Path(name).expanduser()
-    if not path.is_file():
+    inside = (path / file for file in IN_FOLDERS)
+    found = next((file for file in (path, *inside) if file.is_file()), None)
+    if found is None:
         known = ", ".join(["demo", *HUB])
-        raise UserError(f"{name}: neither a weights file nor a known model; models are {known}")
-    return path
+        raise UserError(
+            f"{name}: neither a weights file nor a folder with {' or '.join(IN_FOLDERS)}, nor a "
+            f"known model; models are {known}"
+        )
+    return found
 
 
 def _download(name: str) -> Path:
@@ -389,11 +462,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not arguments.target.endswith(".safetensors"):
             raise UserError(f"{arguments.target}: the output is a .safetensors file; name it so")
-        clip = load(arguments.source)
+        with warnings.catch_warnings(record=True) as notes:
+            clip = load(arguments.source)
         save(clip, arguments.target)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for note in notes:
+        print(f"note: {note.message}")
     count = sum(parameter.numel() for parameter in clip.parameters())
     print(f"{arguments.target}: {model_name(clip.config)}, {count:,} parameters, float32")
     return 0

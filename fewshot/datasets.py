@@ -6,6 +6,7 @@ Where a data set has no validation part, the experiment sets a few training pict
 are checked when a set is loaded: a download that was cut short must not become a number.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,4 +316,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from fewshot.experiment import run_script  # which imports this file
+    from fewshot.flags import Parser
+
+    run_script(lambda: Parser(description=__doc__).parse(sys.argv[1:]) or main())

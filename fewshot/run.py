@@ -1,6 +1,6 @@
 """The folder a run leaves: everything needed to trust it, repeat it, resume it or use it.
 
-    config.json          all settings, the command, versions, git commit
+    config.json          all settings, the command, versions, commit; the run it took the place of
     data.json            which pictures it learned from, chose by, was tested on (fewshot/record.py)
     log.jsonl            a line for each round of training: an epoch, or a share of the steps
     adapter.safetensors  what was learned (--keep: after which round), and nothing else
@@ -60,14 +60,7 @@ class Run:
         """A new run; one that stands in its place already is kept, under another name."""
         if path.exists():
             _claim(path)
-            n = 1
-            while (old := path.with_name(f"{path.name}.old{n}")).exists():
-                n += 1
-            try:
-                path.rename(old)
-            except OSError as error:
-                raise UserError(f"{path}: could not be set aside as {old} ({error})") from None
-            print(f"an earlier run is kept as {old}")
+            config = {**config, "earlier_run": set_aside(path, "run").name}
         try:
             path.mkdir(parents=True)
         except OSError as error:
@@ -170,6 +163,19 @@ class Run:
             return None
         tensors, header = read_safetensors(self.path / "resume.safetensors")
         return tensors, json.loads(header["position"])
+
+
+def set_aside(path: Path, what: str) -> Path:
+    """Rename what stands where a new one is to be written -> its new place, which is printed."""
+    n = 1
+    while (old := path.with_name(f"{path.name}.old{n}")).exists():
+        n += 1
+    try:
+        path.rename(old)
+    except OSError as error:
+        raise UserError(f"{path}: could not be set aside as {old} ({error})") from None
+    print(f"an earlier {what} is kept as {old}")
+    return old
 
 
 def provenance() -> dict:

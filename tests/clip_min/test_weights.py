@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_min import CLIP, CONFIGS, UserError, formats, load, save, tokenize, weights
+from clip_min.errors import Note
 
 CLOSE = 1e-5
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -41,6 +42,7 @@ TOKENS = random_tokens(4, SMALL)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore::clip_min.errors.Note"),  # of files that lie alone
 ]
 
 
@@ -383,7 +385,61 @@ def test_a_description_of_another_model_is_named(name, told, beside):
 
 
 def test_a_config_of_something_else_is_not_looked_at(beside):
-    assert beside("config.json", {"method": "lora", "settings": {}}).config == SMALL
+    with pytest.warns(Note, match="model.safetensors: no config.json or .* QuickGELU and heads 64"):
+        assert beside("config.json", {"method": "lora", "settings": {}}).config == SMALL
+
+
+QUICK = {"model_cfg": {"quick_gelu": True, "vision_cfg": {}, "text_cfg": {"heads": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "key"),
+    [
+        ("open_clip_config.json", {"mean": [0.5, 0.5, 0.5]}, "mean"),
+        ("open_clip_config.json", {"resize_mode": "squash"}, "resize_mode"),
+        ("open_clip_config.json", {"interpolation": "bilinear"}, "interpolation"),
+        ("open_clip_config.json", {"size": 48}, "size"),
+        ("preprocessor_config.json", {"image_std": [1, 1, "x"]}, "image_std"),
+        ("preprocessor_config.json", {"resample": 2}, "resample"),
+        ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "size"),  # squashed
+        ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop"),
+    ],
+)
+def test_weights_of_pictures_prepared_otherwise_are_refused(name, told, key, beside):
+    told = QUICK | {"preprocess_cfg": told} if name[0] == "o" else told
+    with pytest.raises(UserError, match=f"{name}: {key} is .* as CLIP does it"):
+        beside(name, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("open_clip_config.json", QUICK | {"preprocess_cfg": {"size": [32, 32]}}),
+        ("open_clip_config.json", QUICK | {"preprocess_cfg": {"std": [0.2686, 0.2613, 0.2758]}}),
+        ("open_clip_config.json", QUICK | {"preprocess_cfg": None}),
+        ("preprocessor_config.json", {"size": 32, "crop_size": 32}),  # as OpenAI's folder says it
+    ],
+)
+def test_clips_own_way_in_other_words_is_taken(name, told, beside):
+    assert beside(name, told).config == SMALL
+
+
+def test_a_folder_of_hugging_faces_or_open_clips_is_read_in_silence(tmp_path):
+    for save_folder in (formats.save_hugging_face, formats.save_open_clip):
+        folder = tmp_path / save_folder.__name__
+        save_folder(load("demo"), folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_holds(load(folder), load("demo").state_dict())
+
+
+def test_what_a_lone_file_does_not_tell_is_said_once(theirs, tmp_path):
+    save_file(theirs.state_dict(), tmp_path / "lone.safetensors")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            load(tmp_path / "lone.safetensors")
+    assert [warning.category for warning in said] == [Note]
 
 
 def test_the_demo_model_ships_whole_and_small():
@@ -433,7 +489,7 @@ def refusal(path: str | Path) -> str:
         warnings.simplefilter("always")
         with pytest.raises(UserError) as error:
             load(path)
-    assert not said
+    assert [warning for warning in said if warning.category is not Note] == []
     message = str(error.value)
     assert message.isprintable(), message  # so it is one line, and no escape code colours it
     assert message.startswith(str(path))

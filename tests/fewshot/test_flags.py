@@ -68,6 +68,11 @@ def test_a_yes_or_no_flag_can_be_taken_back(parser):
         (["--leaf_shape=oak"], "unknown argument --leaf_shape; did you mean --leaf-shape?"),
         (["--heig", "2"], "did you mean --height"),  # no abbreviations: tomorrow's flag may fit too
         (["--zzz"], "unknown argument --zzz; see --help"),
+        (["--nome", "x"], "did you mean --name"),
+        (
+            ["--rim", "x"],
+            "unknown argument --rim; see --help",
+        ),  # not --rings
         (["oak"], "unknown argument oak"),
         (["--rings", "1.5"], "--rings: invalid int value: '1.5'"),
         (["--height", "tall"], "--height: invalid float value: 'tall'"),

@@ -5,6 +5,7 @@ Only the counts are made smaller, in one place: `small`.
 
 import hashlib
 import pickle
+import runpy
 import shutil
 import urllib.error
 from dataclasses import replace
@@ -239,3 +240,11 @@ def test_the_table_lists_every_data_set(capsys):
     for name, entry in DATASETS.items():
         assert "{}" in entry.template
         assert f"  {name:<12}{entry.about}" in datasets.listed()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_table_takes_no_flag(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["datasets.py", "--bogus"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("fewshot.datasets", run_name="__main__")
+    assert capsys.readouterr() == ("", "datasets.py: error: unknown argument --bogus; see --help\n")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip_min
+import eval as eval_script
 from fewshot import datasets
 from methods import METHODS
 
@@ -65,7 +66,8 @@ def test_every_method_trains_and_is_tested_again_with_the_same_numbers(
     common = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
     short = ("--epochs", 1) if hasattr(METHODS[method].Settings, "epochs") else ()
     if method.startswith("disef"):
-        short += ("--synthetic", synthetic(classes))
+        short += ("--synthetic", synthetic(classes), "--per-class", 2)
+        short += ("--plan", "uniform", "--filter", "zero_shot")
     trained = script("train", "--method", method, *common, *short, "--classes", classes)
     assert trained.code == 0, trained.err
     (path,) = tmp_path.glob("*/*/*")
@@ -195,11 +197,62 @@ def test_a_picture_that_cannot_be_read_is_one_line(
         bad.mkdir()
     elif kind == "cut short":
         bad.write_bytes((data / "test/blue-bell/0.png").read_bytes()[:300])
-    good = data / "test/blue-bell/0.png"
-    result = script("eval", "--run", trained.path, "--image", good, bad)
-    assert is_one_line(result, f"{bad}: cannot be read as an image")
-    assert "--skip-bad-images" not in result.err  # which reads no single pictures
-    assert result.out == ""  # all or none
+    if kind == "folder":
+        said = f"--image {bad}: is a folder without pictures"
+        assert is_one_line(script("eval", "--run", trained.path, "--image", bad), said)
+        return
+    said = f"{bad}: cannot be read as an image"
+    assert is_one_line(script("eval", "--run", trained.path, "--image", bad), said)
+    result = script("eval", "--run", trained.path, "--image", bad, bad)
+    assert is_one_line(result, said, "(and 1 more, which are all)")
+    good = data / "test/blue-bell/0.png"  # one picture does not cost the others
+    result = script("eval", "--run", trained.path, "--image", bad, good)
+    assert (result.code, result.err) == (0, "")
+    *answers, note = result.out.splitlines()
+    assert note.startswith(f"note: skipped, {said}")
+    assert list(top("\n".join(answers))) == [str(good)]
+
+
+def test_pictures_of_a_folder_are_classified_a_batch_at_a_time(
+    script, trained, data, tmp_path, monkeypatch
+):
+    alone = script("eval", "--run", trained.path, "--image", *sorted(data.rglob("test/*/*.png")))
+    monkeypatch.setattr(eval_script, "BATCH", 3)
+    sizes = []
+    real = eval_script.normalize
+    monkeypatch.setattr(eval_script, "normalize", lambda x: sizes.append(len(x)) or real(x))
+    whole = script("eval", "--run", trained.path, "--image", data / "test")
+    assert whole.code == 0, whole.err
+    assert sizes == [3] * 6 + [2]
+    found, expected = top(whole.out), top(alone.out)
+    assert list(found) == list(expected)
+    for file, lines in expected.items():
+        percents = [float(percent) for percent, _ in lines]
+        assert [float(percent) for percent, _ in found[file]] == pytest.approx(percents, abs=0.02)
+
+
+def test_a_transductive_method_labels_all_pictures_jointly(
+    script, data, model, tmp_path, monkeypatch
+):
+    where = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
+    assert script("train", "--method", "em_dirichlet", *where).code == 0
+    (run,) = tmp_path.glob("*/*/*")
+    once = script("eval", "--run", run, "--image", data / "test")
+    assert "note: em_dirichlet labels these 20 pictures jointly" in once.out
+    monkeypatch.setattr(eval_script, "BATCH", 3)
+    assert script("eval", "--run", run, "--image", data / "test").out == once.out
+
+
+def test_names_to_choose_from_may_be_a_file(script, model, data, tmp_path, is_one_line):
+    (tmp_path / "names.txt").write_text("red, or nearly\n\nsea\nstone\n")
+    common = ("eval", "--method", "zero_shot", "--model", model)
+    common += ("--image", data / "test/blue-bell/0.png", "--classes", tmp_path / "names.txt")
+    result = script(*common)
+    assert result.code == 0, result.err
+    ((_, found),) = top(result.out).items()
+    assert {name for _, name in found} == {"red, or nearly", "sea", "stone"}
+    (tmp_path / "names.txt").write_text("\n")
+    assert is_one_line(script(*common), "names.txt: names no class")
 
 
 # ------------------------------------------------------------------------------- what does not fit
@@ -371,12 +424,22 @@ def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_o
         (["--run", "x", "--method", "zero_shot"], "give either --run DIR or --method zero_shot"),
         (["--run", "x", "--shots", "3"], "--shots: a run knows its own; leave it out"),
         (["--run", "x", "--classes", "all"], "--classes: a run knows its own; leave it out"),
+        (["--run", "x", "--image", "a.png", "--data-root", "."], "--data-root: is not read with"),
+        (["--run", "x", "--image", "a.png", "--precision", "bf16"], "a run knows its own"),
+        (
+            ["--run", "x", "--image", "a.png", "--cache", "none"],
+            "--cache: is not read with --image",
+        ),
+        (["--method", "zero_shot", "--image", "a.png", "--shots", "3"], "--shots: is not read"),
+        (["--method", "zero_shot", "--image", "a.png", "--seed", "3"], "--seed: is not read"),
+        (["--method", "zero_shot", "--image", "a.png", "--split", "coop"], "--split: is not read"),
+        (["--method", "zero_shot", "--image", "a", "--dataset", "demo"], "--dataset: is not read"),
         (["--run", "x", "--imgae", "a.png"], "unknown argument --imgae; did you mean --image"),
         (["--run", "x", "--lr", "3"], "unknown argument --lr"),
         (["--method", "lora"], "--method lora: unknown; known are zero_shot"),
         (["--method", "zero_shot", "--classes", "al"], "--classes al: unknown; did you mean all"),
         (["--method", "zero_shot", "--image", "a.png"], "say which classes to choose from"),
-        (["--method", "zero_shot", "--image", "a.png", "--classes", " , "], "say which classes"),
+        (["--method", "zero_shot", "--image", "a.png", "--classes", " , "], "names no class"),
         (["--method", "zero_shot", "--image", "a.png", "--classes", "a,A"], "one class to CLIP"),
     ],
 )

@@ -107,6 +107,22 @@ def test_resuming_a_grid_with_another_setting_is_an_error(whole, script, flags, 
     assert is_one_line(result, "--resume", "lr 0.01, not 0.02")
 
 
+def test_a_grid_with_other_settings_keeps_the_earlier_ones_table(script, flags, tmp_path):
+    grid = ("--shots", 1, "--seeds", "1,2", "--epochs", 1, "--out", tmp_path)
+    file = tmp_path / BASE / "lora-grid-s1-seed1-2.json"
+    assert script("train", *flags, *grid).code == 0
+    first = file.read_bytes()
+    assert script("train", *flags, *grid, "--resume").code == 0  # the same: nothing is set aside
+    assert len(list(file.parent.glob("*grid*"))) == 2
+    result = script("train", *flags, *grid, "--lr", 0.02)
+    assert result.code == 0, result.err
+    kept = file.with_name(f"{file.name}.old1")
+    assert f"an earlier grid is kept as {kept}" in result.out
+    assert kept.read_bytes() == first
+    assert json.loads(file.read_text())["settings"]["lr"] == 0.02
+    assert len(list(file.parent.glob("*grid*"))) == 4
+
+
 def test_one_number_each_is_a_run_and_no_grid(script, flags, tmp_path, trained):
     result = script("train", *flags, "--out", tmp_path, "--shots", "4", "--seeds", "1")
     assert [path.name for path in (tmp_path / BASE).iterdir()] == ["lora-s4-seed1"]

@@ -373,6 +373,8 @@ def test_an_earlier_run_is_kept_under_another_name(train, script, flags, tmp_pat
     assert f"an earlier run is kept as {old}" in result.out
     assert adapter(old) == before
     assert adapter(first) != before
+    assert json.loads((first / "config.json").read_text())["earlier_run"] == old.name
+    assert script("train", *flags, "--out", tmp_path, "--lr", 0.001, "--resume").code == 0
 
 
 # ---------------------------------------------------------------------------------- what is wrong
