@@ -115,7 +115,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         functools.partial(descend, run=run, seed=experiment.seed, resume=resume),
     )
     seconds = run.log[-1]["seconds"] if run.log else time.perf_counter() - started
-    run.save_adapter(method.adapter_state())
+    run.save_adapter(method.adapter_state(), last=True)
     if run.log:
         save_curves(run.log, run.path / "curves.png")
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from clip_min import UserError
+from clip_min.errors import first_line
 from fewshot.images import Batches
 from fewshot.metrics import accuracy, predict
 from fewshot.run import Run
@@ -44,9 +46,16 @@ def descend(
 
     kept = {name: tensor.detach().clone() for name, tensor in learned.items()}  # copies, not views
     at = {"epoch": 0, "best_val": -1.0, "best_epoch": 0, "seconds": 0.0, "stopped": ""}
-    if resume and (saved := run.load_resume()):
+    if resume and (saved := run.load_resume(at)):
         tensors, at = saved
-        kept = _restore(tensors, learned, optimizer)
+        try:
+            _check_shapes(tensors, learned, trained)
+            kept = _restore(tensors, learned, optimizer)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{run.path}/resume.safetensors: holds other tensors than this run's "
+                f"({first_line(error)}); start it anew, without --resume"
+            ) from None
         scaler.load_state_dict(at.get("scaler", {}))
     bar = tqdm(total=total, initial=at["epoch"] * steps, unit="step", disable=None)
     while at["epoch"] < epochs and not at["stopped"]:
@@ -149,6 +158,17 @@ def _snapshot(learned: dict, kept: dict, optimizer) -> dict[str, Tensor]:
     if device.type == "cuda":  # else not even asked for: that alone takes memory on a GPU
         tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     return tensors
+
+
+def _check_shapes(tensors: dict[str, Tensor], learned: dict, trained: list[Tensor]) -> None:
+    """ValueError, unless tensors that `_snapshot` gave are of this run."""
+    for name, tensor in tensors.items():
+        kind, rest = name.split("/", 1)
+        if kind == "random" or (kind == "optimizer" and tensor.dim() == 0):
+            continue
+        like = trained[int(rest.split("/")[0])] if kind == "optimizer" else learned[rest]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
 
 
 @torch.no_grad()
