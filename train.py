@@ -98,7 +98,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         run = Run.resume(path, config)
         if len(plan.experiments) > 1 and (path / "results.json").exists():
             print("finished before")
-            return read_json(path / "results.json", "remove the run's folder to run it again")
+            hint = "remove the run's folder to run it again"
+            return read_json(path / "results.json", hint, grid.RESULTS)
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)

@@ -63,7 +63,7 @@ def words(kind) -> str:
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(str, inner))
-    return " or ".join(map(words, inner)) if inner else WORDS[kind]
+    return " or ".join(map(words, inner)) if inner else WORDS.get(kind, str(kind))
 
 
 def _fits(value, kind) -> bool:
@@ -73,7 +73,7 @@ def _fits(value, kind) -> bool:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if kind is float:
-        return type(value) in (int, float) and abs(value) < 1e308  # false for NaN
+        return type(value) in (int, float) and abs(value) < 3e38  # float32's range; NaN is not <
     if kind is int:
         return type(value) is int and -(2**63) <= value < 2**63
     if kind is str and isinstance(

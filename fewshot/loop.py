@@ -83,7 +83,14 @@ def descend(
             if s.clip_norm:
                 scaler.unscale_(optimizer)
                 clip_grad_norm_(trained, s.clip_norm)
-            scaler.step(optimizer)  # leaves out a step whose gradient is not finite
+            try:
+                scaler.step(optimizer)  # leaves out a step whose gradient is not finite
+            except RuntimeError as error:
+                if "overflow" not in str(error):
+                    raise
+                raise UserError(
+                    f"--lr {s.lr:g}: the weights are not finite after step {done + 1}; give less"
+                ) from None
             scaler.update()
             losses.append(loss.item())
             bar.set_description(f"epoch {epoch + 1}/{epochs}")
