@@ -10,14 +10,16 @@ python eval.py --method zero_shot --dataset demo              CLIP as it is
 import sys
 from pathlib import Path
 
+# Before torch, which takes from it how threads wait.
+from clip_min import CLIP, UserError, crop, normalize, weights  # isort: skip
 import torch
 
-from clip_min import CLIP, UserError, crop, normalize, weights
 from clip_min.errors import nearest
 from fewshot import cache, datasets
 from fewshot.experiment import Experiment, evaluate, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.images import autocast, open_image
+from fewshot.record import kept, summary
 from fewshot.report import table
 from fewshot.run import Run
 from fewshot.task import Task, make_test
@@ -56,7 +58,8 @@ def main() -> None:
 
 def test(run: Run, experiment: Experiment, given: dict) -> None:
     """Print the table that training printed."""
-    clip, task = experiment.load(cache.place(given.get("cache", "")))
+    record = kept(run.path, run.config)
+    clip, task = experiment.load(cache.chosen(given), record=record)
     for note in task.notes:
         print(f"note: {note}")
     run.check_model(clip)
@@ -66,6 +69,11 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
         raise UserError(
             f"{run.path}: the data set's classes are no longer those it was trained and "
             "tested on; give the right one with --data-root, or train again"
+        )
+    if not record and "data" in run.config and run.config["data"] != summary(task.record("")):
+        raise UserError(
+            f"{run.path}: the data are not those it was trained and tested on, and which of them "
+            "it has seen cannot be told without its data.json; put that back"
         )
     compare(run, clip, task, experiment.template)
 
@@ -80,9 +88,10 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     template = other.template or dataset.template
     clip = weights.load(other.model, other.device)
     run.check_model(clip)
-    folder = cache.place(given.get("cache", ""))
+    folder, record = cache.chosen(given), kept(run.path, run.config)
     size, device = clip.config.image_size, torch.device(other.device)
-    task = make_test(dataset, size, device, other.skip_bad_images, folder, experiment.precision)
+    more = (other.skip_bad_images, folder, experiment.precision)
+    task = make_test(dataset, size, device, *more, record=record)
     for note in task.notes:
         print(f"note: {note}")
     images = len(task.tests["all"].batches)
@@ -106,7 +115,7 @@ def compare(run: Run, clip: CLIP, task: Task, template: str) -> None:
 
 def test_zero_shot(experiment: Experiment, given: dict) -> None:
     """Print the table of CLIP as it is and, if some are given, with several templates."""
-    clip, task = experiment.load(cache.place(given.get("cache", "")))
+    clip, task = experiment.load(cache.chosen(given))
     for note in task.notes:
         print(f"note: {note}")
     zero_shot = METHODS["zero_shot"]
@@ -152,7 +161,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures to classify")
-    parser.add_argument("--cache", help=cache.HELP)
+    cache.add_flags(parser)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
     # --classes means names here when there are pictures to classify, so choices are checked below.
@@ -163,7 +172,7 @@ def parse(argv: list[str]) -> dict:
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
     if "run" in given:
-        read = {"run", "image", "cache", *MOVED}
+        read = {"run", "image", "cache", "cache_gb", *MOVED}
         read |= {"classes"} if "image" in given else set()
         read |= {*OTHER} if "dataset" in given and "image" not in given else set()
         for name in sorted(given.keys() - read):

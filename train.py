@@ -11,25 +11,31 @@ import functools
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+# Before torch, which takes from it how threads wait.
+from clip_min import CLIP, UserError, weights  # isort: skip
 import torch
 
-from clip_min import CLIP, UserError, weights
 from clip_min.errors import nearest
 from clip_min.files import read_json, write_text
 from fewshot import cache, datasets, grid
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
-from fewshot.report import save_curves, table
+from fewshot.metrics import train_accuracy
+from fewshot.record import summary
+from fewshot.report import doubts, save_curves, table
 from fewshot.run import Run, provenance
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method, Settings
 from methods.disef import DISEFSettings
 from methods.init_from import load_into
+
+# The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
+MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
 
 
 @dataclass
@@ -81,6 +87,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         print(f"{made['images']} synthetic images join them")
         synthetic = {"synthetic": made}
 
+    record = task.record(experiment.data_root)
     config = {
         "method": plan.method,
         "recipe": plan.recipe,
@@ -90,6 +97,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         "fingerprint": fingerprint,
         "init_from": str(plan.init_from) if plan.init_from else None,
         "classnames": {part: test.classnames for part, test in task.tests.items()},
+        "data": summary(record),
         **provenance(),
     }
     path = plan.out / experiment.folder(plan.method)
@@ -109,6 +117,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     method = new_method(plan, clip, task.classnames, experiment.template, settings, fingerprint)
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
+    if "data" in run.config:
+        write_text(run.path / "data.json", json.dumps(record) + "\n")
     started = time.perf_counter()
     method.fit(
         task.train,
@@ -116,6 +126,11 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         functools.partial(descend, run=run, seed=experiment.seed, resume=resume),
     )
     seconds = run.log[-1]["seconds"] if run.log else time.perf_counter() - started
+    fitted = {}
+    if run.log:
+        fitted = {"steps": run.log[-1]["step"], "train": train_accuracy(method, task.train)}
+        for doubt in doubts(**fitted):
+            print(f"note: {doubt}")
     run.save_adapter(method.adapter_state(), last=True)
     if run.log:
         save_curves(run.log, run.path / "curves.png")
@@ -125,7 +140,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
     brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all")}
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
-    results = {**scores, "zero_shot": brief, **measured, **synthetic}
+    results = {**scores, "zero_shot": brief, **fitted, **measured, **synthetic}
     run.write_json("results.json", results)
 
     if queries:
@@ -185,7 +200,7 @@ def parse(argv: list[str]) -> Plan:
     group.add_argument("--out", help="folder that run folders are made in [runs]")
     group.add_argument("--resume", action="store_true", help="go on with what was killed")
     group.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
-    group.add_argument("--cache", help=cache.HELP)
+    cache.add_flags(group)
     group.add_argument(
         "--init-from",
         metavar="PATH",
@@ -193,7 +208,8 @@ def parse(argv: list[str]) -> Plan:
     )
     add_flags(parser.add_argument_group("experiment"), Experiment)
     shots = next(a for a in parser._actions if a.dest == "shots")
-    shots.type, shots.help = grid.numbers, f"{shots.help}; several, as 1,2,4: a run for each"
+    shots.type = functools.partial(grid.numbers, words=("all",))
+    shots.help += "; several, as 1,2,4: a run for each"
     if known.method is None:
         parser.parse(argv)  # --help ends here
         raise UserError(f"--method is missing; methods are {', '.join(METHODS)}")
@@ -203,15 +219,18 @@ def parse(argv: list[str]) -> Plan:
     defaults = Experiment(**pick(Experiment, named))
     recipe = known.recipe
     if recipe is None:
-        recipes = list(method.recipes)
-        recipe = "demo" if defaults.model == "demo" and "demo" in recipes else recipes[0]
-    preset = method.recipes[nearest("--recipe", recipe, method.recipes)]
+        of_its_world = (defaults.dataset == "demo") == (defaults.model == "demo")
+        wanted = MADE_FOR.get(defaults.dataset, ()) if of_its_world else ()
+        recipe = next(r for r in (*wanted, "default", *method.recipes) if r in method.recipes)
+    preset = method.preset(nearest("--recipe", recipe, method.recipes), defaults.model)
     title = f"{known.method}: recipe {recipe} of {', '.join(method.recipes)}"
     add_flags(parser.add_argument_group(title), method.Settings, preset)
     given = parser.parse(argv)
     if "seed" in given and "seeds" in given:
         raise UserError("--seed and --seeds: give one of them")
     settings = method.Settings(**{**preset, **pick(method.Settings, given)})
+    if "epochs" in given and "min_steps" not in given:  # as many as asked for, then
+        settings = replace(settings, min_steps=0)
     common = pick(Experiment, given)
     experiments = [
         Experiment(**{**common, "shots": shots, "seed": seed})
@@ -226,7 +245,7 @@ def parse(argv: list[str]) -> Plan:
         Path(given.get("out", "runs")),
         Path(given["init_from"]).expanduser() if "init_from" in given else None,
         given["resume"],
-        cache.place(given.get("cache", "")),
+        cache.chosen(given),
     )
 
 

@@ -6,6 +6,13 @@ pixels = clip_min.crop(image, clip.config.image_size)                 # uint8 (3
 logits = clip(clip_min.normalize(pixels)[None], clip_min.tokenize(["a cat", "a dog"]))  # (1, 2)
 """
 
+import os
+
+# Threads that wait for others sleep. Left alone they spin, and where another process keeps a core
+# busy, one that spins keeps from its core the one it waits for: products take ten times as long.
+# Read when torch is imported, so that this package has to be imported before it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from clip_min.errors import UserError
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
 from clip_min.preprocess import crop, normalize

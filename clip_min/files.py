@@ -56,7 +56,8 @@ def replacing(path: str | Path) -> Iterator[str]:
             yield str(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.umask(umask := os.umask(0))
+            os.chmod(temporary, 0o666 & ~umask)  # as any new file: mkstemp's is its owner's alone
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(

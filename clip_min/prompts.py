@@ -11,7 +11,8 @@ to an [end] is a prompt,
 
 these two prompts are 12 tokens instead of 2 x 77. The nodes are laid out as one sequence, each with
 its true position in its prompt, and the attention mask lets a node see itself and its ancestors:
-precisely the tokens it would see if its prompt stood alone.
+precisely the tokens it would see if its prompt stood alone. (What is random inside the tower, such
+as LoRA's dropout, is drawn once for a node: for all prompts that share it.)
 
 Attention cost grows with the square of a sequence, so a large tree is cut into chunks of
 `chunk_tokens`, each a tree of its own; the total then stays linear in the number of prompts.

@@ -5,17 +5,17 @@ file of theirs, split_zhou_NAME.json, read as it is:
 
     {"train": [["image_06765.jpg", 0, "pink primrose"], …], "val": …, "test": …}
 
-where a path is relative to a folder of images whose name differs from data set to data set.
+where a path is relative to a folder of images whose name differs from data set to data set, and
+"_" in a class name is a space, as it is in their prompts.
 
 The draw is that of Dassl, the library CoOp runs on: seed Python's `random`; then, for each class in
 the order in which train first names it, `random.sample` S of its training pictures, in the order
-of the file; then min(S, 4) of its validation pictures likewise, with the same generator. A class
-that has fewer is drawn from with replacement (`random.choices`), so pictures repeat. All classes
-are drawn before the base half is taken.
+of the file; then min(S, 4) of its validation pictures likewise, with the same generator. All
+classes are drawn before the base half is taken. Draws equal those of a run of Dassl's own code.
 
-Is it Dassl's exact stream? By their code as published, yes: they seed `random`, and draw nothing
-else from it before these. We have compared with a second writing of the rule, not with a run of
-theirs.
+A class that has fewer is taken whole, once, and nothing is drawn for it, as in Dassl since October
+2021, which CoOp's README asks for. Dassl before, and the copies that Tip-Adapter and CLIP-LoRA
+keep, repeat its pictures (`random.choices`), and then the draws of later classes differ.
 """
 
 import itertools
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
-from fewshot.folder import Parts, read_text
-from fewshot.images import Pictures
+from fewshot.folder import Parts, read_text, spoken
+from fewshot.images import Pictures, few
 from fewshot.manifest import Row, exist, listed_once
 
 FEW_VAL = 4  # validation pictures a class, at most
@@ -60,7 +60,9 @@ def read_split(file: Path, root: Path) -> Parts:
             f'{file}: expected {{"train": [[path, label, classname], …], "val": …, "test": …}}'
         )
     entries = [
-        (part, *entry) for part in ("train", "val", "test") for entry in split.get(part) or []
+        (part, path, label, spoken(name))
+        for part in ("train", "val", "test")
+        for path, label, name in split.get(part) or []
     ]
     names = {label: name for _, _, label, name in reversed(entries)}
     for part, path, label, name in entries:
@@ -83,7 +85,12 @@ def read_split(file: Path, root: Path) -> Parts:
         return Pictures([path for path, _ in mine], torch.tensor([label for _, label in mine]))
 
     val = pictures("val") if split.get("val") else None
-    return [names[k] for k in range(len(names))], pictures("train"), val, pictures("test")
+    train, classnames = pictures("train"), [names[k] for k in range(len(names))]
+    notes = []
+    if never := sorted({*range(len(names))} - {*train.labels.tolist()}):
+        untrained = few(classnames[k] for k in never)
+        notes = [f"{len(never)} classes have no training image, and are tested on: {untrained}"]
+    return Parts(classnames, train, val, pictures("test"), notes)
 
 
 def draw(train: Pictures, val: Pictures | None, shots: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -95,14 +102,13 @@ def draw(train: Pictures, val: Pictures | None, shots: int, seed: int) -> tuple[
 
 
 def sample(labels: list[int], count: int, dice: random.Random) -> list[int]:
-    """`count` numbers of each label, with replacement where a label has fewer."""
+    """`count` numbers of each label; all that there are where a label has fewer."""
     members: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         members.setdefault(label, []).append(i)
     chosen = []
     for of_class in members.values():
-        enough = len(of_class) >= count
-        chosen += dice.sample(of_class, count) if enough else dice.choices(of_class, k=count)
+        chosen += of_class if len(of_class) < count else dice.sample(of_class, count)
     return chosen
 
 
@@ -119,8 +125,9 @@ def _is_entry(entry) -> bool:
 def _image_folder(file: Path, root: Path, paths: list[str]) -> Path:
     """The folder in or below root that the paths start from: where the first of them is."""
     first = Path(paths[0])
-    if first.is_absolute() or any(".." in Path(path).parts for path in paths):
-        raise UserError(f"{file}: {first}: expected paths below a folder of images")
+    for path in map(Path, paths):
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{file}: {path}: expected paths below a folder of images")
     for place in itertools.chain(_folders(root), [file.parent]):
         if (place / first).is_file():
             return place

@@ -15,10 +15,13 @@ from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, nearest, told
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets
-from fewshot.folder import read_text
+from fewshot.folder import read_text, spoken
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
-from fewshot.task import Task, make_task
+from fewshot.record import Record
+from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
+
+SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Experiment:
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
     data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
     model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file"] = ""
-    shots: Annotated[int, "training images of a class, S"] = 10
+    shots: Annotated[int | str, "training images of a class, S, or all"] = 10
     seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
     classes: Annotated[
         Literal["base-novel", "all"], "learn half of the classes and test both halves, or all"
@@ -45,14 +48,17 @@ class Experiment:
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], "of the forward pass; what is learned stays fp32"
     ] = "fp32"
+    threads: Annotated[int, "threads that compute; 0: one for a small model, else all cores"] = 0
 
     def __post_init__(self):
         expect_fields(self)  # a config that is read back may hold anything
         if self.dataset in datasets.DATASETS:
             self.model = self.model or datasets.DATASETS[self.dataset].model
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.shots < 1:
-            raise UserError(f"--shots {self.shots}: expected 1 or more")
+        if self.shots != "all" and not (isinstance(self.shots, int) and self.shots >= 1):
+            raise UserError(f"--shots {self.shots}: expected 1 or more, or all")
+        if self.threads < 0:
+            raise UserError(f"--threads {self.threads}: expected 1 or more, or 0")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
         if self.base_classes and self.classes == "all":
@@ -72,16 +78,27 @@ class Experiment:
         # their inputs to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
 
-    def load(self, folder: Path | None = cache.FOLDER) -> tuple[CLIP, Task]:
-        """The model, and the task as it sees it; fills in `template` if it was left open."""
+    def load(
+        self, folder: Path | None = cache.FOLDER, *, record: Record | None = None
+    ) -> tuple[CLIP, Task]:
+        """The model, and the task as it sees it; fills in `template` if it was left open.
+
+        record: of a run, whose task is then to be tested again, on the pictures it names.
+        """
         dataset = self.load_dataset()
         self.template = self.template or dataset.template
         clip = weights.load(self.model, self.device)
+        self.use_threads(clip)
         size = clip.config.image_size
         device = torch.device(self.device)
         base = self.base(dataset.classnames) if self.base_classes else None
-        drawn = (self.shots, self.seed, self.classes, size, device, self.skip_bad_images)
-        task = make_task(dataset, *drawn, folder, base, self.precision)
+        more = (size, device, self.skip_bad_images, folder)
+        if record:
+            more += (self.precision, self.classes, base)
+            task = make_test(dataset, *more, record, again=True)
+        else:
+            drawn = (self.shots, self.seed, self.classes)
+            task = make_task(dataset, *drawn, *more, base, self.precision)
         if self.precision == "fp16" and device.type == "cpu":
             task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
         if self.model == "demo" and self.dataset != "demo":
@@ -89,6 +106,17 @@ class Experiment:
                 "the demo model has never seen a photo; for real pictures add --model ViT-B/16"
             )
         return clip, task
+
+    def use_threads(self, clip: CLIP) -> None:
+        """Compute on as many threads as `threads` says; fills it in if it was left open.
+
+        Threads wait for one another at every product. Those of a small model are done within
+        microseconds, so two threads are hardly faster than one; and on a machine whose other core
+        is busy, ten times slower. The number is part of a run, since sums are rounded by it.
+        """
+        small = sum(parameter.numel() for parameter in clip.parameters()) < SMALL
+        self.threads = self.threads or (1 if small else torch.get_num_threads())
+        torch.set_num_threads(self.threads)
 
     def load_dataset(self) -> datasets.Dataset:
         """The data set that the flags name, all of it; `load` draws the task from it."""
@@ -100,7 +128,7 @@ class Experiment:
     def base(self, classnames: list[str]) -> list[int]:
         """The numbers of the classes that the file `base_classes` names."""
         file = Path(self.base_classes).expanduser()
-        names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        names = [name for line in read_text(file).splitlines() if (name := spoken(line))]
         chosen = {classnames.index(nearest(f"{file}: class", n, classnames)) for n in names}
         if not 0 < len(chosen) < len(classnames):
             raise UserError(

@@ -49,9 +49,18 @@ def add_flags(group, settings: type, shown: dict | None = None) -> None:
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            name = "INT" if kind == int | str else kind.__name__.upper()
+            options |= {"type": number_or_word if kind == int | str else kind, "metavar": name}
         options["help"] = options["help"].replace("%", "%%")
         group.add_argument(f"--{field.name.replace('_', '-')}", default=None, **options)
+
+
+def number_or_word(text: str) -> int | str:
+    """The type of a flag: "4" -> 4, "all" -> "all"."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def pick(settings: type, given: dict) -> dict:

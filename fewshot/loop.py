@@ -1,13 +1,15 @@
 """The gradient loop: AdamW or SGD, cosine, early stopping on validation, a way back after a kill.
 
 It is handed a method and knows nothing of what the method is: it lowers `method.loss` by changing
-the tensors of `method.adapter_state()`, and keeps those of the epoch with the best validation
-accuracy or, where a paper does without validation, of the last.
+the tensors of `method.adapter_state()`. Training is a number of gradient steps, in rounds: a round
+ends with a validation, and is an epoch, or the share of all steps that `validations` asks for. The
+tensors of the round with the best validation accuracy are kept or, where a paper does without
+validation, those of the last.
 """
 
-import functools
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,35 +23,52 @@ from fewshot.metrics import accuracy, predict
 from fewshot.run import Run
 
 
+@dataclass(frozen=True)
+class Length:
+    """How long training is, counted in gradient steps."""
+
+    epoch: int  # in one pass over the training images
+    total: int
+    round: int  # between two validations; the state to resume from is saved then, too
+    chooses: bool  # does validation decide anything? else there is none
+
+    @classmethod
+    def of(cls, s, train: Batches) -> "Length":
+        """The length that settings `s` ask for, on these training images."""
+        whole = len(train) // s.batch_size if s.drop_last else math.ceil(len(train) / s.batch_size)
+        epoch = max(1, whole)
+        total = s.steps_per_shot * train.shots or max(s.epochs * epoch, s.min_steps)
+        rounds = math.ceil(total / s.validations) if s.validations else epoch
+        return cls(epoch, total, max(1, rounds), s.keep != "last" or s.patience > 0)
+
+    def place(self, step: int) -> str:
+        """For people: "epoch 3", or, where rounds are not epochs, "step 120"."""
+        return f"epoch {step // self.epoch}" if self.round == self.epoch else f"step {step}"
+
+
 def descend(
     method, train: Batches, val: Batches, run: Run, seed: int, resume: bool = False
 ) -> float:
-    """Train `method` on `train`, leave it with its tensors of the best epoch on `val`, or the last.
+    """Train `method` on `train`, leave it with its tensors of the best round on `val`, or the last.
 
     Everything random follows from `seed` and, for dropout and augmentation, from torch's global
-    generator, whose state is saved with each epoch: a resumed run ends in the same bits. Returns
-    the seconds of all epochs, those before a kill included.
+    generator, whose state is saved with each round: a resumed run ends in the same bits. Returns
+    the seconds of all rounds, those before a kill included.
     """
     s = method.settings
     learned = method.adapter_state()
-    trained = [tensor for tensor in learned.values() if tensor.requires_grad]
-    make = {
-        "adamw": functools.partial(torch.optim.AdamW, eps=s.eps),
-        "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
-    }
-    optimizer = make[s.optimizer](trained, lr=s.lr, weight_decay=s.weight_decay)
-    steps = math.ceil(len(train) / s.batch_size)  # in one epoch
-    total = s.steps_per_shot * train.shots or s.epochs * steps
-    epochs = math.ceil(total / steps)
+    trained = {name: tensor for name, tensor in learned.items() if tensor.requires_grad}
+    optimizer = new_optimizer(s, trained, method.no_weight_decay)
+    length = Length.of(s, train)
     # fp16 has no small numbers: the loss is multiplied so that gradients do not vanish.
     scaler = torch.amp.GradScaler(train.device.type, enabled=train.precision == "fp16")
 
     kept = {name: tensor.detach().clone() for name, tensor in learned.items()}  # copies, not views
-    at = {"epoch": 0, "best_val": -1.0, "best_epoch": 0, "seconds": 0.0, "stopped": ""}
+    at = {"step": 0, "best_val": -1.0, "best_step": 0, "waited": 0, "seconds": 0.0, "stopped": ""}
     if resume and (saved := run.load_resume(at)):
         tensors, at = saved
         try:
-            _check_shapes(tensors, learned, trained)
+            _check_shapes(tensors, learned, optimizer)
             kept = _restore(tensors, learned, optimizer)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
@@ -57,80 +76,145 @@ def descend(
                 f"({first_line(error)}); start it anew, without --resume"
             ) from None
         scaler.load_state_dict(at.get("scaler", {}))
-    bar = tqdm(total=total, initial=at["epoch"] * steps, unit="step", disable=None)
-    while at["epoch"] < epochs and not at["stopped"]:
-        started = time.perf_counter()
-        epoch, losses = at["epoch"], []
+    if at["step"] < length.total and not at["stopped"]:
+        print(announce(s, train, val, length, at["step"]))
+    third = at["step"] + 2  # timed: the first ones also read and encode what is then kept
+    bar = tqdm(total=length.total, initial=at["step"], unit="step", disable=None)
+    while at["step"] < length.total and not at["stopped"]:
+        started, losses = time.perf_counter(), []
         method.train()
-        order = torch.randperm(len(train), generator=_generator(seed, epoch))
-        for i, chosen in enumerate(order.split(s.batch_size)):
-            done = epoch * steps + i
-            if done == total:
-                break
+        for step in range(at["step"], min(at["step"] + length.round, length.total)):
+            if step == third:
+                begun = time.perf_counter()
+            epoch, i = divmod(step, length.epoch)
+            if i == 0 or not losses:
+                batches = torch.randperm(len(train), generator=_generator(seed, epoch))
+                batches = batches.split(s.batch_size)
             if s.schedule == "step":
-                lr = learning_rate(s, done, total, s.warmup_epochs * steps)
+                lr = learning_rate(s, step, length.total, s.warmup_epochs * length.epoch)
             else:
-                lr = learning_rate(s, epoch, epochs, s.warmup_epochs)
+                lr = learning_rate(
+                    s, epoch, math.ceil(length.total / length.epoch), s.warmup_epochs
+                )
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            method.step = step
             with train.autocast():
-                loss = method.loss(train.inputs(method, chosen, s.augment), *train.targets(chosen))
+                inputs = train.inputs(method, batches[i], s.augment)
+                loss = method.loss(inputs, *train.targets(batches[i]))
             if not loss.isfinite():
-                at["stopped"] = f"loss was {loss.item()} in epoch {epoch + 1}"
+                at["stopped"] = f"loss was {loss.item()} in step {step + 1}"
                 break
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             if s.clip_norm:
                 scaler.unscale_(optimizer)
-                clip_grad_norm_(trained, s.clip_norm)
+                clip_grad_norm_(trained.values(), s.clip_norm)
             try:
                 scaler.step(optimizer)  # leaves out a step whose gradient is not finite
             except RuntimeError as error:
                 if "overflow" not in str(error):
                     raise
                 raise UserError(
-                    f"--lr {s.lr:g}: the weights are not finite after step {done + 1}; give less"
+                    f"--lr {s.lr:g}: the weights are not finite after step {step + 1}; give less"
                 ) from None
             scaler.update()
             losses.append(loss.item())
-            bar.set_description(f"epoch {epoch + 1}/{epochs}")
+            bar.set_description(f"epoch {epoch + 1}")
             bar.set_postfix(loss=f"{losses[-1]:.3f}", best_val=f"{max(at['best_val'], 0):.1f}")
             bar.update()
+            if step == third and length.total > 20:
+                each = time.perf_counter() - begun
+                seconds = seconds_left(method, val, length, step + 1, each)
+                bar.write(f"about {duration(seconds)}")
+                method.train()
         if at["stopped"]:
             break
-        logits = predict(method, val)
-        if not logits.isfinite().all():  # the last step broke the weights, and its loss was fine
-            at["stopped"] = f"validation logits were not finite after epoch {epoch + 1}"
+        now = at["step"] + len(losses)
+        judged = {}
+        if length.chooses:
+            logits = predict(method, val)
+            if not logits.isfinite().all():  # the last step broke the weights; its loss was fine
+                at["stopped"] = f"validation logits were not finite after {length.place(now)}"
+                break
+            judged["val"] = accuracy(logits, val.labels.cpu())
+            better = judged["val"] > at["best_val"]
+            if better or (s.keep == "latest-best" and judged["val"] == at["best_val"]):
+                at |= {"best_val": judged["val"], "best_step": now}
+            at["waited"] = 0 if better else at["waited"] + 1
+            if at["waited"] and at["waited"] == s.patience:
+                at["stopped"] = f"no better validation accuracy in {s.patience} validations"
+        elif not all(tensor.isfinite().all() for tensor in learned.values()):
+            at["stopped"] = f"weights were not finite after {length.place(now)}"
             break
-        at["epoch"] += 1
-        val_accuracy = accuracy(logits, val.labels.cpu())
-        if val_accuracy > at["best_val"]:
-            at["best_val"], at["best_epoch"] = val_accuracy, at["epoch"]
-        elif s.patience and at["epoch"] - at["best_epoch"] >= s.patience:
-            at["stopped"] = f"no better validation accuracy in {s.patience} epochs"
-        if s.keep == "last" or at["best_epoch"] == at["epoch"]:
+        at["step"] = now
+        if s.keep == "last" or at["best_step"] == now:
             kept = {name: tensor.detach().clone() for name, tensor in learned.items()}
             run.save_adapter(kept)
         at["seconds"] += time.perf_counter() - started
         mean = sum(losses) / len(losses)
-        run.log_epoch(
-            {"epoch": at["epoch"], "loss": mean, "val": val_accuracy, "seconds": at["seconds"]}
+        passes = round(now / length.epoch, 2)
+        run.log_round(
+            {"step": now, "epoch": passes, "loss": mean, **judged, "seconds": at["seconds"]}
         )
         if scaler.is_enabled():
             at["scaler"] = scaler.state_dict()
         run.save_resume(_snapshot(learned, kept, optimizer), at)
+        shown = f"  val {judged['val']:6.2f}" if judged else ""
         bar.write(
-            f"epoch {at['epoch']:3d}/{epochs}  loss {mean:7.4f}  val {val_accuracy:6.2f}  "
+            f"step {now:5d}/{length.total}  epoch {passes:5g}  loss {mean:7.4f}{shown}  "
             f"{at['seconds']:6.1f} s"
         )
     bar.close()
     if at["stopped"]:
-        epoch = at["best_epoch"] if s.keep == "best" else at["epoch"]
-        print(f"stopped: {at['stopped']}; epoch {epoch} is kept")
+        step = at["step"] if s.keep == "last" else at["best_step"]
+        print(f"stopped: {at['stopped']}; {length.place(step)} is kept")
     method.load_adapter(kept)
     run.save_adapter(kept)
     method.eval()
     return at["seconds"]
+
+
+def new_optimizer(s, trained: dict[str, Tensor], undecayed: tuple[str, ...]):
+    """AdamW or SGD over `trained`; the tensors named in `undecayed` have no weight decay."""
+    groups = [
+        {"params": [t for name, t in trained.items() if (name in undecayed) == free], **decay}
+        for free, decay in ((False, {"weight_decay": s.weight_decay}), (True, {"weight_decay": 0}))
+    ]
+    groups = [group for group in groups if group["params"]]
+    if s.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=s.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=s.lr, eps=s.eps)
+
+
+def announce(s, train: Batches, val: Batches, length: Length, done: int) -> str:
+    """What is to come, in a line: gradient steps, and validations."""
+    left = length.total - done
+    text = f"{left} gradient steps of {min(s.batch_size, len(train))} images, "
+    text += f"{left / length.epoch:.3g} passes over {len(train)}"
+    if length.chooses:
+        text += f"; {math.ceil(left / length.round)} validations on {len(val)} images"
+    return text
+
+
+def seconds_left(method, val: Batches, length: Length, done: int, step: float) -> float:
+    """What the rest takes, if one step takes `step` seconds; one batch of validation is tried."""
+    left = length.total - done
+    if not length.chooses:
+        return left * step
+    some = val.part(torch.arange(min(64, len(val))))
+    predict(method, some)  # the first one is slower
+    started = time.perf_counter()
+    predict(method, some)
+    each = (time.perf_counter() - started) / len(some)
+    return left * step + math.ceil(left / length.round) * len(val) * each
+
+
+def duration(seconds: float) -> str:
+    """40 -> "40 s", 400 -> "7 min", 40000 -> "11.1 h"."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def learning_rate(s, now: int, end: int, warm: int) -> float:
@@ -167,8 +251,9 @@ def _snapshot(learned: dict, kept: dict, optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_shapes(tensors: dict[str, Tensor], learned: dict, trained: list[Tensor]) -> None:
+def _check_shapes(tensors: dict[str, Tensor], learned: dict, optimizer) -> None:
     """ValueError, unless tensors that `_snapshot` gave are of this run."""
+    trained = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     for name, tensor in tensors.items():
         kind, rest = name.split("/", 1)
         if kind == "random" or (kind == "optimizer" and tensor.dim() == 0):

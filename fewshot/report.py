@@ -17,19 +17,36 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def doubts(steps: int, train: float) -> list[str]:
+    """Signs that a method has hardly learned: few gradient steps, low training accuracy (%)."""
+    found = []
+    if steps < 100:
+        found.append(
+            f"only {steps} gradient steps; for more, add --min-steps 500 --patience 0, or take "
+            "--recipe default"
+        )
+    if train < 70:
+        found.append(
+            f"training accuracy is only {train:.1f} %: it has not learned its own training images; "
+            "try more steps (--min-steps) or a larger --lr"
+        )
+    return found
+
+
 def save_curves(log: list[dict], path: Path) -> None:
-    """Loss and validation accuracy over epochs, as a PNG."""
+    """Loss and, where there is one, validation accuracy over gradient steps, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    epochs = [line["epoch"] for line in log]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    left.plot(epochs, [line["loss"] for line in log], marker=".")
-    left.set(xlabel="epoch", ylabel="training loss")
-    right.plot(epochs, [line["val"] for line in log], marker=".", color="tab:green")
-    right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    shown = {"loss": "training loss", "val": "validation accuracy (%)"}
+    shown = {key: label for key, label in shown.items() if key in log[0]}
+    figure, axes = plt.subplots(1, len(shown), figsize=(8, 3), layout="constrained", squeeze=False)
+    for i, (key, label) in enumerate(shown.items()):
+        steps = [line["step"] for line in log]
+        axes[0, i].plot(steps, [line[key] for line in log], marker=".", color=f"C{2 * i}")
+        axes[0, i].set(xlabel="gradient step", ylabel=label)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)

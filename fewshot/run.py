@@ -2,9 +2,10 @@
 
     config.json          all settings, the command, versions, git commit; once the run has ended,
                          the sha256 of the adapter
-    log.jsonl            a line an epoch
-    adapter.safetensors  what was learned (--keep: at which epoch), and nothing else
-    resume.safetensors   all that the next epoch depends on (resume.json: its header, to read)
+    data.json            which pictures it learned from, chose by, was tested on (fewshot/record.py)
+    log.jsonl            a line for each round of training: an epoch, or a share of the steps
+    adapter.safetensors  what was learned (--keep: after which round), and nothing else
+    resume.safetensors   all that the next round depends on (resume.json: its header, to read)
     results.json         base, novel, HM, zero-shot beside them, per class
     curves.png           loss and validation accuracy
 
@@ -50,7 +51,7 @@ KEYS = {
     "fingerprint": str,
     "classnames": dict[str, list[str]],  # {"base", "novel"} or {"all"} -> names
 }
-LOGGED = {"epoch": int, "loss": float, "val": float | None, "seconds": float}
+LOGGED = {"step": int, "epoch": float, "loss": float, "seconds": float}  # and val, where judged
 # What may differ when a run goes on: it says who computes, or, the last, what came out.
 FREE = ("argv", "versions", "commit", "threads", "adapter_sha256")
 
@@ -98,7 +99,8 @@ class Run:
             )
         run = cls(path, _read_config(path, dict.fromkeys(KEYS, object)))  # compared just below
         for key, value in config.items():
-            if key not in FREE and run.config.get(key) != value:
+            told = key not in FREE and (key != "data" or key in run.config)  # none in old ones
+            if told and run.config.get(key) != value:
                 difference = _difference(key, run.config.get(key), value)
                 raise UserError(
                     f"--resume: {path} was started with {difference}; "
@@ -106,7 +108,9 @@ class Run:
                 )
         _claim(path)
         remove_half_written(path)
-        run.log = read_json_lines(path / "log.jsonl", LOGGED)
+        log = path / "log.jsonl"
+        judged = {"val": float} if "val" in next(iter(read_json_lines(log)), {}) else {}
+        run.log = read_json_lines(log, LOGGED | judged)
         run._note_other_bits(config)
         return run
 
@@ -159,10 +163,10 @@ class Run:
         self._stands()
         write_json(self.path / name, value)
 
-    def log_epoch(self, entry: dict) -> None:
+    def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
         self._stands()
-        self.log = [line for line in self.log if line["epoch"] < entry["epoch"]] + [entry]
+        self.log = [line for line in self.log if line["step"] < entry["step"]] + [entry]
         write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
     def save_adapter(self, state: dict[str, Tensor], last: bool = False) -> None:
@@ -218,7 +222,7 @@ class Run:
         self.write_json("resume.json", position)
 
     def load_resume(self, like: dict | None = None) -> tuple[dict[str, Tensor], dict] | None:
-        """What `save_resume` wrote; None if the run was killed before its first epoch ended.
+        """What `save_resume` wrote; None if the run was killed before its first round ended.
 
         like: a position; the saved one has its keys and the types of its values.
         """

@@ -1,8 +1,12 @@
 """Transductive tasks: batches of test images of a few classes, labelled jointly.
 
 The protocol of Martin et al., arXiv:2405.18437: a task is Q test images of k_eff of the K classes;
-which classes, and that they are few, the method is not told. Accuracy is the mean over tasks.
-A number found this way is not comparable with one found image by image.
+which classes, and that they are few, the method is not told. In their zero-shot tasks k_eff is
+drawn for each task, from 3 to 10. Accuracy is the mean over tasks. A number found this way is not
+comparable with one found image by image.
+
+What we do differently: where the classes of a task have fewer than Q images it has fewer; theirs is
+drawn again until it has Q.
 """
 
 from dataclasses import dataclass
@@ -23,13 +27,14 @@ class Queries:
     queries: int  # Q, images of a task; fewer where its classes have fewer
     k_eff: int  # classes of a task; all of them, where there are fewer
     seed: int
+    k_eff_max: int = 0  # if not 0: each task's classes are k_eff to so many, drawn
 
     @classmethod
     def of(cls, method_class, settings, seed: int) -> "Queries | None":
         """Those that a transductive method's settings ask for; None for every other method."""
         if not method_class.transductive:
             return None
-        return cls(settings.tasks, settings.queries, settings.k_eff, seed)
+        return cls(settings.tasks, settings.queries, settings.k_eff, seed, settings.k_eff_max)
 
     def draw(self, labels: Tensor) -> list[Tensor]:
         """labels (N,) of the test images -> for each task the numbers of its images, (Q,)."""
@@ -37,7 +42,10 @@ class Queries:
         present = labels.unique()
         tasks = []
         for _ in range(self.tasks):
-            classes = present[torch.randperm(len(present), generator=generator)[: self.k_eff]]
+            count = self.k_eff
+            if self.k_eff_max:
+                count = int(torch.randint(count, self.k_eff_max + 1, (), generator=generator))
+            classes = present[torch.randperm(len(present), generator=generator)[:count]]
             pool = torch.isin(labels, classes).nonzero().flatten()
             order = torch.randperm(len(pool), generator=generator)[: self.queries]
             tasks.append(pool[order])
@@ -46,8 +54,9 @@ class Queries:
     def describe(self, scores: dict) -> str:
         """What `evaluate_tasks` scored, in a line to stand above its table."""
         widths = ", ".join(f"{p} ± {s['interval95']:.2f}" for p, s in scores["parts"].items())
+        classes = f"{self.k_eff} to {self.k_eff_max}" if self.k_eff_max else self.k_eff
         return (
-            f"mean of {self.tasks} tasks of {self.queries} images or fewer, {self.k_eff} classes "
+            f"mean of {self.tasks} tasks of {self.queries} images or fewer, {classes} classes "
             f"(95 % intervals: {widths}):"
         )
 

@@ -35,7 +35,7 @@ from clip_min.files import (
     write_text,
 )
 from fewshot import cache
-from fewshot.images import Pictures
+from fewshot.images import Pictures, digests
 
 DONE = ("kept", "waived")  # states of an image that is used in training
 SETTINGS = {"classnames": list[str]}  # what is read of settings.json, and of plan.json
@@ -258,8 +258,8 @@ def slugs(classnames: list[str]) -> list[str]:
 
 
 def fingerprint(pictures: Pictures) -> str:
-    """Tells whether images were made from these real pictures: files by name and size."""
+    """Tells whether images were made from these real pictures, by what they hold."""
     source = pictures.source
     if not isinstance(source, torch.Tensor):
-        source = [(path.name, path.stat().st_size) for path in source]
+        source = pictures.digests or digests(pictures)
     return cache.key(source, pictures.labels.cpu())

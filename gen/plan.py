@@ -16,7 +16,7 @@ from gen.settings import Generation
 
 
 def plan(options: Generation, classnames: list[str], f1: Tensor | None) -> dict:
-    """Images to make of each class. f1 (K,), from 0 to 1, is read by all plans but uniform."""
+    """Images to make of each class. f1 (K,), float64 from 0 to 1, is read by all but uniform."""
     counts = [options.per_class] * len(classnames)
     if options.plan == "f1":
         counts = [

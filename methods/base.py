@@ -45,6 +45,9 @@ class Settings:
         expect_fields(self)  # a config that is read back may hold anything
 
 
+Augment = Literal["none", "crop-flip", "random-crop", "randaugment", "randaugment-crop"]
+
+
 @dataclass(frozen=True)
 class TrainingSettings(Settings):
     """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
@@ -53,8 +56,10 @@ class TrainingSettings(Settings):
     lr: Annotated[float, "peak learning rate"] = 2e-4
     weight_decay: Annotated[float, "weight decay (AdamW's is decoupled)"] = 1e-2
     epochs: Annotated[int, "passes over the training images, at most"] = 15
+    min_steps: Annotated[int, "gradient steps at least, however few make an epoch"] = 0
     steps_per_shot: Annotated[int, "if not 0: train this many steps x shots, whatever epochs"] = 0
     batch_size: Annotated[int, "images in one step"] = 32
+    drop_last: Annotated[bool, "leave out the last batch of an epoch, if it is not full"] = False
     schedule: Annotated[Literal["epoch", "step"], "the cosine moves once per epoch or step"] = (
         "epoch"
     )
@@ -64,23 +69,30 @@ class TrainingSettings(Settings):
         Literal["constant", "linear"], "in these the rate is --warmup-lr, or rises from it to --lr"
     ] = "constant"
     warmup_lr: Annotated[float, "learning rate of these, or of the first"] = 1e-5
-    patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 3
-    keep: Annotated[Literal["best", "last"], "epoch that is kept: best on validation, or last"] = (
-        "best"
-    )
+    validations: Annotated[int, "times to validate, evenly spread; 0: after each epoch"] = 0
+    patience: Annotated[int, "validations in a row without a better one to stop; 0: never"] = 3
+    keep: Annotated[
+        Literal["best", "latest-best", "last"],
+        "weights that are kept: the best on validation, the first or the latest of equally good "
+        "ones, or the last",
+    ] = "best"
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     augment: Annotated[
-        Literal["none", "crop-flip", "randaugment"],
+        Augment,
         "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip; "
-        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719",
+        "random-crop: resized to 8/7 of the size, a random crop of the size, and flip; "
+        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719; "
+        "randaugment-crop: RandAugment of the whole picture, then random resized crop",
     ] = "none"
 
     limits = {
         "lr": (0, inf),
         "weight_decay": (0, inf),
         "epochs": (0, inf),
+        "min_steps": (0, inf),
         "steps_per_shot": (0, inf),
+        "validations": (0, inf),
         "batch_size": (1, inf),
         "min_lr": (0, inf),
         "warmup_epochs": (0, inf),
@@ -89,6 +101,19 @@ class TrainingSettings(Settings):
         "clip_norm": (0, inf),
         "eps": (0, inf),
     }
+
+
+# For pictures that no published recipe is for. Few classes make an epoch of one or two steps, so
+# training is as long as its steps say: enough for 2 classes, and ten epochs of 500. Ten
+# validations, whatever its length. Methods whose step costs little take more of them.
+DEFAULT = {
+    "epochs": 10,
+    "min_steps": 400,
+    "schedule": "step",
+    "validations": 10,
+    "patience": 0,
+    "keep": "latest-best",
+}
 
 
 class Method(nn.Module):
@@ -103,14 +128,24 @@ class Method(nn.Module):
 
     title: ClassVar[str] = ""  # one line for --help
     Settings: ClassVar[type] = Settings
-    # Name -> settings that differ from the defaults above; the first is the one that is taken.
-    # "paper": as published; "notebook": as in the course notebook whose numbers the README quotes;
-    # "demo": for the demo model, and taken there.
+    # Name -> settings that differ from the defaults above.
+    # "default": for pictures of one's own; "paper": as published; "notebook": as in the course
+    # notebook whose numbers the README quotes, and taken on its data set, flowers102; "demo": for
+    # the demo task, and taken there.
     recipes: ClassVar[dict[str, dict]] = {"default": {}}
+    demo_model: ClassVar[dict] = {}  # changes to "default" on the demo's small model
     # What forward takes: "images"; or image "features", and images where they are augmented.
     input: ClassVar[str] = "images"
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     transductive: ClassVar[bool] = False  # does forward label the images of a batch jointly?
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
+    step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
+
+    @classmethod
+    def preset(cls, recipe: str, model: str) -> dict:
+        """The settings of a recipe; of the default one, those that fit this model."""
+        small = cls.demo_model if (recipe, model) == ("default", "demo") else {}
+        return {**cls.recipes[recipe], **small}
 
     def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
         super().__init__()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_min import UserError
-from methods.base import TrainingSettings
+from methods.base import DEFAULT, TrainingSettings
 from methods.zero_shot import TemplateSettings, ZeroShot
 
 
@@ -67,10 +67,12 @@ class ClipAdapter(ZeroShot):
     title = "a small network after the image tower (CLIP-Adapter)"
     Settings = ClipAdapterSettings
     recipes = {
+        "default": {**DEFAULT, "min_steps": 1500},
         "paper": {},
         "jclip": {"adapters": "both"},
         "demo": {"lr": 3e-3, "ratio": 0.6},
     }
+    demo_model = {"lr": 3e-3, "ratio": 0.6}
 
     def __init__(self, clip, classnames, template, settings: ClipAdapterSettings):
         super().__init__(clip, classnames, template, settings)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min import PromptTree
+from methods.base import DEFAULT
 from methods.coop import PUBLISHED, ContextSettings, LearnedContext, context_tree
 
 
@@ -34,10 +35,12 @@ class CoCoOp(LearnedContext):
     title = "prompt vectors that depend on the image"
     Settings = CoCoOpSettings
     recipes = {
+        "default": {**DEFAULT, "batch_size": 16},
         "notebook": {},
         "paper": PUBLISHED,
         "demo": {"batch_size": 16},
     }
+    demo_model = {"lr": 6e-3}
 
     def __init__(self, clip, classnames, template, settings: CoCoOpSettings):
         super().__init__(clip, classnames, template, settings)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_min import PromptTree, UserError, tokenize
-from methods.base import Method, TrainingSettings
+from methods.base import DEFAULT, Method, TrainingSettings
 
 PLACEHOLDER = "X"  # one token, whose embedding the context replaces
 
@@ -68,12 +68,14 @@ class CoOp(LearnedContext):
     title = "learned prompt vectors, shared by all classes"
     Settings = CoOpSettings
     recipes = {
+        "default": {**DEFAULT, "min_steps": 1500},
         "notebook": {},
         # 16 shots; with fewer, the paper trains 50 epochs (1 shot) or 100 (2 and 4).
         "paper": {**PUBLISHED, "epochs": 200},  # base-to-novel: M = 4, from "a photo of a"
         "few-shot": {**PUBLISHED, "epochs": 200, "n_ctx": 16, "ctx_init": ""},  # all classes
         "demo": {"epochs": 30, "patience": 5},
     }
+    demo_model = {"lr": 1e-2}
 
     def __init__(self, clip, classnames, template, settings: CoOpSettings):
         super().__init__(clip, classnames, template, settings)

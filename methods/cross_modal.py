@@ -9,9 +9,14 @@ features, that is at zero-shot CLIP:
 
 and half of every batch are text features, each a sample of its own class:
 
-    loss = CE over B images and B texts, drawn at random from the class prompts
+    loss = CE over B images and B texts
+
+which come in shuffled passes over the class prompts, as the images do over theirs; of a pass that B
+does not divide, the rest is left out. The paper counts both: its batches of 32 (or 8) are 16 (or 4)
+images here.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import TrainingSettings
+from methods.base import DEFAULT, TrainingSettings
 from methods.zero_shot import TemplateSettings, ZeroShot
 
 
@@ -34,12 +39,14 @@ class CrossModalSettings(TrainingSettings, TemplateSettings):
 class CrossModal(ZeroShot):
     title = "a linear head on images and class names as samples"
     Settings = CrossModalSettings
-    recipes = {"paper": {}}
+    recipes = {"default": {**DEFAULT, "min_steps": 1500}, "paper": {"batch_size": 16}, "demo": {}}
+    demo_model = {"lr": 1e-2}
     names_unseen = False
 
     def __init__(self, clip, classnames, template, settings: CrossModalSettings):
         super().__init__(clip, classnames, template, settings)
         self.head = nn.Parameter(F.normalize(self.class_features().float(), dim=-1))  # (K, E)
+        self.seed = torch.initial_seed()  # what the order of the texts follows from
 
     def forward(self, x: Tensor) -> Tensor:
         """features (B, E), of texts too, or images (B, 3, n, n) if augmented -> logits (B, K)."""
@@ -49,6 +56,15 @@ class CrossModal(ZeroShot):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """x as in `forward`, labels (B,) -> scalar, over these images and as many texts."""
-        texts = torch.randint(len(self.classnames), labels.shape).to(labels.device)  # (B,)
+        texts = self.texts()[: len(labels)].to(labels.device)  # (B,)
         samples = torch.cat([self.image_features(x), self.class_features()[texts]])  # (2B, E)
         return F.cross_entropy(self(samples), torch.cat([labels, texts]))
+
+    def texts(self) -> Tensor:
+        """Numbers of the class prompts (B,) that step `self.step` learns from."""
+        count, classes = self.settings.batch_size, len(self.classnames)
+        epoch, place = divmod(self.step, max(1, classes // count))
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + epoch) % 2**63)
+        passes = math.ceil(count / classes)  # more than one, where a batch is larger than K
+        order = [torch.randperm(classes, generator=generator) for _ in range(passes)]
+        return torch.cat(order)[place * count : (place + 1) * count]

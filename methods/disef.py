@@ -12,19 +12,29 @@ variant of a course notebook's and not published, makes images only of the class
 CLIP is weak in (gen/plan.py), keeps those that a LoRA-tuned CLIP recognises, and trusts them less
 (λ 0.95).
 
-What we do differently: real and synthetic images go through the towers in one pass, not in one for
-each; at λ = 1 the synthetic ones, which weigh nothing, are left out, so that training is LoRA's on
-the real images, to the bit. The paper's mixup and cutmix are left out.
+The paper also mixes images (`--mixup`, `--cutmix`): within each part of a batch, every image with
+the one that stands as far from the other end, and their labels likewise,
+
+    x' = m·x + (1 - m)·flip(x)      or, half the time, a box of x' is flip(x)'s: cutmix
+    y' = m·y + (1 - m)·flip(y)      m ~ Beta(a, a), then the share of x' that is x
+
+What we do differently: real and synthetic images are drawn together, and a batch holds as many of
+each as it happens to; theirs holds 64 of each. Both go through the towers in one pass, as in
+DISEF's code and unlike in the notebook. At λ = 1 the synthetic ones, which weigh nothing, are left
+out, so that training is LoRA's on the real images, to the bit.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from methods.base import DEFAULT
 from methods.lora import LoRA, LoRASettings
 
 
@@ -33,6 +43,8 @@ class DISEFSettings(LoRASettings):
     epochs: Annotated[int, "passes over the training images, at most"] = 50
     lam: Annotated[float, "λ, the weight of the real images; the synthetic ones weigh 1 - λ"] = 0.8
     label_smoothing: Annotated[float, "share of a label given to all classes alike"] = 0.0
+    mixup: Annotated[float, "a of the Beta(a, a) that two images are mixed by; 0: not"] = 0.0
+    cutmix: Annotated[float, "a of the one that says how much of an image is cut out; 0: not"] = 0.0
     synthetic: Annotated[str, "folder of synthetic images that generate.py made"] = ""
     per_class: Annotated[int, "synthetic images to make of a class, where there are none yet"] = 32
     plan: Annotated[
@@ -46,6 +58,8 @@ class DISEFSettings(LoRASettings):
         **LoRASettings.limits,
         "lam": (0, 1),
         "label_smoothing": (0, 1),
+        "mixup": (0, math.inf),
+        "cutmix": (0, math.inf),
         "per_class": (1, 2**31),
     }
 
@@ -58,6 +72,7 @@ class DISEF(LoRA):
     title = "LoRA on real and synthetic images together"
     Settings = DISEFSettings
     recipes = {
+        "default": DEFAULT,
         "notebook": {},
         "improved": IMPROVED,
         "paper": {  # lr: one of its grid, 2^-15 … 2^-10, from which it chooses by data set
@@ -65,8 +80,14 @@ class DISEF(LoRA):
             "weight_decay": 1e-3,
             "batch_size": 64,
             "label_smoothing": 0.1,
+            "mixup": 0.1,
+            "cutmix": 0.1,
+            "schedule": "step",
+            "min_lr": 1e-7,
+            "patience": 0,
+            "keep": "last",
             "per_class": 64,
-            "augment": "randaugment",
+            "augment": "randaugment-crop",
         },
         "demo": DEMO,
     }
@@ -76,12 +97,17 @@ class DISEF(LoRA):
 
         Without `synthetic` all images are real ones, and alone: the loss is LoRA's.
         """
-        lam, smoothing = self.settings.lam, self.settings.label_smoothing
-        cross_entropy = functools.partial(F.cross_entropy, label_smoothing=smoothing)
+        s = self.settings
+        cross_entropy = functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
+        if s.mixup or s.cutmix:
+            real = torch.ones_like(labels, dtype=torch.bool) if synthetic is None else ~synthetic
+            images, labels = images.clone(), F.one_hot(labels, len(self.classnames)).float()
+            for part in (real, ~real):
+                images[part], labels[part] = mix(images[part], labels[part], s.mixup, s.cutmix)
         if synthetic is None:
             return cross_entropy(self(images), labels)
         each = cross_entropy(self(images), labels, reduction="none")  # (B,)
-        return lam * _mean(each, ~synthetic) + (1 - lam) * _mean(each, synthetic)
+        return s.lam * _mean(each, ~synthetic) + (1 - s.lam) * _mean(each, synthetic)
 
     def fit(self, train, val, descend: Callable) -> None:
         """The gradient loop; at λ = 1 on the real images alone."""
@@ -90,7 +116,34 @@ class DISEF(LoRA):
 
 class DISEF_F1(DISEF):
     title = "the same, images made only of classes that are hard"
-    recipes = {"improved": IMPROVED, "demo": {**DEMO, "lam": 0.95, "plan": "f1", "filter": "lora"}}
+    recipes = {
+        "default": {**IMPROVED, **DEFAULT},
+        "improved": IMPROVED,
+        "demo": {**DEMO, "lam": 0.95, "plan": "f1", "filter": "lora"},
+    }
+
+
+def mix(images: Tensor, labels: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """images (B, 3, n, n) and labels (B, K) -> the same, mixed with the batch's reverse.
+
+    By mixup or cutmix, whichever is not 0, or one of both at random, for all of the batch.
+    """
+    cut = bool(torch.rand(()) < 0.5) if mixup and cutmix else cutmix > 0
+    a = torch.tensor(cutmix if cut else mixup)
+    m = torch.distributions.Beta(a, a).sample().item()
+    if cut:
+        size = images.shape[-1]  # n
+        side = int(size * math.sqrt(1 - m))
+        ends = []  # of the box, which is cut off where it leaves the image
+        for middle in torch.randint(size, (2,)).tolist():
+            ends.append(slice(max(middle - side // 2, 0), min(middle + (side + 1) // 2, size)))
+        box = (..., *ends)
+        m = 1 - math.prod(end.stop - end.start for end in ends) / size**2
+        images, reverse = images.clone(), images.flip(0)
+        images[box] = reverse[box]
+    else:
+        images = m * images + (1 - m) * images.flip(0)
+    return images, m * labels + (1 - m) * labels.flip(0)
 
 
 def _mean(each: Tensor, part: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
-from methods.base import Method, TrainingSettings
+from methods.base import DEFAULT, Method, TrainingSettings
 from methods.contrastive import contrastive_loss
 
 
@@ -41,10 +41,11 @@ class Finetune(Method):
     title = "all of CLIP's weights, or the last blocks'"
     Settings = FinetuneSettings
     recipes = {
-        "default": {},
-        "contrastive": {"objective": "contrastive"},
+        "default": DEFAULT,
+        "contrastive": {**DEFAULT, "objective": "contrastive"},
         "demo": {"lr": 3e-4},
     }
+    demo_model = {"lr": 3e-4}
 
     def __init__(self, clip, classnames, template, settings: FinetuneSettings):
         super().__init__(clip.float(), classnames, template, settings)

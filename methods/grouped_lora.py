@@ -16,7 +16,8 @@ class GroupedLoRA(nn.Module):
 
     base: output of `of` stacked parts of D rows each; `parts`: which of them learn (of 3: 0 is q,
     1 is k, 2 is v). lora_A (G·R, D_in) and lora_B (G·D, R) for G parts, laid out as in
-    `loralib.MergedLinear`. Dropout acts on the input of the correction alone.
+    `loralib.MergedLinear`. Dropout acts on the input of the correction alone; `masks`: "shared" by
+    the parts, or one for "each", drawn in their order.
     """
 
     def __init__(
@@ -27,11 +28,12 @@ class GroupedLoRA(nn.Module):
         dropout: float = 0.0,
         parts: tuple[int, ...] = (0,),
         of: int = 1,
+        masks: str = "shared",
     ):
         super().__init__()
         self.base = base
         self.parts, self.of, self.rank, self.scale = parts, of, rank, scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.masks = nn.Dropout(dropout), masks
         like = {"device": base.weight.device, "dtype": torch.float32}
         width = base.out_features // of  # D
         self.lora_A = nn.Parameter(torch.empty(len(parts) * rank, base.in_features, **like))
@@ -43,8 +45,11 @@ class GroupedLoRA(nn.Module):
         y = self.base(x)  # (..., of·D)
         if self._unmerged is not None:
             return y
-        low = linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., G·R), all parts at once
-        lows = low.split(self.rank, dim=-1)  # G x (..., R)
+        down = self.lora_A.to(x.dtype)  # (G·R, D_in)
+        if self.masks == "each":
+            lows = [linear(self.dropout(x), a) for a in down.split(self.rank)]  # G x (..., R)
+        else:
+            lows = linear(self.dropout(x), down).split(self.rank, dim=-1)  # the same, at once
         rows = (self.scale * self.lora_B).to(x.dtype).chunk(len(self.parts))  # G x (D, R)
         pieces = list(y.chunk(self.of, dim=-1))  # of x (..., D)
         for part, low, row in zip(self.parts, lows, rows, strict=True):

@@ -111,7 +111,10 @@ def _same(method: Method, key: str, value) -> bool:
         return set(mine) == set(value)
     if key == "blocks":
         depth = max(_depths(method).values())
-        return block_numbers(mine, depth) == block_numbers(value, depth)
+        return all(
+            block_numbers(mine, depth, tower) == block_numbers(value, depth, tower)
+            for tower in OUR_TOWER
+        )
     return mine == value
 
 
@@ -198,7 +201,7 @@ def read_file(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     return _read_loralib(path, content, method)
 
 
-# CLIP-LoRA's --position, in towers of 12 blocks.
+# CLIP-LoRA's --position, in towers of 12 blocks and, until September 2024, in all.
 CLIP_LORA_BLOCKS = {
     "top": range(11, 12),
     "top1": range(11, 12),
@@ -212,10 +215,23 @@ CLIP_LORA_BLOCKS = {
 }
 
 
-def _clip_lora_blocks(position: str, tower: str, depth: int) -> range:
-    if position == "all":  # of ViT-L/14's 24 image blocks, their table lists 21
-        return range(21 if (tower, depth) == ("image", 24) else depth)
-    return CLIP_LORA_BLOCKS[position]
+# In ViT-L/14's 24 image blocks since then; before, "all" were 21 of them.
+CLIP_LORA_BLOCKS_24 = {"all": range(24), "half-up": range(12, 24), "half-bottom": range(12)}
+
+
+def _clip_lora_places(
+    towers: list[str], position: str, depths: dict[str, int], layers: int
+) -> list[tuple[str, int]]:
+    """Tower and block of each layer in a file; of their two tables the one that has so many."""
+    blocks = {
+        tower: range(depths[tower]) if position == "all" else CLIP_LORA_BLOCKS[position]
+        for tower in towers
+    }
+    if "image" in towers and depths["image"] == 24:
+        new = {**blocks, "image": CLIP_LORA_BLOCKS_24.get(position, blocks["image"])}
+        old = {**blocks, "image": range(21) if position == "all" else blocks["image"]}
+        blocks = old if layers == sum(map(len, old.values())) else new
+    return [(tower, block) for tower in towers for block in blocks[tower]]
 
 
 def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, Tensor], dict]:
@@ -226,12 +242,9 @@ def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, 
     try:
         weights, metadata = content["weights"], content["metadata"]
         towers = {"both": ["text", "image"], "text": ["text"], "vision": ["image"]}
-        depths = _depths(method)
-        places = [
-            (tower, block)
-            for tower in towers[metadata["encoder"]]
-            for block in _clip_lora_blocks(metadata["position"], tower, depths[tower])
-        ]
+        places = _clip_lora_places(
+            towers[metadata["encoder"]], metadata["position"], _depths(method), len(weights)
+        )
         if len(places) != len(weights):
             raise UserError(
                 f"{path}: holds {len(weights)} layers, but encoder "
@@ -291,15 +304,14 @@ def _fuse(path: Path, pairs: Corrections, method: LoRA) -> tuple[dict[str, Tenso
     blocks = {t: sorted({b for tower, b, _ in pairs if tower == t}) for t in towers}
     parts = "".join(p for p in "qkvo" if any(part == p for _, _, part in pairs))
     depths = _depths(method)
-    numbers = {
-        "all" if found == list(range(depths[t])) else ",".join(map(str, found))
+    numbers = {  # image before text, as --blocks has them
+        "all" if found == list(range(depths[t])) else ",".join(map(str, found)): None
         for t, found in blocks.items()
     }
-    if len(numbers) != 1:
-        listed = " and ".join(f"blocks {found} of the {t} tower" for t, found in blocks.items())
-        raise UserError(f"{path}: corrects {listed or 'nothing'}; --blocks is one for both towers")
+    if not pairs:
+        raise UserError(f"{path}: corrects nothing")
     settings = {"parts": parts, "towers": "both" if len(towers) == 2 else towers[0]}
-    settings["blocks"] = numbers.pop()
+    settings["blocks"] = "/".join(numbers)
     state = {}
     for tower in towers:
         rank = {len(a) for (t, _, _), (a, _) in pairs.items() if t == tower}

@@ -19,6 +19,10 @@ B, stacked, and part g of the product is added to the rows of that part alone:
 What we do differently: the published code of both papers forms B·A (D x D) in every step and every
 projection and multiplies x by it; here x·Aᵀ is multiplied by Bᵀ, which is the same number for less
 than 2R/D of the multiplications. B·A is formed once, by `merge`, for evaluation or export.
+Dropout is equal in distribution, not in masks: a token that prompts share (PromptTree) is dropped
+for all of them alike, and q, k and v share a mask unless `--dropout-masks each`, as in CLIP-LoRA's
+code, which draws one for each. (At a dropout of exactly 0 that code takes the correction out of W
+before it computes gradients, which are then wrong for the blocks below; ours are the equation's.)
 """
 
 import contextlib
@@ -30,7 +34,7 @@ from typing import Annotated, Literal
 from torch import nn
 
 from clip_min import UserError
-from methods.base import Method, TrainingSettings
+from methods.base import DEFAULT, Method, TrainingSettings
 from methods.grouped_lora import GroupedLoRA
 
 
@@ -41,9 +45,14 @@ class LoRASettings(TrainingSettings):
     text_rank: Annotated[int, "R in the text tower"] = 16
     text_alpha: Annotated[float, "α in the text tower"] = 32.0
     dropout: Annotated[float, "dropout on the input of the correction"] = 0.1
+    dropout_masks: Annotated[
+        Literal["shared", "each"], "one mask for q, k and v, or one for each of them"
+    ] = "shared"
     parts: Annotated[str, "projections that learn: letters of q, k, v, o (the output's)"] = "qv"
     towers: Annotated[Literal["both", "image", "text"], "towers that learn"] = "both"
-    blocks: Annotated[str, "blocks that learn: all, or numbers from 0, as 0-5 or 9,10,11"] = "all"
+    blocks: Annotated[
+        str, "blocks that learn: all, or numbers from 0, as 0-5 or 9,10,11; 12-23/all: image/text"
+    ] = "all"
     scaling: Annotated[Literal["rank", "sqrt"], "s is α/R (rank) or α/√R (sqrt)"] = "rank"
 
     limits = {
@@ -54,10 +63,14 @@ class LoRASettings(TrainingSettings):
     }
 
 
+DEMO_MODEL = {"lr": 2e-3, "image_rank": 16, "image_alpha": 16.0, "text_alpha": 16.0}
+
+
 class LoRA(Method):
     title = "low-rank corrections to attention in both towers (CLIP-LoRA)"
     Settings = LoRASettings
     recipes = {
+        "default": DEFAULT,
         "notebook": {},  # grouped LoRA on q and v, as DISEF sets it up: the defaults above
         "paper": {  # CLIP-LoRA's; its released code scales by α/√R, which the paper writes α/R
             "image_rank": 2,
@@ -65,6 +78,7 @@ class LoRA(Method):
             "text_rank": 2,
             "text_alpha": 1.0,
             "dropout": 0.25,
+            "dropout_masks": "each",
             "parts": "qkv",
             "scaling": "sqrt",
             "steps_per_shot": 500,
@@ -74,8 +88,9 @@ class LoRA(Method):
             "keep": "last",
             "augment": "crop-flip",
         },
-        "demo": {"lr": 2e-3, "image_rank": 16, "image_alpha": 16.0, "text_alpha": 16.0},
+        "demo": DEMO_MODEL,
     }
+    demo_model = DEMO_MODEL
 
     def __init__(self, clip, classnames, template, settings: LoRASettings):
         super().__init__(clip, classnames, template, settings)
@@ -86,16 +101,20 @@ class LoRA(Method):
         for tower, (transformer, rank, alpha) in towers.items():
             if settings.towers in ("both", tower):
                 scale = alpha / (rank if settings.scaling == "rank" else math.sqrt(rank))
-                for i in block_numbers(settings.blocks, len(transformer.resblocks)):
+                for i in block_numbers(settings.blocks, len(transformer.resblocks), tower):
                     self._adapt(transformer.resblocks[i].attn, rank, scale)
 
     def _adapt(self, attention: nn.Module, rank: int, scale: float) -> None:
-        parts, dropout = self.settings.parts, self.settings.dropout
+        parts, dropout, masks = (
+            getattr(self.settings, name) for name in ("parts", "dropout", "dropout_masks")
+        )
         if not parts or set(parts) - set("qkvo") or len(set(parts)) < len(parts):
             raise UserError(f"--parts {parts!r}: expected different letters of q, k, v, o: try qv")
         fused = tuple(sorted("qkv".index(letter) for letter in parts if letter != "o"))
         if fused:
-            attention.in_proj = GroupedLoRA(attention.in_proj, rank, scale, dropout, fused, of=3)
+            attention.in_proj = GroupedLoRA(
+                attention.in_proj, rank, scale, dropout, fused, of=3, masks=masks
+            )
         if "o" in parts:
             attention.out_proj = GroupedLoRA(attention.out_proj, rank, scale, dropout)
 
@@ -115,8 +134,13 @@ class LoRA(Method):
                 layer.unmerge()
 
 
-def block_numbers(text: str, depth: int) -> list[int]:
-    """The blocks a setting names: "all" -> 0 … depth-1, "0-2,5" -> [0, 1, 2, 5]."""
+def block_numbers(text: str, depth: int, tower: str = "image") -> list[int]:
+    """The blocks a setting names: "all" -> 0 … depth-1, "0-2,5" -> [0, 1, 2, 5].
+
+    Of "0-2/all", the first half is for the image tower, the second for the text tower.
+    """
+    if text.count("/") == 1:
+        text = text.split("/")[tower == "text"]
     if text == "all":
         return list(range(depth))
     try:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import TrainingSettings
+from methods.base import DEFAULT, TrainingSettings
 from methods.contrastive import contrastive_loss
 from methods.zero_shot import TemplateSettings, ZeroShot
 
@@ -36,7 +36,8 @@ class ProjectionSettings(TrainingSettings, TemplateSettings):
 class Projection(ZeroShot):
     title = "two square layers after each frozen tower"
     Settings = ProjectionSettings
-    recipes = {"default": {}, "demo": {"lr": 1e-2}}
+    recipes = {"default": {**DEFAULT, "min_steps": 1500}, "demo": {"lr": 1e-2}}
+    demo_model = {"lr": 1e-2}
 
     def __init__(self, clip, classnames, template, settings: ProjectionSettings):
         super().__init__(clip, classnames, template, settings)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.base import TrainingSettings
+from methods.base import DEFAULT, Augment, TrainingSettings
 from methods.support import WithSupport
 from methods.zero_shot import TemplateSettings
 
@@ -38,8 +38,7 @@ class TipAdapterSettings(TemplateSettings):
     alpha: Annotated[float, "α, the weight of the votes; below 0: chosen on validation"] = -1.0
     beta: Annotated[float, "β, their sharpness; below 0: chosen on validation"] = -1.0
     augment: Annotated[
-        Literal["none", "crop-flip", "randaugment"],
-        "keys are of CLIP's own crop, or of random crops and flips, then RandAugment(2, 9)",
+        Augment, "keys are of CLIP's own crop, or of random views, as --augment has them elsewhere"
     ] = "none"
     views: Annotated[int, "random views whose mean is a key"] = 10
     limits = {"views": (1, inf)}
@@ -106,7 +105,11 @@ class TipAdapterFSettings(TrainingSettings, TipAdapterSettings):
 class TipAdapterF(TipAdapter):
     title = "the same memory, its keys trained"
     Settings = TipAdapterFSettings
-    recipes = {"default": {}, "paper": {"augment": "crop-flip", "patience": 0}}
+    recipes = {
+        "default": {**DEFAULT, "min_steps": 1500},
+        "paper": {"augment": "crop-flip", "patience": 0},
+        "demo": {},
+    }
     trains_support = True
 
     def fit(self, train, val, descend) -> None:

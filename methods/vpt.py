@@ -7,8 +7,9 @@ image tower reads, right after the class token, and are all that learns of the t
     deep       the same, but before every later block the N outputs at the prompts' places are
                thrown away, and N vectors of that block's own stand there instead
 
-Attention has no order but what positions add, and prompts have none: their place in the sequence
-does not matter, only the block at which they enter (`--first-block`).
+They enter after CLIP's own `ln_pre`, which the paper's ViT does not have. Attention has no order
+but what positions add, and prompts have none: their place in the sequence does not matter, only
+the block at which they enter (`--first-block`).
 
 Two classifiers: CLIP's own text features (`--head text`), which can name unseen classes, and the
 paper's, a linear layer on the class token (`--head linear`), which starts at random and can not.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_min import UserError
-from methods.base import TrainingSettings
+from methods.base import DEFAULT, TrainingSettings
 from methods.zero_shot import TemplateSettings, ZeroShot
 
 
@@ -42,12 +43,16 @@ class VPTSettings(TrainingSettings, TemplateSettings):
     }
 
 
+DEMO_MODEL = {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0}
+
+
 class VPT(ZeroShot):
     title = "learned tokens among the image's patches (VPT)"
     Settings = VPTSettings
     input = "images"
+    no_weight_decay = ("head.bias",)  # as published
     recipes = {
-        "default": {},
+        "default": DEFAULT,
         # The paper searches lr, weight decay and N for every data set, on validation.
         "paper": {
             "head": "linear",
@@ -60,10 +65,12 @@ class VPT(ZeroShot):
             "warmup_lr": 0.0,
             "batch_size": 64,
             "patience": 0,
+            "augment": "random-crop",
         },
         "mri": {"head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
-        "demo": {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0},
+        "demo": DEMO_MODEL,
     }
+    demo_model = DEMO_MODEL
 
     def __init__(self, clip, classnames, template, settings: VPTSettings):
         super().__init__(clip, classnames, template, settings)
@@ -82,7 +89,7 @@ class VPT(ZeroShot):
         if settings.head == "linear":
             self.names_unseen = False
             self.head = nn.Linear(width, len(classnames))
-            nn.init.kaiming_normal_(self.head.weight)
+            nn.init.kaiming_normal_(self.head.weight, mode="fan_out")  # variance 2/K, as theirs
             nn.init.zeros_(self.head.bias)
             self.head.to(clip.device)
 

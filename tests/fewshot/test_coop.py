@@ -13,12 +13,13 @@ from fewshot import datasets
 from fewshot.task import make_task
 
 NAMES = ["rose", "tiger lily", "blue bell", "daisy", "iris"]
+WRITTEN = ["rose", "tiger_lily", "blue_bell", "daisy", "iris"]  # in the file
 
 
 @pytest.fixture
 def split() -> dict:
     """Five classes, named first in an order of their own; 12, 12, 12, 12 and 3 train pictures."""
-    entries = [[f"img/{k}_{i:02d}.png", k, NAMES[k]] for k in range(5) for i in range(20)]
+    entries = [[f"img/{k}_{i:02d}.png", k, WRITTEN[k]] for k in range(5) for i in range(20)]
     random.Random(3).shuffle(entries)
     made = {"train": [], "val": [], "test": []}
     for entry in entries:
@@ -34,7 +35,7 @@ def root(tmp_path, split, noise) -> Path:
     """The split, and its pictures in a folder that it does not name."""
     folder = tmp_path / "mine"
     for i, (path, *_) in enumerate(entry for part in split.values() for entry in part):
-        noise(folder / "deep/jpg" / path, i, (4, 4))
+        noise(folder / "deep/jpg" / path, i, (16, 16))
     (folder / "split_zhou_Mine.json").write_text(json.dumps(split))
     return folder
 
@@ -80,10 +81,7 @@ def dassl(split: dict, shots: int, seed: int) -> tuple[list[Datum], list[Datum]]
             by_label.setdefault(entry[1], []).append(Datum(*entry))
         chosen = []
         for items in by_label.values():
-            if len(items) < count:
-                chosen.extend(random.choices(items, k=count))
-            else:
-                chosen.extend(random.sample(items, count))
+            chosen.extend(items if len(items) < count else random.sample(items, count))
         drawn.append(chosen)
     random.setstate(before)
     return drawn[0], drawn[1]
@@ -100,21 +98,21 @@ def test_shots_are_those_of_the_rule_written_again(root, split, shots, seed, cla
             item.path for item in kept
         ]
         assert batches.labels.tolist() == [item.label for item in kept]
-    assert Counter(task.train.labels.tolist()) == dict.fromkeys(keep, shots)
-    assert Counter(task.val.labels.tolist()) == dict.fromkeys(keep, min(shots, 4))
+    most = [12, 12, 12, 12, 3]
+    assert Counter(task.train.labels.tolist()) == {k: min(shots, most[k]) for k in keep}
+    assert Counter(task.val.labels.tolist()) == dict.fromkeys(keep, min(shots, 3))  # all there are
 
 
-def test_a_class_that_is_short_repeats_pictures_and_a_note_says_so(root):
+def test_a_class_that_is_short_is_taken_once_in_the_files_order_and_a_note_says_so(root, split):
     task = make_task(load(root), 8, 1, "all", 4, torch.device("cpu"), folder=None)
-    assert task.notes == [
-        "fewer than 8 training images in 1 classes: iris 3; CoOp's rule repeats some"
-    ]
+    assert task.notes == ["fewer than 8 training images in 1 classes: iris 3"]
     files = [
         file
         for file, k in zip(task.train.pictures.source, task.train.labels, strict=True)
         if k == 4
     ]
-    assert (len(files), len(set(files))) == (8, 3)
+    listed = [path for path, label, _ in split["train"] if label == 4]
+    assert [str(file.relative_to(root / "deep/jpg")) for file in files] == listed
 
 
 def test_the_test_pictures_are_all_of_the_split(root, split):
@@ -174,7 +172,8 @@ def without(part: str):
         (change("train", 1, 9), "expected 0 to K - 1, all of them"),
         (change("train", 0, "img/nothing.png"), "is nowhere below"),
         (change("test", 0, "img/nothing.png"), "nothing.png is no file"),
-        (change("test", 0, "../0.png"), "expected paths below a folder of images"),
+        (change("test", 0, "../0.png"), "../0.png: expected paths below a folder of images"),
+        (change("test", 0, "/etc/hostname"), "/etc/hostname: expected paths below a folder"),
         (
             lambda split: json.dumps(split | {"test": split["test"] + split["train"][:1]}),
             "a picture is listed once",
@@ -189,6 +188,28 @@ def test_a_split_that_is_wrong_is_one_line(root, split, spoil, said):
     assert said in str(error.value)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_class_name_is_an_error(root, split):
+    text = json.dumps(split).replace('"rose"', '" "')
+    (root / "split_zhou_Mine.json").write_text(text)
+    with pytest.raises(UserError, match=f"{root}: a class is called '', which CLIP reads as noth"):
+        load(root)
+
+
+def test_a_class_that_only_the_test_has_is_named_in_a_note(root, split):
+    split["train"] = [entry for entry in split["train"] if entry[1] != 1]
+    (root / "split_zhou_Mine.json").write_text(json.dumps(split))
+    notes = make_task(load(root), 2, 1, "all", 4, torch.device("cpu"), folder=None).notes
+    assert notes[0] == "1 classes have no training image, and are tested on: tiger lily"
+
+
+def test_all_shots_are_all_of_the_split(root, split):
+    task = make_task(load(root), "all", 1, "all", 4, torch.device("cpu"), folder=None)
+    for batches, part in ((task.train, "train"), (task.val, "val")):
+        files = {str(file.relative_to(root / "deep/jpg")) for file in batches.pictures.source}
+        assert len(batches) == len(split[part])
+        assert files == {path for path, *_ in split[part]}
 
 
 def test_a_split_without_validation_is_read_but_not_drawn_from(root, split):

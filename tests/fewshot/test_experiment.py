@@ -31,6 +31,7 @@ def test_a_data_set_implies_a_model_unless_one_is_given(dataset, model):
     [
         ("shots", 0, "1 or more"),
         ("shots", -3, "1 or more"),
+        ("shots", "many", "1 or more, or all"),
         ("seed", -1, "0 to 4294967295"),
         ("seed", 2**32, "0 to 4294967295"),
         ("device", "warp", "cannot be used"),
@@ -66,6 +67,7 @@ def test_fp32_is_fp32_in_the_patch_embedding_of_a_gpu_too(monkeypatch):
     [
         ({}, "demo/demo/lora-s10-seed1"),
         ({"shots": 4, "seed": 7}, "demo/demo/lora-s4-seed7"),
+        ({"shots": "all"}, "demo/demo/lora-sall-seed1"),
         ({"dataset": "flowers102"}, "flowers102/ViT-B-16/lora-s10-seed1"),
         ({"model": "ViT-L/14@336px"}, "demo/ViT-L-14@336px/lora-s10-seed1"),
         ({"model": "/x/y/mine.v2.safetensors"}, "demo/mine.v2/lora-s10-seed1"),

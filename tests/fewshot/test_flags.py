@@ -40,6 +40,17 @@ def test_flags_that_were_given_come_back_in_their_types(parser):
     assert type(given["rings"]) is int
 
 
+def test_a_number_may_be_a_word():
+    @dataclass
+    class Wood:
+        trees: Annotated[int | str, "how many, or all"] = 3
+
+    parser = Parser()
+    add_flags(parser, Wood)
+    assert parser.parse(["--trees", "5"]) == {"trees": 5}
+    assert parser.parse(["--trees", "all"]) == {"trees": "all"}
+
+
 def test_flags_that_were_not_given_are_absent(parser):
     assert parser.parse([]) == {}
     assert parser.parse(["--rings=0", "--name="]) == {"rings": 0, "name": ""}  # 0 and "" are given

@@ -273,18 +273,60 @@ def test_the_weights_with_the_best_validation_accuracy_are_left_and_saved(
     assert not method.training
 
 
-@pytest.mark.parametrize(("patience", "epochs"), [(0, 5), (2, 4)])
 def test_keep_last_leaves_and_saves_the_weights_of_the_last_epoch(
-    patience, epochs, train, val, run, scripted, capsys
+    train, val, run, scripted, capsys
 ):
-    method = Toy(settings(epochs=5, keep="last", patience=patience))
+    method = Toy(settings(epochs=5, keep="last", patience=2))
     seen = scripted(method, [10, 50, 30, 40, 20])
     descend(method, train, val, run, seed=1)
-    assert len(seen) == epochs
+    assert len(seen) == 4
     assert not equal(seen[-1], seen[1])
     assert equal(method.weights(), seen[-1])
     assert equal(run.load_adapter(), seen[-1])
-    assert ("; epoch 4 is kept" in capsys.readouterr().out) == (epochs == 4)
+    assert "; epoch 4 is kept" in capsys.readouterr().out
+
+
+def test_nothing_is_validated_where_nothing_is_chosen_by_it(train, val, run, scripted):
+    method = Toy(settings(epochs=5, keep="last"))
+    seen = scripted(method, [])
+    descend(method, train, val, run, seed=1)
+    assert seen == []
+    assert [line["epoch"] for line in run.log] == [1, 2, 3, 4, 5]
+    assert not any("val" in line for line in run.log)
+    assert equal(run.load_adapter(), method.weights())
+
+
+# Pictures and classes differ from data set to data set; the steps are what training takes.
+@pytest.mark.parametrize(
+    ("images", "changes", "total", "validated"),
+    [
+        (14, {"epochs": 3}, 12, [4, 8, 12]),
+        (14, {"epochs": 3, "min_steps": 30, "validations": 4}, 30, [8, 16, 24, 30]),
+        (2, {"epochs": 3, "min_steps": 30, "validations": 3}, 30, [10, 20, 30]),
+        (70, {"epochs": 3, "min_steps": 30, "validations": 2}, 54, [27, 54]),
+        (14, {"epochs": 2, "drop_last": True}, 6, [3, 6]),
+        (2, {"epochs": 2, "drop_last": True}, 2, [1, 2]),  # no batch is full: one is taken
+    ],
+)
+def test_length_and_validation_are_counted_in_steps(images, changes, total, validated, val, run):
+    method = Toy(settings(**changes))
+    descend(method, batches(images, 1), val, run, seed=1)
+    assert len(method.given) == total
+    assert [line["step"] for line in run.log] == validated
+    sizes = {len(labels) for _, labels in method.given}
+    assert sizes == {4} if method.settings.drop_last and images > 4 else min(sizes) <= 4
+
+
+def test_what_has_no_weight_decay_does_not_shrink(train, val, run, monkeypatch):
+    for undecayed in ((), ("linear.bias",)):
+        method = Toy(settings(epochs=1, weight_decay=0.5))  # 4 steps at 0.01
+        monkeypatch.setattr(method, "loss", lambda x, y, toy=method: 0 * toy(x).sum())
+        method.no_weight_decay = undecayed
+        before = method.weights()
+        descend(method, train, val, run, seed=1)
+        for name, weight in method.weights().items():
+            shrunk = 1 if name in undecayed else (1 - 0.01 * 0.5) ** 4
+            torch.testing.assert_close(weight, shrunk * before[name])
 
 
 @pytest.mark.parametrize(
@@ -303,7 +345,7 @@ def test_training_stops_after_that_many_epochs_without_a_better_one(
     scripted(method, accuracies)
     descend(method, train, val, run, seed=1)
     assert [line["val"] for line in run.log] == accuracies[:epochs]
-    said = f"stopped: no better validation accuracy in {patience} epochs"
+    said = f"stopped: no better validation accuracy in {patience} validations"
     assert (said in capsys.readouterr().out) == (epochs < 5)
 
 
@@ -368,7 +410,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_so_far(
 
     monkeypatch.setattr(method, "loss", loss)
     descend(method, train, val, run, seed=1)
-    assert f"stopped: loss was {value} in epoch 4; epoch 2 is kept" in capsys.readouterr().out
+    assert f"stopped: loss was {value} in step 15; epoch 2 is kept" in capsys.readouterr().out
     assert equal(method.weights(), seen[1])
     assert equal(run.load_adapter(), seen[1])
     assert [line["epoch"] for line in run.log] == [1, 2, 3]
@@ -396,7 +438,7 @@ class Killed(BaseException):
 def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
     """Train at `path`; where `kill` names a moment, die then and resume as a new process would."""
     run, method = Run.start(path, CONFIG), Toy(s, dropout=0.3)
-    calls = {"loss": method, "log_epoch": run, "save_resume": run, "save_adapter": run}
+    calls = {"loss": method, "log_round": run, "save_resume": run, "save_adapter": run}
     if kill:
         name, number = kill.split()
         real, left = getattr(calls[name], name), iter(range(int(number)))
@@ -425,7 +467,7 @@ def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
         "loss 2",  # in the first epoch: nothing is saved yet
         "loss 4",  # at the start of the second
         "loss 11",  # in the third
-        "log_epoch 2",  # the third epoch is in no file
+        "log_round 2",  # the third epoch is in no file
         "save_resume 2",  # the third epoch is in the log but not in the resume file
         "save_resume 3",
         "loss 19",  # the last step

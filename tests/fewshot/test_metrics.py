@@ -1,6 +1,8 @@
 """Every number of a results table, against loops over pictures and the definitions by hand."""
 
 import contextlib
+import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -61,6 +63,18 @@ def test_a_class_that_is_never_right_and_never_named_has_recall_and_f1_0():
     recall, f1 = per_class(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
     assert recall.tolist() == [100, 0]
     assert f1.tolist() == pytest.approx([200 / 3, 0])
+
+
+def test_f1_is_below_a_threshold_exactly_where_the_fraction_is():
+    """All confusions of two classes with up to 12 pictures each, thresholds 0.01 … 0.99."""
+    for right, missed, wrong in itertools.product(range(13), range(13), range(1, 13)):
+        labels = torch.tensor([0] * (right + missed) + [1] * wrong)
+        guesses = torch.tensor([0] * right + [1] * missed + [0] * wrong)
+        f1 = per_class(torch.eye(2)[guesses], labels)[1][0].item() / 100
+        exact = Fraction(2 * right, 2 * right + missed + wrong)
+        assert f1 == pytest.approx(float(exact), abs=1e-15)
+        for percent in range(1, 100):
+            assert (f1 < percent / 100) == (exact < Fraction(percent, 100)), (right, missed, wrong)
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,8 @@ def test_fp16_skips_steps_that_overflow_and_goes_on_after_a_kill_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        log = Run.log_epoch
-        patch.setattr(Run, "log_epoch", lambda run, e: die() if e["epoch"] == 6 else log(run, e))
+        log = Run.log_round
+        patch.setattr(Run, "log_round", lambda run, e: die() if e["epoch"] == 6 else log(run, e))
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "killed", "lora", "fp16", **long)
     resumed, run = trained(tmp_path / "killed", "lora", "fp16", resume=True, **long)

@@ -134,6 +134,9 @@ def hymenoptera(tmp_path, noise, small) -> Path:
         for name, count in (("ants", ants), ("bees", bees)):
             for i in range(count):
                 noise(tmp_path / f"hymenoptera_data/{part}/{name}/{i}_x.jpg", i, (8, 8))
+    for old, new in (("ants/0_x.jpg", "ants/formica.jpeg"), ("bees/1_x.jpg", "bees/1_x.JPG")):
+        train = tmp_path / "hymenoptera_data/train"
+        (train / old).rename(train / new)
     (tmp_path / "hymenoptera_data/train/ants/imageNotFound.gif").write_bytes(b"GIF89a")
     small("hymenoptera", 7, 0, 4)
     return tmp_path

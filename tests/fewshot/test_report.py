@@ -36,8 +36,8 @@ def test_columns_end_where_their_headings_end(rows):
     assert not any(line.endswith(" ") for line in lines)
 
 
-def test_curves_are_a_picture_of_every_epoch(tmp_path):
-    log = [{"epoch": n, "loss": 1 / n, "val": 10.0 * n, "seconds": n} for n in range(1, 6)]
+def test_curves_are_a_picture_of_every_round(tmp_path):
+    log = [{"step": n, "loss": 1 / n, "val": 10.0 * n, "seconds": n} for n in range(1, 6)]
     blank, full = tmp_path / "blank.png", tmp_path / "full.png"
     save_curves(log[:1], blank)
     save_curves(log, full)

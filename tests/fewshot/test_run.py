@@ -126,14 +126,14 @@ def test_equal_adapters_are_equal_files(run):
 
 def test_a_full_disk_leaves_the_earlier_files_and_no_others(run, full_disk):
     run.save_adapter({"w": torch.zeros(3)})
-    run.log_epoch({"epoch": 1})
+    run.log_round({"step": 1})
     run.save_resume({"w": torch.zeros(3)}, {"epoch": 1})
     run.write_json("results.json", {"base": 1})
     before = contents(run.path)
     full_disk()
     writes = {
         "adapter.safetensors": lambda: run.save_adapter({"w": torch.ones(3)}),
-        "log.jsonl": lambda: run.log_epoch({"epoch": 2}),
+        "log.jsonl": lambda: run.log_round({"step": 2}),
         "resume.safetensors": lambda: run.save_resume({"w": torch.ones(3)}, {"epoch": 2}),
         "results.json": lambda: run.write_json("results.json", {"base": 2}),
     }
@@ -151,13 +151,13 @@ def test_a_full_disk_at_the_start_is_an_error_that_names_the_file(tmp_path, full
 
 
 def test_a_log_line_replaces_later_ones_that_a_killed_run_left(run):
-    for epoch in (1, 2, 3):
-        run.log_epoch({"epoch": epoch, "loss": epoch / 3, "val": 50, "seconds": 1.5})
+    for step in (1, 2, 3):
+        run.log_round({"step": step, "epoch": 0.5, "loss": step / 3, "val": 50, "seconds": 1.5})
     again = Run.resume(run.path, CONFIG)
-    assert [line["epoch"] for line in again.log] == [1, 2, 3]
-    again.log_epoch({"epoch": 2, "loss": 9.0})
+    assert [line["step"] for line in again.log] == [1, 2, 3]
+    again.log_round({"step": 2, "loss": 9.0})
     lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
-    assert [(line["epoch"], line["loss"]) for line in lines] == [(1, 1 / 3), (2, 9.0)]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1 / 3), (2, 9.0)]
 
 
 def test_the_state_to_resume_comes_back_with_its_position(run):
@@ -201,7 +201,7 @@ def test_resuming_removes_what_a_killed_run_had_half_written_and_nothing_else(ru
         patch.setattr(clip_min.files.tempfile._weakref, "finalize", lambda *_, **__: None)
         patch.setattr(clip_min.files.os, "replace", lambda *_: None)
         run.save_adapter({"w": torch.ones(3)})
-        run.log_epoch({"epoch": 1})
+        run.log_round({"step": 1})
     assert len(list(run.path.iterdir())) == len(before) + 2
     Run.resume(run.path, CONFIG)
     assert contents(run.path) == before
@@ -247,7 +247,7 @@ def test_a_config_that_is_not_whole_is_an_error_that_names_the_file(run, text, s
 
 
 def test_a_log_that_is_not_whole_is_an_error_that_names_the_file(run):
-    (run.path / "log.jsonl").write_text('{"epoch": 1, "loss": 1, "val": 1, "seconds": 1}\n{"epo')
+    (run.path / "log.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1, "seconds": 1}\n{"epo')
     with pytest.raises(UserError, match=r"log\.jsonl, line 2: cannot be read as JSON"):
         Run.resume(run.path, CONFIG)
 
@@ -325,7 +325,7 @@ def test_a_folder_that_is_gone_is_said_and_what_was_learned_is_kept(run, how, wr
     run.save_adapter({"w": torch.arange(3)})
     run.path.rename(tmp_path / "moved") if how == "moved" else shutil.rmtree(run.path)
     writes = {
-        "log": lambda: run.log_epoch({"epoch": 1}),
+        "log": lambda: run.log_round({"step": 1}),
         "adapter": lambda: run.save_adapter({"w": torch.arange(3)}),
         "resume": lambda: run.save_resume({"w": torch.arange(3)}, {"epoch": 1}),
         "results": lambda: run.write_json("results.json", {}),

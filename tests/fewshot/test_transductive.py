@@ -46,6 +46,15 @@ def test_classes_are_drawn_evenly_however_many_images_they_have():
     assert ((drawn - 500).abs() < 100).all()  # five standard deviations
 
 
+def test_a_range_of_k_eff_is_drawn_from_evenly_for_each_task():
+    queries = Queries(3000, 1000, 2, seed=1, k_eff_max=5)
+    counts = [len(LABELS[chosen].unique()) for chosen in queries.draw(LABELS)]
+    drawn = torch.tensor(counts).bincount(minlength=6)
+    assert drawn[:2].sum() == 0
+    assert ((drawn[2:] - 750).abs() < 120).all()  # five standard deviations
+    assert "2 to 5 classes" in queries.describe({"parts": {}})
+
+
 def test_classes_without_images_are_not_drawn():
     labels = torch.tensor([2, 2, 5, 5, 9])
     for chosen in Queries(30, 10, 2, seed=0).draw(labels):
@@ -140,7 +149,7 @@ def test_two_methods_are_asked_about_the_same_tasks():
 
 
 def test_queries_follow_from_the_settings_of_transductive_methods_alone():
-    settings = SimpleNamespace(tasks=3, queries=20, k_eff=4)
+    settings = SimpleNamespace(tasks=3, queries=20, k_eff=4, k_eff_max=6)
     kinds = [SimpleNamespace(transductive=answer) for answer in (True, False)]
-    assert Queries.of(kinds[0], settings, seed=9) == Queries(3, 20, 4, 9)
+    assert Queries.of(kinds[0], settings, seed=9) == Queries(3, 20, 4, 9, 6)
     assert Queries.of(kinds[1], settings, seed=9) is None

@@ -5,6 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fewshot.images import Batches, Pictures
+from fewshot.loop import descend
+from fewshot.run import Run
 from methods.cross_modal import CrossModal, CrossModalSettings
 from methods.zero_shot import ZeroShot
 
@@ -41,33 +44,48 @@ def test_logits_are_the_scaled_products_of_unit_features_and_the_head(new_clip, 
     np.testing.assert_allclose(numbers(method(9 * features)), logits, atol=1e-4)
 
 
-def test_the_loss_is_over_images_and_as_many_texts(new_clip, features, monkeypatch):
-    method, labels, drawn = trained(new_clip()), torch.tensor([0, 1, 2, 3, 0]), [3, 3, 0, 2, 1]
-    asked = []
-
-    def dice(high, size):
-        asked.append((high, tuple(size)))
-        return torch.tensor(drawn)
-
-    monkeypatch.setattr(torch, "randint", dice)
-    loss = method.loss(features, labels)
-    assert asked == [(4, (5,))]  # of all classes, evenly, as many as there are images
-
-    texts = numbers(method.class_features())[drawn]
-    samples = unit(np.concatenate([numbers(features), texts]))  # (10, E)
-    right = labels.tolist() + drawn
-    logits = np.exp(numbers(method.clip.logit_scale)) * samples @ numbers(method.head).T
-    terms = [np.log(np.exp(row).sum()) - row[k] for row, k in zip(logits, right, strict=True)]
-    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
-
-
-def test_the_texts_of_a_step_are_drawn_anew(new_clip, features):
+def test_the_loss_is_over_images_and_as_many_texts(new_clip, features):
     method, labels = trained(new_clip()), torch.tensor([0, 1, 2, 3, 0])
-    torch.manual_seed(0)
-    losses = [method.loss(features, labels).item() for _ in range(4)]
-    assert len(set(losses)) > 1
-    torch.manual_seed(0)
-    assert losses == [method.loss(features, labels).item() for _ in range(4)]
+    for method.step in range(3):
+        loss, drawn = method.loss(features, labels), method.texts()[:5].tolist()
+        texts = numbers(method.class_features())[drawn]
+        samples = unit(np.concatenate([numbers(features), texts]))  # (10, E)
+        right = labels.tolist() + drawn
+        logits = np.exp(numbers(method.clip.logit_scale)) * samples @ numbers(method.head).T
+        terms = [np.log(np.exp(row).sum()) - row[k] for row, k in zip(logits, right, strict=True)]
+        assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 51, 60])
+def test_texts_come_in_shuffled_passes_whose_incomplete_batch_is_dropped(count, new_clip):
+    clip, names, drawn = new_clip(), [f"flower {k}" for k in range(51)], []
+    steps = max(1, 51 // count)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        method = CrossModal(clip, names, TEMPLATE, CrossModalSettings(batch_size=count))
+        for epoch in range(3):
+            texts = []
+            for method.step in range(epoch * steps, (epoch + 1) * steps):
+                texts += method.texts().tolist()
+            assert len(texts) == steps * count
+            seen = np.bincount(texts, minlength=51)
+            assert seen.max() - seen.min() <= 1  # each class once, but for the rest
+            drawn.append(tuple(texts))
+        assert tuple(method.texts().tolist()) == drawn[-1][-count:]  # however often it is asked
+    assert len(set(drawn)) == 6  # in another order each time
+
+
+def test_the_loop_counts_the_steps_that_texts_follow(new_clip, tmp_path, monkeypatch):
+    """Over all epochs, the last of whose steps has fewer images."""
+    method, seen = trained(new_clip()), []
+    method.settings = CrossModalSettings(batch_size=2, epochs=4, patience=0)
+    texts = method.texts
+    monkeypatch.setattr(method, "texts", lambda: (seen.append(method.step), texts())[1])
+    pixels = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+    train = Batches(Pictures(pixels, torch.arange(5) % 4), pixels, torch.device("cpu"), None)
+    config = ["method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames"]
+    descend(method, train, train, Run.start(tmp_path / "run", dict.fromkeys(config, "x")), 1)
+    assert seen == list(range(12))
 
 
 def test_before_the_first_step_it_is_zero_shot(new_clip, features):
@@ -84,8 +102,7 @@ def test_texts_alone_would_teach_it_too(new_clip, features):
     """Gradients of a class without images in the batch come from its text."""
     method = trained(new_clip())
     optimizer = torch.optim.AdamW([method.head], lr=1e-2)
-    torch.manual_seed(0)
-    for _ in range(60):
+    for method.step in range(60):
         optimizer.zero_grad()
         method.loss(features[:4], torch.tensor([0, 0, 1, 1])).backward()
         optimizer.step()

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from clip_min import UserError
-from methods.disef import DISEF, DISEF_F1, DISEFSettings
+from methods.disef import DISEF, DISEF_F1, DISEFSettings, mix
 from methods.lora import LoRA, LoRASettings
 
 NAMES = ["rose", "red tulip", "ox-eye daisy"]
@@ -66,6 +67,54 @@ def test_label_smoothing_is_torchs(new_clip, images):
     torch.testing.assert_close(found, 0.6 * one + 0.4 * other)
 
 
+def timms(images, labels, mixup, cutmix, monkeypatch):
+    """timm's Mixup, which DISEF's code copies, given the draws that ours will make."""
+    from timm.data.mixup import Mixup
+
+    before = torch.get_rng_state()
+    cut = torch.rand(()).item() if mixup and cutmix else (0.0 if cutmix else 1.0)
+    a = torch.tensor(cutmix if cut < 0.5 else mixup)
+    m = torch.distributions.Beta(a, a).sample().item()
+    middles = iter(torch.randint(images.shape[-1], (2,)).tolist())
+    torch.set_rng_state(before)
+    draws = iter([0.0, cut])  # whether to mix at all, and which way
+    monkeypatch.setattr(np.random, "rand", lambda: next(draws))
+    monkeypatch.setattr(np.random, "beta", lambda *_: m)
+    monkeypatch.setattr(np.random, "randint", lambda *_, **__: next(middles))
+    mixed = Mixup(mixup, cutmix, label_smoothing=0.1, num_classes=3)
+    return *mixed(images.clone(), labels), cut < 0.5
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.1, 0.1), (0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
+def test_images_and_labels_are_mixed_as_timm_does(mixup, cutmix, images, monkeypatch):
+    ways = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        x, y, cut = timms(images[:4], LABELS[:4], mixup, cutmix, monkeypatch)
+        ways.add(cut)
+        found_x, found_y = mix(images[:4], F.one_hot(LABELS[:4], 3).float(), mixup, cutmix)
+        torch.testing.assert_close(found_x, x)
+        torch.testing.assert_close(0.9 * found_y + 0.1 / 3, y)  # label smoothing comes after
+    assert len(ways) == (2 if mixup and cutmix else 1)
+
+
+@pytest.mark.parametrize("synthetic", [None, SYNTHETIC])
+def test_each_part_of_a_batch_is_mixed_within_itself(synthetic, new_clip, images):
+    s = {"mixup": 0.3, "cutmix": 0.6, "label_smoothing": 0.1, "lam": 0.7}
+    method, before = new(new_clip(), dropout=0.0, **s), images.clone()
+    torch.manual_seed(2)
+    found = method.loss(images, LABELS, synthetic)
+    torch.manual_seed(2)
+    parts = [slice(None)] if synthetic is None else [~synthetic, synthetic]
+    terms = []
+    for part in parts:
+        x, y = mix(images[part], F.one_hot(LABELS[part], 3).float(), 0.3, 0.6)
+        terms.append(-((0.9 * y + 0.1 / 3) * method(x).log_softmax(dim=1)).sum(dim=1).mean())
+    expected = terms[0] if synthetic is None else 0.7 * terms[0] + 0.3 * terms[1]
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(images, before)
+
+
 def test_images_go_through_the_tower_once(new_clip, images, monkeypatch):
     method, seen = new(new_clip()), []
     encode = method.clip.encode_image
@@ -103,11 +152,14 @@ def test_at_lambda_1_synthetic_images_are_left_out(new_clip, lam, joined):
 
 
 def test_recipes():
-    notebook, improved, paper = (DISEFSettings(**DISEF.recipes[r]) for r in list(DISEF.recipes)[:3])
+    names = ("notebook", "improved", "paper")
+    notebook, improved, paper = (DISEFSettings(**DISEF.recipes[name]) for name in names)
     assert (notebook.lam, notebook.lr, notebook.weight_decay) == (0.8, 2e-4, 1e-2)
     assert (notebook.epochs, notebook.patience, notebook.batch_size) == (50, 3, 32)
     assert (improved.lam, improved.lr, improved.plan, improved.filter) == (0.95, 2e-5, "f1", "lora")
     assert (paper.batch_size, paper.weight_decay, paper.label_smoothing) == (64, 1e-3, 0.1)
+    assert (paper.mixup, paper.cutmix, paper.augment) == (0.1, 0.1, "randaugment-crop")
+    assert (paper.schedule, paper.min_lr, paper.patience, paper.keep) == ("step", 1e-7, 0, "last")
     assert math.log2(paper.lr) in range(-15, -9)
     assert DISEF_F1.recipes["improved"] == DISEF.recipes["improved"]
 

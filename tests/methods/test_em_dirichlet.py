@@ -7,7 +7,7 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import digamma, gammaln
 from scipy.stats import dirichlet
 
-from clip_min import CLIP, CLIPConfig
+from clip_min import CLIP, CLIPConfig, UserError
 from methods import em_dirichlet
 from methods.em_dirichlet import (
     EMDirichlet,
@@ -139,6 +139,24 @@ def test_each_step_raises_the_weighted_likelihood_of_every_class():
     assert (last > 0).all()
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 1e-11, 1e-6, 1e-2, 1e6])
+def test_the_steps_end_after_the_first_small_one(tolerance):
+    dice = np.random.default_rng(0)
+    log_z, u = points(dice.uniform(0.3, 6, 5), 30), dice.dirichlet(np.ones(3), 30)
+    means = torch.tensor(u.T @ log_z / u.sum(axis=0)[:, None])
+    alpha, taken = np.ones((3, 5)), 0
+    while taken < 200:  # as published: a criterion that is asked from the second step on
+        after = mm_step(torch.tensor(alpha), means).numpy()
+        moved = np.linalg.norm(after - alpha) ** 2 / np.linalg.norm(alpha) ** 2
+        alpha, taken = after, taken + 1
+        if taken > 1 and moved < tolerance:
+            break
+    start = torch.ones(3, 5, dtype=torch.float64)
+    found = fit_dirichlets(start, torch.tensor(log_z), torch.tensor(u), 200, tolerance)
+    np.testing.assert_allclose(found.numpy(), alpha, rtol=1e-9)
+    assert {0.0: taken == 200, 1e6: taken == 2}.get(tolerance, 2 < taken < 200)
+
+
 def test_log_density_is_scipys():
     dice = np.random.default_rng(0)
     alpha, log_z = dice.uniform(0.1, 40, (3, 6)), points(np.ones(6), 8)
@@ -195,8 +213,8 @@ def rounds(monkeypatch) -> list:
     """What every call of `fit_dirichlets` was given and gave: (points, u, alpha after it)."""
     seen, real = [], em_dirichlet.fit_dirichlets
 
-    def fit(alpha, log_z, u, steps):
-        after = real(alpha, log_z, u, steps)
+    def fit(alpha, log_z, u, *limits):
+        after = real(alpha, log_z, u, *limits)
         seen.append((log_z.numpy(), u.numpy(), after.numpy()))
         return after
 
@@ -219,7 +237,8 @@ def naive(log_z, settings, support=None, labels=()) -> np.ndarray:
                 b = means + digamma(a.sum()) - digamma(a + 1) + c * a
                 alpha[k] = (b + np.sqrt(b * b + 4 * c)) / (2 * c)
         density = np.stack([dirichlet.logpdf(z.T, a) for a in alpha], axis=1)
-        logits = density + settings.balance * np.log(u.mean(axis=0).clip(1e-12))
+        balance = settings.balance if settings.balance >= 0 else classes // 5
+        logits = density + balance * np.log(u.mean(axis=0).clip(1e-12))
         u = posterior(logits)
         if settings.assignment == "hard":
             u = np.eye(classes)[u.argmax(axis=1)]
@@ -340,6 +359,32 @@ def test_a_larger_lambda_gives_fewer_classes(em):
     assert counts[0] == 4
     assert counts[0] >= counts[1] >= counts[2]
     assert counts[2] < 4
+
+
+def test_below_0_lambda_is_a_fifth_of_the_classes_rounded_down(clip, images):
+    names = [f"flower {k}" for k in range(13)]
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    logits = [
+        EMDirichlet(clip, names, TEMPLATE, EMDirichletSettings(balance=balance))(x)
+        for balance in (-1.0, 2.0, 3.0)
+    ]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
+def test_the_paper_recipes_are_those_of_its_code():
+    """src/methods/em_dirichlet.py, config/, src/sampler_zero_shot.py of its repository."""
+    for name, support in (("paper", False), ("paper-few-shot", True)):
+        s = EMDirichletSettings(**EMDirichlet.recipes[name])
+        assert (s.temperature, s.queries, s.assignment) == (30, 75, "soft")
+        assert (s.iterations, s.mm_steps, s.mm_tolerance) == (20, 1000, 1e-11)
+        assert (s.balance, s.use_support) == (-1, support)
+        assert (s.k_eff, s.k_eff_max) == ((5, 0) if support else (3, 10))
+
+
+def test_a_range_of_k_eff_the_wrong_way_round_is_an_error():
+    with pytest.raises(UserError, match="--k-eff-max 3: expected 0, or --k-eff 5 up"):
+        EMDirichletSettings(k_eff_max=3)
 
 
 def test_one_image_alone_is_labelled(em):

@@ -17,7 +17,7 @@ from clip_min import UserError, formats, tokenize, weights
 from clip_min.files import write_safetensors
 from methods import METHODS
 from methods.export import to_peft
-from methods.init_from import load_into
+from methods.init_from import _clip_lora_places, load_into
 from methods.lora import LoRA, LoRASettings
 
 NAMES = ["rose", "red tulip", "ox-eye daisy"]
@@ -145,6 +145,15 @@ def test_settings_written_otherwise_but_meaning_the_same_fit(written, new_clip, 
     load_into(new_lora(new_clip(), parts=written, blocks="0-1"), tmp_path, "")
 
 
+def test_towers_may_learn_in_different_blocks(new_clip, tmp_path):
+    there = new_lora(new_clip(), trained=True, blocks="1/all")
+    assert len(there.adapter_state()) == 2 * (1 + 2)
+    write_peft(there, tmp_path)
+    lora = new_lora(new_clip(), blocks="1/0-1")
+    load_into(lora, tmp_path, "")
+    assert equal(lora.adapter_state(), there.adapter_state())
+
+
 def drop(text):
     return lambda tensors, config: [tensors.pop(n) for n in list(tensors) if text in n]
 
@@ -163,7 +172,7 @@ LAYER = "base_model.model.vision_model.encoder.layers.1"
         (put(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector"), "lora_magnitude_vector is no"),
         (drop("layers.1.self_attn.q_proj.lora_B"), "has only one of lora_A and lora_B"),
         (drop("vision_model.encoder.layers.1.self_attn.v_proj"), "block 1 of the image tower has"),
-        (drop("text_model.encoder.layers.0"), "blocks [1] of the text tower; --blocks is one"),
+        (drop("text_model.encoder.layers.0"), "give --blocks all/1"),
         (put(f"{LAYER}.self_attn.q_proj.lora_A.weight", (2, 64)), "image tower has ranks [2, 4]"),
         (
             put(f"{LAYER}.self_attn.q_proj.lora_A.weight", (4, 7)),
@@ -320,6 +329,28 @@ def test_a_clip_lora_file_that_does_not_fit_is_one_line(options, said, new_clip,
     assert said in str(error.value)
     assert str(error.value).startswith(f"--init-from {tmp_path / 'lora.pt'}: ")
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("position", "encoder", "image", "text"),
+    [
+        ("all", "both", range(24), range(12)),
+        ("all", "both", range(21), range(12)),  # as their table was until September 2024
+        ("all", "vision", range(21), ()),
+        ("half-up", "vision", range(12, 24), ()),
+        ("half-up", "vision", range(6, 12), ()),
+        ("half-bottom", "both", range(12), range(6)),
+        ("half-bottom", "both", range(6), range(6)),
+        ("up", "both", range(8, 12), range(8, 12)),
+    ],
+)
+def test_layers_of_a_clip_lora_file_of_vit_l_14_are_told_by_their_number(
+    position, encoder, image, text
+):
+    towers = {"both": ["text", "image"], "vision": ["image"]}[encoder]
+    depths = {"text": 12, "image": 24}
+    places = _clip_lora_places(towers, position, depths, len(image) + len(text))
+    assert places == [("text", i) for i in text] + [("image", i) for i in image]
 
 
 class Malicious:

@@ -209,6 +209,50 @@ def test_inference_leaves_weights_and_mode_as_they_were(new_clip, images, traini
     assert all(tensor.grad is not None for tensor in lora.adapter_state().values())
 
 
+class OwnMasks(nn.Module):
+    """CLIP-LoRA's way, written again: q, k and v are linear layers of their own, with dropout."""
+
+    def __init__(self, attention, parts: str):
+        super().__init__()
+        layer, self.heads, self.out_proj = attention.in_proj, attention.heads, attention.out_proj
+        width = layer.base.in_features
+        halves = layer.base.weight.split(width), layer.base.bias.split(width)
+        self.frozen = dict(zip("qkv", zip(*halves, strict=True), strict=True))
+        pairs = zip(layer.lora_A.split(layer.rank), layer.lora_B.split(width), strict=True)
+        self.delta = {
+            part: (layer.scale * b @ a).detach() for part, (a, b) in zip(parts, pairs, strict=True)
+        }
+        self.p = layer.dropout.p
+
+    def project(self, x, part: str):
+        y = F.linear(x, *self.frozen[part])
+        if part in self.delta:
+            y = y + F.dropout(x, self.p, self.training) @ self.delta[part].T
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
+
+    def forward(self, x, mask=None, read=None):
+        q, k, v = (self.project(x, part) for part in "qkv")
+        y = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+        y = y.transpose(1, 2).flatten(2)  # (B, T, D)
+        return self.out_proj(y if read is None else y[:, read])
+
+
+@pytest.mark.parametrize("parts", ["qkv", "qv"])
+@pytest.mark.parametrize("masks", ["each", "shared"])
+def test_each_of_q_k_and_v_has_a_dropout_mask_of_its_own_if_asked(masks, parts, new_clip, images):
+    given = {"parts": parts, "dropout": 0.4, "towers": "image", "dropout_masks": masks}
+    lora = new_lora(new_clip(), trained=True, **given)
+    theirs = new_lora(new_clip(), trained=True, **given)
+    for block in theirs.clip.visual.transformer.resblocks:
+        block.attn = OwnMasks(block.attn, parts)
+    logits = []
+    for method in (lora, theirs):
+        torch.manual_seed(4)  # the same draws, in the same order
+        logits.append(method.train().clip.visual(images))
+    assert torch.allclose(*logits, atol=1e-4) == (masks == "each")
+    torch.testing.assert_close(lora.eval()(images), theirs.eval()(images), atol=1e-4, rtol=1e-4)
+
+
 def test_dropout_acts_in_training_alone_and_on_the_correction_alone():
     layer = grouped((QUERY, VALUE), dropout=0.5)
     theirs = in_loralib(layer)
@@ -283,12 +327,17 @@ def test_each_tower_has_its_own_rank_and_alpha(new_clip):
 )
 def test_blocks_are_numbers_and_ranges(text, numbers):
     assert block_numbers(text, depth=6) == numbers
+    assert block_numbers(text, depth=6, tower="text") == numbers
+    assert block_numbers(f"0/{text}", depth=6, tower="text") == numbers
+    assert block_numbers(f"{text}/0", depth=6, tower="image") == numbers
 
 
-@pytest.mark.parametrize("text", ["6", "0-6", "x", "", "3-1", "-1", "0,,1", "1-2-3", "some", "1.5"])
+@pytest.mark.parametrize(
+    "text", ["6", "0-6", "x", "", "3-1", "-1", "0,,1", "1-2-3", "some", "1.5", "1/", "1/2/3"]
+)
 def test_wrong_blocks_are_an_error_that_says_the_depth(text):
     with pytest.raises(UserError, match="--blocks.*below 6"):
-        block_numbers(text, depth=6)
+        block_numbers(text, depth=6, tower="text")
 
 
 @pytest.mark.parametrize(
@@ -306,6 +355,17 @@ def test_trained_parameters_at_vit_b_16(recipe, count):
     assert sum(tensor.numel() for tensor in lora.adapter_state().values()) == count
     if recipe == "paper":
         assert count == 184_320  # as the authors of CLIP-LoRA count
+
+
+def test_the_paper_recipe_is_that_of_clip_loras_code():
+    """run_utils.py, main.py, lora.py and loralib/layers.py of its repository."""
+    s = LoRASettings(**LoRA.recipes["paper"])
+    assert (s.optimizer, s.lr, s.weight_decay, s.batch_size) == ("adamw", 2e-4, 1e-2, 32)
+    assert (s.steps_per_shot, s.schedule, s.min_lr) == (500, "step", 1e-6)
+    assert (s.keep, s.patience, s.augment) == ("last", 0, "crop-flip")
+    assert (s.image_rank, s.image_alpha, s.text_rank, s.text_alpha) == (2, 1, 2, 1)
+    assert (s.parts, s.towers, s.blocks, s.scaling) == ("qkv", "both", "all", "sqrt")
+    assert (s.dropout, s.dropout_masks) == (0.25, "each")
 
 
 @pytest.mark.parametrize(

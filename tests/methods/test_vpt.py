@@ -131,11 +131,22 @@ def test_the_linear_head_knows_its_own_classes_alone(clip):
     method = vpt(clip, head="linear")
     assert set(method.adapter_state()) == {"visual_prompts", "head.weight", "head.bias"}
     assert method.head.weight.shape == (3, WIDTH)
-    assert method.head.weight.std().item() == pytest.approx((2 / WIDTH) ** 0.5, rel=0.15)
+    assert method.head.weight.std().item() == pytest.approx((2 / 3) ** 0.5, rel=0.15)  # fan-out
     assert not method.head.bias.any()
+    assert method.no_weight_decay == ("head.bias",)
     with pytest.raises(UserError, match="cannot name classes"):
         method.for_classes(["sweet pea"])
     assert vpt(clip).for_classes(["sweet pea"]).classnames == ["sweet pea"]
+
+
+def test_the_paper_recipe_is_that_of_its_code():
+    """configs/base-prompt.yaml, tune_fgvc.py, src/data/transforms.py of its repository."""
+    s = VPTSettings(**VPT.recipes["paper"])
+    assert (s.optimizer, s.head, s.augment, s.keep) == ("sgd", "linear", "random-crop", "best")
+    assert (s.epochs, s.warmup_epochs, s.warmup, s.warmup_lr) == (100, 10, "linear", 0)
+    assert (s.schedule, s.patience, s.min_lr) == ("epoch", 0, 0)
+    assert s.lr * 256 / s.batch_size in (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1)  # its grid
+    assert s.weight_decay in (0.01, 1e-3, 1e-4, 0)
 
 
 def test_a_first_block_past_the_last_is_an_error(clip):

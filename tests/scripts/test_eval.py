@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip_min
+from fewshot import datasets
 from methods import METHODS
 
 BASE = ["amber lily", "blue bell", "cyan lotus"]
@@ -216,6 +217,65 @@ def test_a_picture_that_cannot_be_read_is_one_line(
 def test_a_run_of_another_model_is_refused(task, script, trained, new_model, is_one_line):
     result = script("eval", "--run", trained.path, "--model", new_model(1), *task)
     assert is_one_line(result, str(trained.path), "fingerprint", "--model")
+
+
+@pytest.fixture
+def tree(draw, tmp_path) -> Path:
+    """One tree of classes, which the seed splits."""
+    draw(tmp_path / "tree", 20, seed=4)
+    return tmp_path / "tree"
+
+
+def test_after_pictures_have_come_the_run_is_tested_on_the_same(
+    script, train, tree, draw, tmp_path
+):
+    path = train(tmp_path / "runs", "--data-root", tree)
+    table = table_lines(script("eval", "--run", path).out)
+    draw(tmp_path / "more", 3, seed=9)
+    for file in sorted((tmp_path / "more").glob("*/*")):
+        file.rename(tree / file.parent.name / f"more-{file.name}")
+    result = script("eval", "--run", path)
+    assert result.code == 0, result.err
+    assert table_lines(result.out) == table
+    assert "test images are not those of the run, and are not tested on" in result.out
+    seen = json.loads((path / "data.json").read_text())
+    assert all((tree / file).is_file() for part in seen.values() for file, *_ in part)
+
+
+def test_as_another_data_set_the_runs_own_pictures_are_left_out(script, train, tree, tmp_path):
+    path = train(
+        tmp_path / "runs", "--data-root", tree, "--seed", 2
+    )  # where --dataset draws by seed 1
+    result = script("eval", "--run", path, "--dataset", "folder", "--data-root", tree)
+    assert result.code == 0, result.err
+    assert "test images are left out: the run learned from them or validated on them" in result.out
+    learned = {
+        file
+        for part in ("train", "val")
+        for file, *_ in json.loads((path / "data.json").read_text())[part]
+    }
+    there = datasets.load("folder", tree, 1).test.source
+    left = [file for file in there if str(file.relative_to(tree)) not in learned]
+    assert f"5 classes, {len(left)} test images" in result.out
+
+
+def test_without_its_data_json_a_run_is_tested_where_nothing_has_changed(
+    script, train, tree, tmp_path, is_one_line
+):
+    path = train(tmp_path / "runs", "--data-root", tree)
+    table = table_lines(script("eval", "--run", path).out)
+    (path / "data.json").unlink()
+    assert table_lines(script("eval", "--run", path).out) == table
+    next(tree.glob("*/0.png")).unlink()
+    assert is_one_line(script("eval", "--run", path), str(path), "without its data.json")
+
+
+def test_a_run_of_an_earlier_version_is_tested_as_it_was(script, run, trained):
+    config = json.loads((run / "config.json").read_text())
+    del config["data"]
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "data.json").unlink()
+    assert table_lines(script("eval", "--run", run).out) == table_lines(trained.out)
 
 
 def test_a_data_set_with_other_classes_is_refused(script, trained, data, tmp_path, is_one_line):

@@ -110,7 +110,7 @@ def test_base_classes_by_name_are_learned_and_the_others_are_novel(
     script, train, tmp_path, data, model, is_one_line
 ):
     file = tmp_path / "mine.txt"
-    file.write_text("egg flower\n\n  blue bell \n")
+    file.write_text("egg_flower\n\n  blue bell \n")
     run = train(tmp_path / "runs", "--base-classes", file)
     assert run == tmp_path / "runs/noise-mine/tiny/lora-s4-seed1"
     config = json.loads((run / "config.json").read_text())
@@ -164,11 +164,11 @@ def test_the_cache_lies_where_the_flag_says_or_nowhere(script, flags, tmp_path, 
     monkeypatch.setenv("CLIP_MIN_CACHE", str(tmp_path / "env"))
     run = ("train", *flags, "--epochs", 1, "--out")
     assert script(*run, tmp_path / "a", "--cache", tmp_path / "here").code == 0
-    assert kept(tmp_path / "here") == ["features", "pixels"]
+    assert kept(tmp_path / "here") == ["features", "odd", "pixels"]
     assert script(*run, tmp_path / "b", "--cache", "none").code == 0
     assert not (tmp_path / "env").exists()
     assert script(*run, tmp_path / "c").code == 0
-    assert kept(tmp_path / "env") == ["features", "pixels"]
+    assert kept(tmp_path / "env") == ["features", "odd", "pixels"]
     monkeypatch.setenv("CLIP_MIN_CACHE", "none")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     result = script("eval", "--run", tmp_path / "c" / RUN)

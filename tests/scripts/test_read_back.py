@@ -122,7 +122,7 @@ def test_the_files_of_a_run(run, clip, model):
 
     def resume():
         opened = Run.resume(run, config)
-        opened.load_resume({"epoch": 0, "best_val": -1.0, "stopped": ""})
+        opened.load_resume({"step": 0, "best_val": -1.0, "stopped": ""})
         assert all(line["seconds"] + line["loss"] for line in opened.log)
 
     assert search(run / "config.json", open_it, 150) > 30

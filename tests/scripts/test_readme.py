@@ -4,7 +4,9 @@ import re
 import shlex
 
 import pytest
+import torch
 
+from clip_min import CLIP, CLIPConfig, tokenize
 from methods import METHODS
 
 COMMAND = re.compile(r"^python (train|eval|generate|export)\.py (.+?)(?: +#.*)?$", re.MULTILINE)
@@ -28,9 +30,9 @@ def test_the_flags_of_every_command_are_known(blocks, script):
         assert not unknown, f"{name}.py {text}"
 
 
-def test_the_method_of_your_own_trains_and_is_tested(
-    blocks, script, data, model, tmp_path, monkeypatch
-):
+@pytest.fixture(scope="module")
+def task_residual(blocks) -> type:
+    """The class that the README shows."""
     (code,) = [block for block in blocks if "class TaskResidual(" in block]
     head = """
 from dataclasses import dataclass
@@ -43,7 +45,28 @@ from methods.zero_shot import TemplateSettings, ZeroShot
 """
     names: dict = {"__name__": "task_residual"}
     exec(head + code, names)
-    monkeypatch.setitem(METHODS, "task_residual", names["TaskResidual"])
+    return names["TaskResidual"]
+
+
+def test_the_method_of_your_own_is_taskres_as_published(task_residual):
+    """α·x is added to text features that are not normalised, and the sum is normalised."""
+    torch.manual_seed(0)
+    clip, names = CLIP(CLIPConfig(8, 32, 32, 64, 1, 1, 64, 1, 1)).eval(), ["a rose", "a tulip"]
+    method = task_residual(clip, names, "{}!", task_residual.Settings(alpha=0.5))
+    torch.nn.init.normal_(method.residual)
+    f, x = torch.randn(3, 8), method.residual
+    with torch.no_grad():
+        t = clip.encode_text(tokenize([f"{name}!" for name in names])) + 0.5 * x
+        expected = (
+            clip.logit_scale.exp() * (f / f.norm(dim=1, keepdim=True)) @ (t.T / t.norm(dim=1))
+        )
+        torch.testing.assert_close(method(f), expected)
+
+
+def test_the_method_of_your_own_trains_and_is_tested(
+    task_residual, script, data, model, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METHODS, "task_residual", task_residual)
     flags = ["--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path]
     more = ["--shots", 4, "--alpha", 0.7, "--epochs", 20, "--lr", 0.01]
     trained = script("train", "--method", "task_residual", *flags, *more)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import byhand
 import pytest
@@ -20,8 +21,10 @@ import clip_min
 import train as train_script
 from clip_min import UserError
 from fewshot import demo
+from fewshot.loop import Length
 from fewshot.run import Run
-from methods import METHODS
+from methods import METHODS, TrainingSettings
+from methods.base import Augment
 
 BASE, NOVEL = ["amber_lily", "blue-bell", "cyan lotus"], ["dark-iris", "egg flower"]
 HERE = "noise/tiny/lora-s4-seed1"
@@ -29,6 +32,7 @@ FILES = [
     "adapter.safetensors",
     "config.json",
     "curves.png",
+    "data.json",
     "log.jsonl",
     "results.json",
     "resume.json",
@@ -126,6 +130,17 @@ def test_what_is_printed_is_what_is_saved(trained):
     assert trained.err == ""
 
 
+def test_what_is_to_come_is_said_and_what_has_hardly_learned(trained, script, flags, tmp_path):
+    """trained: 3 base classes, 4 shots."""
+    found = results(trained.path)
+    assert f"{found['steps']} gradient steps of 4 images, " in trained.out
+    assert f"note: only {found['steps']} gradient steps" in trained.out
+    short = ("--epochs", 1, "--lr", 0, "--out", tmp_path)
+    result = script("train", *flags, *short)
+    found = results(tmp_path / HERE)
+    assert f"note: training accuracy is only {found['train']:.1f} %" in result.out
+
+
 def test_the_demo_set_trains_on_any_model(script, model, tmp_path):
     few = ("--shots", 1, "--epochs", 1, "--image-rank", 2, "--text-rank", 2)
     result = script("train", "--method", "lora", "--model", model, *few, "--out", tmp_path)
@@ -221,7 +236,7 @@ def test_augmentation_and_paper_recipe_train(train, trained, tmp_path):
     settings = json.loads((run / "config.json").read_text())["settings"]
     assert (settings["augment"], settings["scaling"]) == ("crop-flip", "sqrt")
     assert (settings["image_rank"], settings["lr"]) == (4, 0.01)  # a flag wins over a recipe
-    assert epochs(run) == [1, 2, 3]  # 8 steps of 3 in an epoch
+    assert epochs(run) == [1, 2, 2.67]  # 8 steps of 3 in an epoch
     assert adapter(run) != adapter(trained.path)
 
 
@@ -231,7 +246,7 @@ def test_augmentation_and_paper_recipe_train(train, trained, tmp_path):
 def test_a_process_killed_in_mid_epoch_resumes_to_the_same_bytes(
     script, train, flags, tmp_path, root
 ):
-    long = ("--epochs", 60, "--augment", "crop-flip")
+    long = ("--epochs", 60, "--validations", 0, "--augment", "crop-flip")
     whole = train(tmp_path / "whole", *long)
     killed = tmp_path / "killed" / HERE
     command = [sys.executable, root / "train.py", *flags, "--out", tmp_path / "killed", *long]
@@ -291,7 +306,7 @@ def test_resuming_a_run_that_was_over_repeats_its_results(script, flags, train, 
     [
         (("--lr", 0.02), "lr 0.01, not 0.02"),
         (("--template", "a {}"), "template a photo of a {}., not a {}"),
-        (("--recipe", "paper"), "recipe notebook, not paper"),
+        (("--recipe", "paper"), "recipe default, not paper"),
     ],
 )
 def test_resuming_with_other_flags_is_an_error_that_names_one(
@@ -300,6 +315,41 @@ def test_resuming_with_other_flags_is_an_error_that_names_one(
     out = trained.path.parents[2]
     result = script("train", *flags, "--out", out, *more, "--resume")
     assert is_one_line(result, "--resume", said)
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_resuming_on_changed_pictures_is_an_error(
+    part, script, flags, train, own_data, tmp_path, is_one_line
+):
+    path = train(tmp_path / "runs", "--data-root", own_data)
+    file, *_ = json.loads((path / "data.json").read_text())[part][0]
+    stat = (own_data / file).stat()
+    Image.new("RGB", (40, 36), "red").save(own_data / file)
+    os.utime(own_data / file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    before = (path / "data.json").read_bytes()
+    more = ("--data-root", own_data, "--out", tmp_path / "runs", "--resume")
+    assert is_one_line(script("train", *flags, *more), f"was started with {part} ", "pictures (")
+    assert (path / "data.json").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(script, flags, train, tmp_path):
+    path = train(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    del config["data"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "data.json").unlink()
+    assert script("train", *flags, "--out", tmp_path, "--resume").code == 0
+    assert not (path / "data.json").exists()  # nobody knows what it was begun on
+
+
+def test_all_shots_are_all_pictures_and_the_folder_says_so(script, train, tmp_path):
+    path = train(tmp_path, "--shots", "all", "--epochs", 1)
+    assert path.name == "lora-sall-seed1"
+    record = json.loads((path / "data.json").read_text())
+    assert [len(record[part]) for part in ("train", "val", "test")] == [21, 3, 20]
+    assert json.loads((path / "config.json").read_text())["experiment"]["shots"] == "all"
+    result = script("eval", "--run", path)
+    assert (result.code, result.err) == (0, "")
 
 
 def test_resuming_where_there_is_nothing_is_an_error(script, flags, tmp_path, is_one_line):
@@ -479,7 +529,7 @@ def test_help_of_a_method_shows_its_settings_with_its_defaults(script):
     shown = " ".join(result.out.split())
     assert result.code == 0
     assert "--image-rank INT R in the image tower [16]" in shown  # the demo's recipe
-    assert "lora: recipe demo of notebook, paper, demo" in shown
+    assert "lora: recipe demo of default, notebook, paper, demo" in shown
     result = script("train", "--method", "lora", "--recipe", "paper", "--help")
     assert "--image-rank INT R in the image tower [2]" in " ".join(result.out.split())
     assert "--image-rank" not in script("train", "--method", "zero_shot", "--help").out
@@ -499,13 +549,15 @@ def test_help_without_a_method_lists_the_methods(script):
         (["--dataset", "demo"], "demo", 2e-3, "demo"),
         (["--lr", "0.5"], "demo", 0.5, "demo"),
         (["--recipe", "notebook"], "notebook", 2e-4, "demo"),
-        (["--model", "ViT-B/16"], "notebook", 2e-4, "ViT-B/16"),
+        (["--model", "ViT-B/16"], "default", 2e-4, "ViT-B/16"),
         (["--dataset", "flowers102"], "notebook", 2e-4, "ViT-B/16"),
-        (["--dataset", "flowers102", "--model", "demo"], "demo", 2e-3, "demo"),
-        (["--dataset", "folder"], "demo", 2e-3, "demo"),
+        (["--dataset", "flowers102", "--model", "demo"], "default", 2e-3, "demo"),
+        (["--dataset", "folder"], "default", 2e-3, "demo"),
+        (["--dataset", "folder", "--model", "ViT-B/16"], "default", 2e-4, "ViT-B/16"),
+        (["--dataset", "eurosat"], "default", 2e-4, "ViT-B/16"),
     ],
 )
-def test_the_recipe_follows_from_the_model_and_flags_win_over_it(argv, recipe, lr, model):
+def test_the_recipe_follows_from_the_data_and_flags_win_over_it(argv, recipe, lr, model):
     plan = train_script.parse(["--method", "lora", *argv])
     (experiment,) = plan.experiments
     assert (plan.method, plan.recipe) == ("lora", recipe)
@@ -513,9 +565,41 @@ def test_the_recipe_follows_from_the_model_and_flags_win_over_it(argv, recipe, l
     assert (plan.out, plan.resume) == (Path("runs"), False)
 
 
+class Counted(list):
+    """As many training images; nothing else of them is asked."""
+
+    shots = 1
+
+    def __init__(self, count: int):
+        super().__init__([None] * count)
+
+
+def test_epochs_that_are_given_are_all_there_are():
+    own = ["--method", "lora", "--dataset", "folder"]
+    assert train_script.parse(own).settings.min_steps == 400
+    settings = train_script.parse([*own, "--epochs", "2"]).settings
+    assert (settings.epochs, settings.min_steps) == (2, 0)
+    settings = train_script.parse([*own, "--epochs", "2", "--min-steps", "5"]).settings
+    assert (settings.epochs, settings.min_steps) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if issubclass(METHODS[m].Settings, TrainingSettings)]
+)
+def test_the_default_of_what_learns_by_steps_is_long_enough_for_two_classes(method):
+    """And validates a bounded number of times, whatever its length."""
+    settings = train_script.parse(["--method", method, "--dataset", "folder"]).settings
+    for images in (2, 8, 2 * 64, 500, 500 * 64):
+        length = Length.of(settings, Counted(images))
+        assert length.total >= 400
+        assert length.total >= 10 * images / settings.batch_size
+        assert length.chooses
+        assert length.total / length.round <= 10
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if hasattr(METHODS[m].Settings, "augment")])
 def test_whatever_augments_can_do_it_in_every_way(method):
-    for augment in ("none", "crop-flip", "randaugment"):
+    for augment in get_args(Augment):
         plan = train_script.parse(["--method", method, "--augment", augment])
         assert plan.settings.augment == augment
 
@@ -573,7 +657,7 @@ def test_a_run_whose_folder_is_removed_ends_with_a_line_and_keeps_what_was_learn
 
     def remove(run, *arguments):
         real(run, *arguments)
-        if arguments[1]["epoch"] == 2:
+        if run.log[-1]["epoch"] == 2:
             shutil.rmtree(run.path)
 
     monkeypatch.setattr(Run, "save_resume", remove)

@@ -1,0 +1,113 @@
+"""Does the default recipe train long enough? Beside it, 3 and 10 times its length.
+
+python bench/length.py DIR                        DIR: pictures, as --dataset folder takes them
+python bench/length.py DIR --methods lora,coop --classes 2,12 --shots 4 --seeds 1,2,3
+
+For every method that learns by gradient steps, a line: test accuracy of the default recipe, and in
+brackets what would have been gained by the length that validation prefers. The classes are drawn by
+the seed; the model is the demo's, small enough to do this on a laptop, in a few hours.
+"""
+
+import argparse
+import contextlib
+import io
+import random
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+
+import torch
+from side_by_side import hardware
+
+import clip_min
+from fewshot import datasets
+from fewshot.images import Pictures
+from fewshot.loop import descend
+from fewshot.metrics import accuracy, predict
+from fewshot.task import make_task
+from methods import METHODS, TrainingSettings
+
+LENGTHS = (1, 3, 10)
+# Not these: they learn from synthetic images, too, and are LoRA without.
+LEARN = [
+    name
+    for name, method in METHODS.items()
+    if issubclass(method.Settings, TrainingSettings) and not name.startswith("disef")
+]
+
+
+def cut(whole: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
+    """`count` classes of a data set, drawn by `seed`."""
+    ids = sorted(random.Random(seed).sample(range(len(whole.classnames)), count))
+    numbers = torch.full((len(whole.classnames),), -1)  # old label -> new one
+    numbers[ids] = torch.arange(count)
+
+    def of(pictures: Pictures | None) -> Pictures | None:
+        if pictures is None:
+            return None
+        some = pictures[(numbers[pictures.labels] >= 0).nonzero().flatten()]
+        return replace(some, labels=numbers[some.labels])
+
+    parts = {part: of(getattr(whole, part)) for part in ("train", "val", "test")}
+    return replace(whole, classnames=[whole.classnames[i] for i in ids], **parts)
+
+
+def train(name: str, clip, task, seed: int, times: int) -> tuple[float, float]:
+    """The default recipe, `times` as long -> accuracy on validation and on test images (%)."""
+    settings = METHODS[name].Settings(**METHODS[name].preset("default", "demo"))
+    longer = {"epochs": times * settings.epochs, "min_steps": times * settings.min_steps}
+    torch.manual_seed(seed)
+    method = METHODS[name](clip, task.classnames, "a photo of a {}.", replace(settings, **longer))
+    nowhere = SimpleNamespace(
+        save_adapter=lambda state: None,
+        log_round=lambda entry: None,
+        save_resume=lambda tensors, position: None,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        method.fit(task.train, task.val, partial(descend, run=nowhere, seed=seed))
+    return tuple(
+        accuracy(predict(method, batches), batches.labels)
+        for batches in (task.val, task.tests["all"].batches)
+    )
+
+
+def main() -> None:
+    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path)
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=LEARN)
+    parser.add_argument("--classes", type=numbers, default=[2, 4, 12])
+    parser.add_argument("--shots", type=numbers, default=[2, 4, 16])
+    parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    whole = datasets.load("folder", given.folder, 1)
+    cells = [(k, s) for k in given.classes for s in given.shots]
+    heads = [f"{k} x {s}" for k, s in cells]
+    print(f"{hardware()}; {len(given.seeds)} seeds; classes x shots")
+    print(f"| method | {' | '.join(heads)} |\n|---|{'---:|' * len(cells)}", flush=True)
+    worst = 0.0
+    for name in given.methods:
+        row = []
+        for count, shots in cells:
+            default, longer = [], []
+            for seed in given.seeds:
+                device = torch.device("cpu")
+                task = make_task(cut(whole, count, seed), shots, seed, "all", 64, device)
+                # A CLIP for each: some methods add parts to the one they are given.
+                tried = [train(name, clip_min.load("demo"), task, seed, n) for n in LENGTHS]
+                default.append(tried[0][1])
+                longer.append(max(tried, key=lambda scores: scores[0])[1])
+            gain = mean(longer) - mean(default)
+            worst = max(worst, gain)
+            row.append(f"{mean(default):.1f} ({gain:+.1f})")
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
+    print(f"largest gain by a longer training: {worst:.1f} points")
+
+
+if __name__ == "__main__":
+    main()
