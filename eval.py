@@ -51,7 +51,8 @@ def main() -> None:
         described(run)  # which says at once if it is not one
     else:
         nearest("--method", given["method"], ["zero_shot"])
-        run, experiment = None, Experiment(**pick(Experiment, given))
+        names = {"classes": "all"} if "image" in given else {}  # there, --classes names them
+        run, experiment = None, Experiment(**pick(Experiment, given | names))
     if "image" in given:
         classify(run, experiment, given)
     elif run is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clip_min import UserError, weights
 from clip_min.errors import nearest
-from clip_min.files import new_folder, write_safetensors, write_text
+from clip_min.files import new_folder, remove_half_written, write_safetensors, write_text
 from clip_min.formats import save_hugging_face, save_open_clip, save_openai
 from fewshot.experiment import named, run_script
 from fewshot.flags import Parser
@@ -66,6 +66,7 @@ def main() -> None:
     if (out.suffix == ".safetensors") != (name in FILES):
         kind = "a file, NAME.safetensors" if name in FILES else "a folder, without an ending"
         raise UserError(f"{out}: --format {name} writes {kind}")
+    remove_half_written(out.parent, out.name)  # what an export there that was killed has left
     run = Run.open(Path(given["run"]))
     model = given.get("model", run.config["experiment"]["model"])
     method = trained(run, weights.load(model)).eval()

@@ -106,7 +106,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         run = Run.resume(path, config)
         if len(plan.experiments) > 1 and (path / "results.json").exists():
             print("finished before")
-            return read_json(path / "results.json", "remove the run's folder to run it again")
+            hint = "remove the run's folder to run it again"
+            return read_json(path / "results.json", hint, grid.RESULTS)
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
@@ -130,7 +131,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         fitted = {"steps": run.log[-1]["step"], "train": train_accuracy(method, task.train)}
         for doubt in doubts(**fitted):
             print(f"note: {doubt}")
-    run.save_adapter(method.adapter_state())
+    run.save_adapter(method.adapter_state(), last=True)
     if run.log:
         save_curves(run.log, run.path / "curves.png")
 

@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 import torch
 
 from clip_min import CLIP, UserError, weights
-from clip_min.errors import Note, nearest
+from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
+from clip_min.typed import expect_fields
 from fewshot import cache, datasets
 from fewshot.folder import read_text, spoken
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
@@ -52,6 +53,7 @@ class Experiment:
     threads: Annotated[int, "threads that compute; 0: one for a small model, else all cores"] = 0
 
     def __post_init__(self):
+        expect_fields(self)  # a config that is read back may hold anything
         nearest("--dataset", self.dataset, datasets.DATASETS)
         self.model = self.model or datasets.DATASETS[self.dataset].model
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -221,18 +223,19 @@ def run_script(main: Callable[[], None], resume: str = "add --resume to the same
 
     resume: what to do to go on after Ctrl-C.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # else a log file stays empty for minutes
-        sys.stdout.reconfigure(line_buffering=True)
+    # Else a log file stays empty for minutes; and names of files need not be text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show, warnings.showwarning)
             main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)  # what was to be done may not be
+    except (UserError, *FROM_OUTSIDE) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {told(error)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {resume} to go on", file=sys.stderr)
         sys.exit(130)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from clip_min.files import replacing
 
+SCORES = dict.fromkeys(("base", "novel", "hm", "all"), float | None)
+RESULTS = {**SCORES, "zero_shot": SCORES}  # what is read of a run's results.json
+
 
 def numbers(text: str, words: tuple[str, ...] = ()) -> list[int | str]:
     """The type of a flag: "1,2,4" -> [1, 2, 4]; one of `words` stays what it is."""

@@ -222,13 +222,13 @@ class Batches:
         """Image features (N, E), not normalised, under the frozen image tower.
 
         Computed once; kept for the next run under a name that follows from the pixels, the image
-        tower's weights and what computes (whose rounding may differ).
+        tower's weights, CLIP's config (its heads) and what computes (whose rounding may differ).
         """
         if self._features is None:
             machine = (torch.__version__, torch.get_num_threads(), self.device.type)
             machine += () if self.precision == "fp32" else (self.precision,)
             tower = weights.fingerprint(clip.visual) if self.folder else ""
-            name = cache.key(self.pixels, tower, batch_size, machine)
+            name = cache.key(self.pixels, tower, clip.config, batch_size, machine)
             features = cache.load(self.folder, "features", name)
             if features is None or features.shape[:1] != (len(self),):
                 parts = torch.arange(len(self)).split(batch_size)

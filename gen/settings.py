@@ -11,6 +11,7 @@ from math import ceil, inf
 from typing import Annotated, ClassVar, Literal
 
 from clip_min import UserError
+from clip_min.typed import expect_fields
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 # stabilityai/stable-diffusion-2-1-base left the hub in November 2025; these are the same weights.
@@ -76,6 +77,7 @@ class Generation:
             if not least <= value <= most:
                 expected = f"{least} or more" if most == inf else f"{least} to {most}"
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+        expect_fields(self)  # infinity is none of these, either
         if int(self.steps * self.strength) < 1:  # as diffusers rounds
             raise UserError(
                 f"--strength {self.strength}: of {self.steps} steps that is less than one; "

@@ -75,11 +75,17 @@ class WithSupport(ZeroShot):
     def load_adapter(self, state: dict[str, Tensor]) -> None:
         """As always, but for the number of images, which is the saved one's."""
         before = self.support.data, self.support_labels.data
-        count = len(state["support"]) if "support" in state else 0
+        count = state["support"].shape[:1].numel() if "support" in state else 0
         self.support.data = self.support.new_zeros(count, self.support.shape[1])
         self.support_labels.data = self.support_labels.data.new_zeros(count)
         try:
             super().load_adapter(state)
+            if not all(0 <= k < len(self.learned_names) for k in self.support_labels.tolist()):
+                raise UserError(
+                    "the adapter does not fit this method and model: support_labels are "
+                    f"{self.support_labels.min()} to {self.support_labels.max()}, expected numbers "
+                    f"from 0 of the {len(self.learned_names)} classes it learned"
+                )
         except UserError:
             self.support.data, self.support_labels.data = before
             raise

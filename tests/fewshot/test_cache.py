@@ -1,5 +1,6 @@
 """The cache gives back what was computed, or nothing: never something stale or damaged."""
 
+import dataclasses
 import os
 
 import pytest
@@ -144,7 +145,7 @@ class Refusing:
     """An image tower that may not be asked."""
 
     def __init__(self, clip):
-        self.visual = clip.visual
+        self.visual, self.config = clip.visual, clip.config
 
     def encode_image(self, images):
         raise AssertionError("the features were in the cache")
@@ -179,4 +180,21 @@ def test_damaged_features_are_computed_again(tmp_path):
     data = bytearray(file.read_bytes())
     data[-2] ^= 64
     file.write_bytes(data)
+    assert torch.equal(new_batches(tmp_path).features(new_clip()), first)
+
+
+def test_features_of_other_heads_are_computed(tmp_path):
+    """Which no weight tells."""
+    new_batches(tmp_path).features(new_clip())
+    clip = new_clip()
+    clip.config = dataclasses.replace(clip.config, vision_heads=2)
+    with pytest.raises(AssertionError, match="were in the cache"):
+        new_batches(tmp_path).features(Refusing(clip))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(4, 32), torch.tensor(1.0)])
+def test_features_that_vouch_for_themselves_and_do_not_fit_are_computed_again(tmp_path, bad):
+    first = new_batches(tmp_path).features(new_clip())
+    (file,) = (tmp_path / "features").iterdir()
+    cache.save(tmp_path, "features", file.stem, bad)
     assert torch.equal(new_batches(tmp_path).features(new_clip()), first)

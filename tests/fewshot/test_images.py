@@ -391,7 +391,7 @@ def test_shots_are_the_pictures_of_the_largest_class(pictures):
 def test_features_are_encoded_images_and_computed_once(pictures):
     class Encoder:
         calls = 0
-        visual = torch.nn.Linear(1, 1)
+        visual, config = torch.nn.Linear(1, 1), None
 
         def encode_image(self, images):
             self.calls += 1

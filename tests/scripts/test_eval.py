@@ -104,9 +104,17 @@ def test_the_table_needs_the_adapter_and_config_alone(script, run, trained):
     assert table_lines(result.out) == table_lines(trained.out)
 
 
+def no_longer_vouched_for(run: Path) -> None:
+    """As an adapter of a run that has not ended, or of an old one."""
+    config = json.loads((run / "config.json").read_text())
+    del config["adapter_sha256"]
+    (run / "config.json").write_text(json.dumps(config))
+
+
 def test_an_adapter_of_zeros_is_zero_shot(script, run):
     adapter = load_file(run / "adapter.safetensors")
     save_file({n: torch.zeros_like(t) for n, t in adapter.items()}, run / "adapter.safetensors")
+    no_longer_vouched_for(run)
     _, zero_shot, lora = table_lines(script("eval", "--run", run).out)
     assert lora.split()[1:] == zero_shot.split()[1:]
 
@@ -349,18 +357,21 @@ def with_(name: str, value):
         (lambda config: None, "there is no such file"),
         (lambda config: json.dumps(config)[:200], "cannot be read as JSON"),
         (lambda config: "", "cannot be read as JSON"),
-        (lambda config: "[]", "holds a list"),
+        (lambda config: "[]", "is [], expected an object"),
         (lambda config: "{}", "is missing"),
         (without("experiment"), "experiment is missing"),
         (without("fingerprint"), "fingerprint is missing"),
         (without("classnames"), "classnames is missing"),
-        (with_("experiment", {"planet": "Mars"}), "planet"),
-        (with_("experiment", 3), "not a config of a run"),
+        (with_("experiment", {"planet": "Mars"}), "experiment.seed is missing"),
+        (with_("experiment", {"planet": 4, "seed": 1, "template": "", "model": ""}), "planet"),
+        (with_("experiment", {"shots": "x", "seed": 1, "template": "", "model": ""}), "--shots x"),
+        (with_("experiment", 3), "experiment is 3, expected an object"),
         (with_("settings", {"lr": 0.1, "colour": "red"}), "colour"),
-        (with_("settings", None), "not a config of a run"),
+        (with_("settings", None), "settings is None, expected an object"),
+        (with_("settings", {"scaling": "x"}), "settings: --scaling x: expected rank or sqrt"),
         (with_("method", "lorra"), "lorra: unknown; did you mean lora"),
-        (with_("method", ["lora"]), "not a config of a run, method is ['lora']"),
-        (with_("classnames", BASE), "not a config of a run, classnames is ['amber lily'"),
+        (with_("method", ["lora"]), "method is ['lora'], expected text"),
+        (with_("classnames", BASE), "classnames is ['amber lily'"),
         (with_("classnames", {"novel": NOVEL}), "classnames has neither base nor all"),
     ],
 )
@@ -402,6 +413,10 @@ def reshape(file: Path):
     save_file({n: t[:1].clone() for n, t in load_file(file).items()}, file)
 
 
+def not_finite(file: Path):
+    save_file({n: t / 0 for n, t in load_file(file).items()}, file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -410,10 +425,15 @@ def reshape(file: Path):
         (garble, "adapter.safetensors: not a whole safetensors file"),
         (rename, "lora_A is missing"),
         (reshape, "has shape (1, 64), expected (8, 64)"),
+        (not_finite, "lora_A has NaN or infinity"),
     ],
 )
 def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_one_line):
     spoil(run / "adapter.safetensors")
+    result = script("eval", "--run", run)
+    vouched = "is not the adapter that this training ended with"
+    assert is_one_line(result, vouched if spoil in (rename, reshape, not_finite) else said)
+    no_longer_vouched_for(run)
     assert is_one_line(script("eval", "--run", run), said)
 
 

@@ -295,8 +295,8 @@ def test_killed_at_ten_random_points_it_ends_in_the_same_bytes(whole, tmp_path):
 def test_killed_before_the_settings_were_written_it_starts_anew(script, tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
-    (folder / "plan.json").write_text("{}")
-    (folder / ".settings.abcdefgh.json").write_text("{")
+    (folder / "plan.json").write_text('{"quotas": {}}')
+    (folder / ".clip_min-settings.json-abcdefgh").mkdir()
     result = script("generate", *SMALL, "--synthetic", folder, "--stage", "caption")
     assert result.code == 0, result.err
     assert sorted(os.listdir(folder)) == ["captions.jsonl", "plan.json", "seconds.json"] + [
@@ -307,15 +307,43 @@ def test_killed_before_the_settings_were_written_it_starts_anew(script, tmp_path
 def test_what_a_kill_leaves_is_swept_and_what_is_lost_is_named(whole, script, tmp_path):
     folder = Path(shutil.copytree(whole[0], tmp_path / "a"))
     kept = next(folder.glob("kept/*/*.png"))
-    for name in (".00000.abcdefgh.png", "77777.png"):
-        shutil.copy(kept, kept.with_name(name))
-    (folder / ".manifest.abcdefgh.jsonl").write_text("half")
+    for name in (kept.parent / ".clip_min-00000.png-abcdefgh", folder / ".clip_min-a-abcdefgh"):
+        name.mkdir()
+        (name / "half").write_text("")
+    moved = folder / "undecided" / kept.parent.name / kept.name
+    moved.parent.mkdir(parents=True)
+    shutil.copy(kept, moved)  # killed between listing it as kept and removing it here
     assert script("generate", *SMALL, "--synthetic", folder).code == 0
     assert tree(folder) == tree(whole[0])
     kept.unlink()
     result = script("generate", *SMALL, "--synthetic", folder)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert str(kept) in result.err
+
+
+def test_what_is_not_on_the_books_is_left_alone(whole, script, tmp_path):
+    folder = Path(shutil.copytree(whole[0], tmp_path / "a"))
+    kept = next(folder.glob("kept/*/*.png"))
+    mine = [kept.with_name(name) for name in ("2024-mine.png", "77777.png", ".00000.abcdefgh.png")]
+    mine += [folder / ".notes.20240131.md", folder / ".tmpnRT2eS"]
+    for path in mine:
+        path.write_text("mine")
+    assert script("generate", *SMALL, "--synthetic", folder).code == 0
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+
+
+@pytest.mark.parametrize("link", ["rejected", "undecided", "kept/{}"])
+def test_a_link_among_the_folders_of_images_is_refused(whole, script, is_one_line, tmp_path, link):
+    folder, victim = Path(shutil.copytree(whole[0], tmp_path / "a")), tmp_path / "victim"
+    victim.mkdir()
+    (victim / "00000.png").write_text("mine")
+    link = folder / link.format(next(folder.glob("kept/*")).name)
+    if link.exists():
+        link.rename(tmp_path / "aside")
+    link.symlink_to(victim)
+    result = script("generate", *SMALL, "--synthetic", folder)
+    assert is_one_line(result, f"{link}: is a link")
+    assert os.listdir(victim) == ["00000.png"]
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -533,6 +561,25 @@ def test_where_no_class_is_weak_nothing_is_made(script, tmp_path):
     assert result.code == 0, result.err
     assert "0 images to make" in result.out
     assert sorted(os.listdir(tmp_path / "images")) == ["plan.json", "settings.json"]
+
+
+@pytest.mark.parametrize("name", ["settings.json", "plan.json"])
+def test_anothers_settings_and_plan_are_not_overwritten(script, is_one_line, tmp_path, name):
+    (tmp_path / "settings.json").write_text('{"classnames": [], "editor.tabSize": 4}')
+    (tmp_path / "plan.json").write_text('{"quotas": {}}')
+    if name == "plan.json":
+        (tmp_path / "settings.json").unlink()
+        (tmp_path / "plan.json").write_text('{"steps": ["mine"]}')
+    before = tree(tmp_path)
+    result = script("generate", *SMALL, "--synthetic", tmp_path)
+    assert is_one_line(result, f"{tmp_path / name}: ")
+    assert tree(tmp_path) == before
+
+
+def test_a_file_where_the_folder_belongs_is_one_line(script, is_one_line, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = script("generate", *SMALL, "--synthetic", tmp_path / "file")
+    assert is_one_line(result, "is a file, expected a folder")
 
 
 def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):

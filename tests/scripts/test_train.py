@@ -22,6 +22,7 @@ import train as train_script
 from clip_min import UserError
 from fewshot import demo
 from fewshot.loop import Length
+from fewshot.run import Run
 from methods import METHODS, TrainingSettings
 from methods.base import Augment
 
@@ -261,7 +262,7 @@ def test_a_process_killed_in_mid_epoch_resumes_to_the_same_bytes(
     assert process.wait() == -signal.SIGKILL
     assert 1 <= len(epochs(killed)) < 60
     assert not (killed / "results.json").exists()
-    (killed / ".tmpnRT2eS").touch()  # safetensors' own, where the kill came while it wrote
+    (killed / ".clip_min-resume.json-abcdefgh").mkdir()  # as where the kill came while it wrote
 
     result = script("train", *flags, "--out", tmp_path / "killed", *long, "--resume")
     assert result.code == 0, result.err
@@ -621,3 +622,49 @@ def test_the_lora_run_that_filters_is_the_same_experiment(tmp_path, monkeypatch)
 def test_a_recipe_that_a_method_lacks_is_an_error():
     with pytest.raises(UserError, match="--recipe paper: unknown; known are default"):
         train_script.parse(["--method", "zero_shot", "--recipe", "paper"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--out", "{file}"], "{file}"),
+        (["--out", "{file}/deep"], "{file}/deep"),
+        (["--out", "n" * 300], "File name too long"),
+        (["--model", f"{'n' * 300}.pt"], "File name too long"),
+        (["--data-root", "n" * 5000], "File name too long"),
+        (["--init-from", "n" * 300], "File name too long"),
+        (["--template", "a {} \udcff"], "--template"),
+        (["--lr", "inf"], "--lr inf: expected a finite number"),
+        (["--image-alpha", "nan"], "--image-alpha nan: expected a finite number"),
+        (["--blocks", "0-9999999999"], "numbers below 2"),
+    ],
+)
+def test_what_the_system_does_not_take_is_one_line(
+    more, said, script, flags, tmp_path, is_one_line, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    more = [part.format(file=file) if "{file}" in part else part for part in more]
+    result = script("train", *flags, *more)
+    assert is_one_line(result, said.format(file=file))
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "mine"
+
+
+def test_a_run_whose_folder_is_removed_ends_with_a_line_and_keeps_what_was_learned(
+    script, flags, tmp_path, is_one_line, monkeypatch
+):
+    real = Run.save_resume
+
+    def remove(run, *arguments):
+        real(run, *arguments)
+        if run.log[-1]["epoch"] == 2:
+            shutil.rmtree(run.path)
+
+    monkeypatch.setattr(Run, "save_resume", remove)
+    result = script("train", *flags, "--out", tmp_path)
+    beside = tmp_path / f"{HERE}.rescued.safetensors"
+    assert is_one_line(result, "is no longer there", str(beside))
+    assert load_file(beside)
+    assert list(beside.parent.iterdir()) == [beside]
