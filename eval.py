@@ -91,6 +91,7 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     """
     other = Experiment(**pick(Experiment, given | {"model": experiment.model, "classes": "all"}))
     clip = weights.load(other.model, other.device)
+    other.use_threads(clip)
     dataset = other.load_dataset()
     template = other.template or dataset.template
     run.check_model(clip)
@@ -137,6 +138,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     """Print the five likeliest classes of each picture."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
     clip = weights.load(experiment.model, experiment.device)
+    experiment.use_threads(clip)
     if "classes" in given:
         known = named(given["classes"])
     elif run is not None:

@@ -8,6 +8,7 @@ file for the next one.
 import contextlib
 import hashlib
 import itertools
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ ENDINGS = {ending for ending, name in _ENDINGS.items() if name in FORMATS} - {".
 
 LONGEST = 100  # sides: a picture's longer one is at most so many times its shorter one
 TINY = 16  # pixels: what is smaller is seldom meant
+READERS = min(os.cpu_count() or 1, 8)  # threads: Pillow and hashes work outside Python's lock
 KEPT = 1e9  # bytes of whole pictures that are kept in memory where crops are drawn anew each time
 
 
@@ -117,7 +119,7 @@ def digest(picture: Path | Tensor) -> str:
 
 def digests(pictures: Pictures) -> list[str]:
     """The digest of each picture, files read by several threads."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(digest, pictures.source))
 
 
@@ -260,7 +262,7 @@ class Batches:
         """The pictures, uncropped; decoded once, as long as there is room for them."""
         numbers = chosen.tolist()
         new = [i for i in dict.fromkeys(numbers) if i not in self._originals]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             images = pool.map(lambda i: self.pictures.open(i).convert("RGB"), new)
             opened = dict(zip(new, images, strict=True))
         for i, image in opened.items():
@@ -337,7 +339,7 @@ def read(
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow works outside Python's lock
+    with ThreadPoolExecutor(READERS) as pool:
         numbers = range(len(pictures))
         hide = None if len(pictures) > 200 else True  # None: only where there is a terminal
         results = list(

@@ -74,7 +74,7 @@ def test_threads_that_finish_in_another_order_do_not_change_it(pictures, files, 
         return real(path)
 
     monkeypatch.setattr(images, "open_image", slow_at_first)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(images, "READERS", 7)
     assert torch.equal(read(pictures, 32, folder=None)[1], pixels_of(files))
     assert finished != sorted(finished)  # else this test shows nothing
 
