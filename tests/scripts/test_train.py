@@ -608,14 +608,15 @@ def test_whatever_augments_can_do_it_in_every_way(method):
 
 def test_the_lora_run_that_filters_is_the_same_experiment(tmp_path, monkeypatch):
     other = ("--seed", "3", "--shots", "2", "--precision", "bf16", "--template", "one {}")
-    (own,) = train_script.parse(
-        ["--method", "disef_f1", *other, "--base-classes", str(tmp_path / "base.txt")]
-    ).experiments
+    other += ("--base-classes", str(tmp_path / "base.txt"), "--threads", "1", "--cache", "none")
+    plan = train_script.parse(["--method", "disef_f1", *other, "--out", str(tmp_path)])
+    (own,) = plan.experiments
     asked = []
     monkeypatch.setattr(train_script, "main", asked.append)
-    path = train_script.lora_run(own, tmp_path)
+    path = train_script.lora_run(plan, own)
     plan = train_script.parse(asked[0])
     assert plan.experiments == [own]
+    assert plan.cache is None
     assert plan.out / plan.experiments[0].folder(plan.method) == path
 
 
