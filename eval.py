@@ -2,33 +2,41 @@
 
 python eval.py --run runs/demo/demo/lora-s10-seed1            the table training printed
 python eval.py --run DIR --dataset other                      the run on another data set
-python eval.py --run DIR --image a.jpg b.jpg                  top 5 classes with probabilities
+python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
 python eval.py --method zero_shot --dataset demo              CLIP as it is
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, which takes from it how threads wait.
 from clip_min import CLIP, UserError, crop, normalize, weights  # isort: skip
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from clip_min.errors import nearest
 from fewshot import cache, datasets
-from fewshot.experiment import Experiment, evaluate, run_script
+from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
+from fewshot.folder import find_pictures
 from fewshot.images import autocast, open_image
+from fewshot.record import kept, summary
 from fewshot.report import table
 from fewshot.run import Run
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
-from methods import METHODS
+from methods import METHODS, Method
 from methods.load import described, trained
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
+# All that pictures of one's own are classified by; a run knows the last four.
+PICTURES = ("image", "classes", "device", "model", "template", "templates", "precision", "threads")
+BATCH = 64  # pictures in memory at once
 
 
 def main() -> None:
@@ -43,7 +51,8 @@ def main() -> None:
         described(run)  # which says at once if it is not one
     else:
         nearest("--method", given["method"], ["zero_shot"])
-        run, experiment = None, Experiment(**pick(Experiment, given))
+        names = {"classes": "all"} if "image" in given else {}  # there, --classes names them
+        run, experiment = None, Experiment(**pick(Experiment, given | names))
     if "image" in given:
         classify(run, experiment, given)
     elif run is None:
@@ -56,7 +65,8 @@ def main() -> None:
 
 def test(run: Run, experiment: Experiment, given: dict) -> None:
     """Print the table that training printed."""
-    clip, task = experiment.load(cache.place(given.get("cache", "")))
+    record = kept(run.path, run.config)
+    clip, task = experiment.load(cache.chosen(given), record=record)
     for note in task.notes:
         print(f"note: {note}")
     run.check_model(clip)
@@ -67,6 +77,11 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
             f"{run.path}: the data set's classes are no longer those it was trained and "
             "tested on; give the right one with --data-root, or train again"
         )
+    if not record and "data" in run.config and run.config["data"] != summary(task.record("")):
+        raise UserError(
+            f"{run.path}: the data are not those it was trained and tested on, and which of them "
+            "it has seen cannot be told without its data.json; put that back"
+        )
     compare(run, clip, task, experiment.template)
 
 
@@ -76,13 +91,15 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     The names and the template are that data set's; what was learned is the run's.
     """
     other = Experiment(**pick(Experiment, given | {"model": experiment.model, "classes": "all"}))
+    clip = weights.load(other.model, other.device)
+    other.use_threads(clip)
     dataset = other.load_dataset()
     template = other.template or dataset.template
-    clip = weights.load(other.model, other.device)
     run.check_model(clip)
-    folder = cache.place(given.get("cache", ""))
+    folder, record = cache.chosen(given), kept(run.path, run.config)
     size, device = clip.config.image_size, torch.device(other.device)
-    task = make_test(dataset, size, device, other.skip_bad_images, folder, experiment.precision)
+    more = (other.skip_bad_images, folder, experiment.precision)
+    task = make_test(dataset, size, device, *more, record=record)
     for note in task.notes:
         print(f"note: {note}")
     images = len(task.tests["all"].batches)
@@ -106,7 +123,7 @@ def compare(run: Run, clip: CLIP, task: Task, template: str) -> None:
 
 def test_zero_shot(experiment: Experiment, given: dict) -> None:
     """Print the table of CLIP as it is and, if some are given, with several templates."""
-    clip, task = experiment.load(cache.place(given.get("cache", "")))
+    clip, task = experiment.load(cache.chosen(given))
     for note in task.notes:
         print(f"note: {note}")
     zero_shot = METHODS["zero_shot"]
@@ -120,14 +137,14 @@ def test_zero_shot(experiment: Experiment, given: dict) -> None:
 
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     """Print the five likeliest classes of each picture."""
+    files = [file for path in given["image"] for file in pictures_in(Path(path))]
     clip = weights.load(experiment.model, experiment.device)
-    known = []
-    if run is not None:
-        known = [name for names in run.config["classnames"].values() for name in names]
+    experiment.use_threads(clip)
     if "classes" in given:
-        known = [name.strip() for name in given["classes"].split(",") if name.strip()]
-    datasets.told_apart("--classes", known)
-    if not known:
+        known = named(given["classes"])
+    elif run is not None:
+        known = [name for names in run.config["classnames"].values() for name in names]
+    else:
         raise UserError('--image: say which classes to choose from: --classes "rose,tulip"')
     if run is None:
         zero_shot, template = METHODS["zero_shot"], experiment.template or "a photo of a {}."
@@ -136,36 +153,83 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         method = trained(run, clip)
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
-    size, device = clip.config.image_size, clip.device
-    pixels = torch.stack([crop(open_image(Path(path)), size) for path in given["image"]])
-    with method.inference(), autocast(device, experiment.precision):
-        x = normalize(pixels.to(device))  # (B, 3, n, n), together: some methods label them jointly
-        logits = method(clip.encode_image(x) if method.input == "features" else x)  # (B, K)
-    for path, row in zip(given["image"], logits.softmax(-1), strict=True):
-        print(path)
-        for probability, i in zip(*row.topk(min(5, len(method.classnames))), strict=True):
-            print(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
+    skipped: list[str] = []
+    with method.inference(), autocast(clip.device, experiment.precision):
+        batches = inputs(method, files, skipped)
+        if method.transductive and len(files) > 1:
+            print(f"note: {run.config['method']} labels these {len(files)} pictures jointly")
+            parts = list(batches)
+            batches = [([f for part, _ in parts for f in part], torch.cat([x for _, x in parts]))]
+        for read, x in batches:
+            for path, row in zip(read, method(x).softmax(-1), strict=True):  # x -> (B, K)
+                tqdm.write(str(path))  # above the progress bar
+                for probability, i in zip(*row.topk(min(5, len(row))), strict=True):
+                    tqdm.write(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
+    for why in skipped:
+        print(f"note: skipped, {why}")
+
+
+def pictures_in(path: Path) -> list[Path]:
+    """A picture's file, or all those below a folder; what else lies there is noted."""
+    if not path.is_dir():
+        return [path]
+    left_out: dict[str, list[Path]] = {}
+    files = find_pictures(path, left_out)
+    for why, others in left_out.items():
+        print(f"note: {path}: left out {len(others)} {why}")
+    if not files:
+        raise UserError(f"--image {path}: is a folder without pictures")
+    return files
+
+
+def inputs(
+    method: Method, files: list[Path], skipped: list[str]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """The readable files, a batch at a time, and what `method` takes of them, (B, …).
+
+    Why one could not be read is added to `skipped`; if none can, that is an error.
+    """
+    size = method.clip.config.image_size
+    bar = tqdm(total=len(files), unit=" pictures", disable=None)  # None: only on a terminal
+    for batch in (files[i : i + BATCH] for i in range(0, len(files), BATCH)):
+        read, pixels = [], []
+        for path in batch:
+            try:
+                pixels.append(crop(open_image(path), size))
+                read.append(path)
+            except UserError as error:
+                skipped.append(str(error))
+        if read:
+            x = normalize(torch.stack(pixels).to(method.clip.device))  # (B, 3, n, n)
+            yield read, method.clip.encode_image(x) if method.input == "features" else x
+        bar.update(len(batch))
+    bar.close()
+    if len(skipped) == len(files):
+        more = f" (and {len(files) - 1} more, which are all)" if len(files) > 1 else ""
+        raise UserError(f"{skipped[0]}{more}")
 
 
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=f"{__doc__}\ndata sets:\n{datasets.listed()}")
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
-    parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures to classify")
-    parser.add_argument("--cache", help=cache.HELP)
+    parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
+    cache.add_flags(parser)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
     # --classes means names here when there are pictures to classify, so choices are checked below.
     classes = next(a for a in parser._actions if a.dest == "classes")
     classes.choices, classes.metavar = None, "NAMES"
-    classes.help = 'with --image: names to choose from, "a,b,c"; else base-novel or all'
+    classes.help = 'with --image: names to choose from, "a,b,c" or a file; else base-novel or all'
     given = parser.parse(argv)
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
+    if "image" in given:
+        for name in sorted(given.keys() - {"run", "method", *PICTURES}):
+            raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
     if "run" in given:
-        read = {"run", "image", "cache", *MOVED}
-        read |= {"classes"} if "image" in given else set()
-        read |= {*OTHER} if "dataset" in given and "image" not in given else set()
+        read = {"run", *PICTURES[:4]} if "image" in given else {"run", "cache", "cache_gb", *MOVED}
+        read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")
     if "classes" in given and "image" not in given:

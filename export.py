@@ -14,18 +14,17 @@ from pathlib import Path
 
 from clip_min import UserError, weights
 from clip_min.errors import nearest
-from clip_min.files import new_folder, write_safetensors, write_text
+from clip_min.files import new_folder, remove_half_written, write_safetensors, write_text
 from clip_min.formats import save_hugging_face, save_open_clip, save_openai
-from fewshot.datasets import told_apart
-from fewshot.experiment import run_script
+from fewshot.experiment import named, run_script
 from fewshot.flags import Parser
 from fewshot.run import Run
 from methods import Method
-from methods.export import class_matrix, merged_clip, to_peft
+from methods.export import classifier, merged_clip, to_peft
 from methods.load import trained
 
 MERGED = {
-    "safetensors": weights.save,
+    "safetensors": lambda clip, out, about: weights.save(clip, out, about=about),
     "openai": save_openai,
     "huggingface": save_hugging_face,
     "open_clip": save_open_clip,
@@ -52,9 +51,11 @@ USE = {
     'peft.PeftModel.from_pretrained(base, "{out}")',
     "classifier": 'file = safetensors.safe_open("{out}", "pt")\n'
     'names = json.loads(file.metadata()["clip_min"])["classnames"]\n'
-    'logits = file.get_tensor("logit_scale") * normalised_image_features @ '
-    'file.get_tensor("weight").T',
+    "logits = {logits}",
 }
+# What a classifier's logits are; a linear probe's read the image features as the tower gives them.
+SCALED = 'file.get_tensor("logit_scale") * normalised_image_features @ file.get_tensor("weight").T'
+PLAIN = 'image_features @ file.get_tensor("weight").T + file.get_tensor("bias")'
 
 
 def main() -> None:
@@ -65,60 +66,64 @@ def main() -> None:
     if (out.suffix == ".safetensors") != (name in FILES):
         kind = "a file, NAME.safetensors" if name in FILES else "a folder, without an ending"
         raise UserError(f"{out}: --format {name} writes {kind}")
+    remove_half_written(out.parent, out.name)  # what an export there that was killed has left
     run = Run.open(Path(given["run"]))
     model = given.get("model", run.config["experiment"]["model"])
     method = trained(run, weights.load(model)).eval()
-    if name in MERGED:
-        MERGED[name](merged_clip(method), out)
-    elif name == "peft":
-        save_peft(method, out, HUGGING_FACE.get(model))
-    else:
-        save_classifier(run, method, out, given.get("classes"))
-    print(f"{out}: {run.config['method']} as {name}. To use it:")
-    base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
-    print(USE[name].format(out=out, base=base))
-
-
-def save_peft(method: Method, out: Path, base: str | None) -> None:
-    tensors, config = to_peft(method)
-    with new_folder(out) as folder:
-        write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-        text = json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n"
-        write_text(folder / "adapter_config.json", text)
-
-
-def save_classifier(run: Run, method: Method, out: Path, classes: str | None) -> None:
-    """weight (K, E) and logit_scale (); the class names and where they come from in the header."""
-    if classes is not None:
-        names = [name.strip() for name in classes.split(",") if name.strip()]
+    if "classes" in given:
+        names = named(given["classes"])
     elif method.names_unseen:
         names = [name for part in run.config["classnames"].values() for name in part]
     else:
         names = method.classnames
-    if not names:
-        raise UserError('--classes: names no class; give some, as in "rose,tulip"')
-    told_apart("--classes", names)
-    if names != method.classnames:
-        method = method.for_classes(names)
+    template = getattr(method.settings, "templates", "") or run.template  # several, with | between
+    about, logits = {"classnames": names, "template": template}, SCALED
+    if name in MERGED:
+        MERGED[name](merged_clip(method), out, about)
+    elif name == "peft":
+        save_peft(method, out, HUGGING_FACE.get(model), about)
+    else:
+        logits = save_classifier(run, method, out, about)
+    print(f"{out}: {run.config['method']} as {name}. To use it:")
+    base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
+    print(USE[name].format(out=out, base=base, logits=logits))
+
+
+def save_peft(method: Method, out: Path, base: str | None, about: dict) -> None:
+    tensors, config = to_peft(method)
+    header = {"format": "pt", "clip_min": json.dumps(about, ensure_ascii=False)}
+    with new_folder(out) as folder:
+        write_safetensors(folder / "adapter_model.safetensors", tensors, header)
+        text = json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n"
+        write_text(folder / "adapter_config.json", text)
+
+
+def save_classifier(run: Run, method: Method, out: Path, about: dict) -> str:
+    """The tensors of `classifier`; what they are of in the header. -> how to apply them."""
+    if about["classnames"] != method.classnames:
+        method = method.for_classes(about["classnames"])
     tuned = any(name.startswith("clip.visual.") for name in method.adapter_state())
+    tensors = classifier(method)
+    logits = PLAIN if "bias" in tensors else SCALED
     header = {
-        "classnames": names,
+        **about,
+        "logits": logits,
         "method": run.config["method"],
         "model": run.config["model"],
         "fingerprint": run.config["fingerprint"],
         "image_tower": "tuned" if tuned else "as it is",
     }
-    tensors = {"weight": class_matrix(method), "logit_scale": method.clip.logit_scale.exp()}
     write_safetensors(out, tensors, {"clip_min": json.dumps(header, ensure_ascii=False)})
     if tuned:
         print("note: the image tower was tuned, too; take image features from a merged export")
+    return logits
 
 
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=__doc__)
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--format", metavar="FORMAT", help="one of the above")
-    parser.add_argument("--classes", metavar="NAMES", help='of a classifier: "a,b,c" [the run\'s]')
+    parser.add_argument("--classes", metavar="NAMES", help='of a classifier: "a,b,c" or a file')
     parser.add_argument("--model", help="where the run's model is now, if it was moved")
     parser.add_argument("out", metavar="OUT", nargs="?", help="file or folder to write, a new one")
     given = parser.parse(argv)

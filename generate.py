@@ -83,7 +83,7 @@ def generate(
         f1 = per_class(predict(model.method, task.val), task.val.labels.cpu())[1] / 100
     settings = {
         **made_from(experiment, task),
-        **options.fixed(),
+        **options.fixed(judge.name),
         "filter": judge.name,
         "filter_revision": judge.revision,
     }
@@ -146,17 +146,15 @@ def add_synthetic(
     """-> settings, the training pictures with synthetic ones among them, a summary of these.
 
     On the demo task, images that are missing are made, kept by `filter` (as in `generate`); for
-    other data sets they must be there.
+    other data sets they must be there, made as the settings say.
     """
     default = default_folder(out, experiment, settings.plan, settings.filter)
     folder = Path(settings.synthetic or default)
     if experiment.dataset == "demo":
-        options = Generation(
-            per_class=settings.per_class, plan=settings.plan, f1_of="zero_shot", batch_size=64
-        )
+        options = Generation(per_class=settings.per_class, plan=settings.plan, batch_size=64)
         manifest = generate(experiment, task, options, filter, folder)
     else:
-        manifest = finished(folder, experiment, task)
+        manifest = finished(folder, experiment, task, settings, filter)
     summary = {
         "images": len(manifest.chosen()),
         "attempts": len(manifest.attempts),

@@ -25,8 +25,9 @@ from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, describe, pick
 from fewshot.loop import descend
 from fewshot.metrics import train_accuracy
+from fewshot.record import summary
 from fewshot.report import doubts, save_curves, table
-from fewshot.run import Run, provenance
+from fewshot.run import Run, provenance, set_aside
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method, Settings
@@ -81,11 +82,12 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     new_method(plan, empty, task.classnames, experiment.template, plan.settings, fingerprint)
     settings, synthetic = plan.settings, {}
     if isinstance(settings, DISEFSettings):
-        filter = lora_run(experiment, plan.out) if settings.filter == "lora" else settings.filter
+        filter = lora_run(plan, experiment) if settings.filter == "lora" else settings.filter
         settings, task.train, made = add_synthetic(settings, experiment, task, plan.out, filter)
         print(f"{made['images']} synthetic images join them")
         synthetic = {"synthetic": made}
 
+    record = task.record(experiment.data_root)
     config = {
         "method": plan.method,
         "recipe": plan.recipe,
@@ -95,6 +97,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         "fingerprint": fingerprint,
         "init_from": str(plan.init_from) if plan.init_from else None,
         "classnames": {part: test.classnames for part, test in task.tests.items()},
+        "data": summary(record),
         **provenance(),
     }
     path = plan.out / experiment.folder(plan.method)
@@ -103,7 +106,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         run = Run.resume(path, config)
         if len(plan.experiments) > 1 and (path / "results.json").exists():
             print("finished before")
-            return read_json(path / "results.json", "remove the run's folder to run it again")
+            hint = "remove the run's folder to run it again"
+            return read_json(path / "results.json", hint, grid.RESULTS)
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
@@ -113,6 +117,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     method = new_method(plan, clip, task.classnames, experiment.template, settings, fingerprint)
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
+    if "data" in run.config:
+        write_text(run.path / "data.json", json.dumps(record) + "\n")
     started = time.perf_counter()
     method.fit(
         task.train,
@@ -125,7 +131,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         fitted = {"steps": run.log[-1]["step"], "train": train_accuracy(method, task.train)}
         for doubt in doubts(**fitted):
             print(f"note: {doubt}")
-    run.save_adapter(method.adapter_state())
+    run.save_adapter(method.adapter_state(), last=True)
     if run.log:
         save_curves(run.log, run.path / "curves.png")
 
@@ -155,26 +161,47 @@ def new_method(plan: Plan, clip: CLIP, classnames, template, settings, fingerpri
 
 def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
     """Mean and spread over the seeds: a table, a JSON file and a plot, beside the runs."""
-    summary = {"method": plan.method, "recipe": plan.recipe, **grid.summarise(results)}
+    settings = {"recipe": plan.recipe, "settings": asdict(plan.settings)}
+    summary = {"method": plan.method, **settings, **grid.summarise(results)}
     shots, seeds = "-".join(summary["shots"]), "-".join(map(str, summary["seeds"]))
     folder = (plan.out / plan.experiments[0].folder(plan.method)).parent
     file = folder / f"{plan.method}-grid-s{shots}-seed{seeds}.json"
-    write_text(file, json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    if file.exists() and file.read_bytes() != text.encode():
+        for earlier in (file, file.with_suffix(".png")):
+            if earlier.exists():
+                set_aside(earlier, "grid")
+    write_text(file, text)
     grid.save_plot(plan.method, summary, file.with_suffix(".png"))
     print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
     print(grid.table(plan.method, summary))
     print(f"grid: {file}")
 
 
-def lora_run(experiment: Experiment, out: Path) -> Path:
-    """The LoRA run of this seed; on the demo task, trained now if there is none."""
-    path = out / experiment.folder("lora")
-    if experiment.dataset == "demo" and not (path / "results.json").exists():
+def lora_run(plan: Plan, experiment: Experiment) -> Path:
+    """The run of LoRA's defaults, of this seed; on the demo task, trained now if there is none."""
+    path = plan.out / experiment.folder("lora")
+    if experiment.dataset != "demo":
+        return path
+    same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision")
+    here = ("device", "threads")
+    flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same + here]
+    argv = ["--method", "lora", *flags, "--out", str(plan.out)]
+    argv += ["--cache", str(plan.cache or "none")]
+    if not (path / "results.json").exists():
         print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
-        same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision")
-        same += ("device",)
-        flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same]
-        main(["--method", "lora", *flags, "--out", str(out)])
+        main(argv)
+        return path
+    config, lora = Run.open(path).config, parse(argv)
+    found = {**config["settings"], **config["experiment"], "init_from": config.get("init_from")}
+    wanted = {**asdict(lora.settings), "init_from": None}
+    wanted |= {key: getattr(experiment, key) for key in same}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path}: is the run that filters synthetic images, but was trained with "
+                f"{key} {found.get(key)}, not {value}; move it away, or give another --out"
+            )
     return path
 
 
@@ -194,7 +221,7 @@ def parse(argv: list[str]) -> Plan:
     group.add_argument("--out", help="folder that run folders are made in [runs]")
     group.add_argument("--resume", action="store_true", help="go on with what was killed")
     group.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
-    group.add_argument("--cache", help=cache.HELP)
+    cache.add_flags(group)
     group.add_argument(
         "--init-from",
         metavar="PATH",
@@ -202,7 +229,8 @@ def parse(argv: list[str]) -> Plan:
     )
     add_flags(parser.add_argument_group("experiment"), Experiment)
     shots = next(a for a in parser._actions if a.dest == "shots")
-    shots.type, shots.help = grid.numbers, f"{shots.help}; several, as 1,2,4: a run for each"
+    shots.type = functools.partial(grid.numbers, words=("all",))
+    shots.help += "; several, as 1,2,4: a run for each"
     if known.method is None:
         parser.parse(argv)  # --help ends here
         raise UserError(f"--method is missing; methods are {', '.join(METHODS)}")
@@ -244,7 +272,7 @@ def parse(argv: list[str]) -> Plan:
         Path(given.get("out", "runs")),
         Path(given["init_from"]).expanduser() if "init_from" in given else None,
         given["resume"],
-        cache.place(given.get("cache", "")),
+        cache.chosen(given),
     )
 
 

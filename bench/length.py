@@ -48,7 +48,7 @@ def cut(whole: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
         if pictures is None:
             return None
         some = pictures[(numbers[pictures.labels] >= 0).nonzero().flatten()]
-        return Pictures(some.source, numbers[some.labels])
+        return replace(some, labels=numbers[some.labels])
 
     parts = {part: of(getattr(whole, part)) for part in ("train", "val", "test")}
     return replace(whole, classnames=[whole.classnames[i] for i in ids], **parts)

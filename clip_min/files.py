@@ -1,8 +1,12 @@
-"""Files that are written whole or not at all, and never with pickle."""
+"""Files that are written whole or not at all, and never with pickle; and read as what they are."""
 
 import contextlib
+import hashlib
 import json
+import math
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +15,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_min.errors import UserError
+from clip_min.errors import UserError, first_line
+from clip_min.typed import expect
 
-# The temporary files of `replacing`: what a process killed while it was writing leaves behind.
-HALF_WRITTEN = ".*.????????.*"
+# ------------------------------------------------------------------------------------------- write
+
+# The folder in which a file is made before it takes its name: .clip_min-config.json-x7_k2q9a. A
+# process that is killed leaves it behind; nobody else's file is called so.
+HALF_WRITTEN = re.compile(r"\.clip_min-(.*)-[a-z0-9_]{8}", re.DOTALL)
 
 
-def remove_half_written(folder: Path) -> None:
-    """Remove what a killed process left anywhere below `folder`: our temporary files, and those
-    that safetensors makes while it writes one (".tmpnRT2eS").
-    """
-    for pattern in (HALF_WRITTEN, ".tmp??????"):
-        for path in folder.rglob(pattern):
-            path.unlink()
+@contextlib.contextmanager
+def _place_for(path: Path) -> Iterator[Path]:
+    """A folder for what is to become `path`, removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = {"dir": path.parent, "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(prefix=f".clip_min-{path.name[:40]}-", **beside) as folder:
+        yield Path(folder)
+
+
+def remove_half_written(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left in `folder`, of every file or of the one of this name."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = HALF_WRITTEN.fullmatch(path.name)
+        mine = match and (name is None or match[1] == name[:40])
+        if mine and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -34,18 +51,14 @@ def replacing(path: str | Path) -> Iterator[str]:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The ending stays, because savers of pictures choose the format by it.
-        descriptor, temporary = tempfile.mkstemp(path.suffix, f".{path.stem[:40]}.", path.parent)
-        os.close(descriptor)
-        try:
-            yield temporary
+        with _place_for(path) as folder:
+            temporary = folder / path.name  # its ending tells savers of pictures the format
+            yield str(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.umask(umask := os.umask(0))
+            os.chmod(temporary, 0o666 & ~umask)  # as any new file: mkstemp's is its owner's alone
             os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: could not be written ({error}); free space or choose another place; "
@@ -63,9 +76,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if path.exists():
         raise UserError(f"{path}: is there already; choose another place")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            folder = Path(temporary) / path.name  # a folder in it, since it is for its owner alone
+        with _place_for(path) as temporary:
+            folder = temporary / path.name
             folder.mkdir()
             yield folder
             folder.rename(path)
@@ -93,26 +105,98 @@ def write_safetensors(
         )
 
 
+# -------------------------------------------------------------------------------------------- read
+
+
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file and the strings of its header."""
+    try:
+        open(path, "rb").close()  # safetensors calls all that it cannot open "no such file"
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); get it again") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # SafetensorError, and torch's where it lacks a type of numbers
+        raise UserError(
+            f"{path}: not a whole safetensors file ({first_line(error)}); get it again"
+        ) from None
 
 
-def read_json(path: Path, hint: str) -> dict:
-    """A JSON object; `hint` says, where there is no such file, what was expected."""
+def read_json(path: Path, hint: str, kind=dict) -> dict:
+    """A JSON object of this kind (see typed.py).
+
+    hint: says, where there is no such file, what was expected.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; {hint}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
+    return parse_json(text, kind, str(path))
+
+
+def read_json_lines(path: Path, kind=dict) -> list[dict]:
+    """The objects of a file of one a line; none where there is no file."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines does
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    if not lines[-1]:
+        lines.pop()
+    return [parse_json(line, kind, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def parse_json(text: str, kind, where: str) -> dict:
+    """JSON of this kind, whose numbers are all finite. where: what to name in an error."""
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise UserError(f"{where}: cannot be read as JSON (it is nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{where}: cannot be read as JSON ({first_line(error)})") from None
+    expect(value, kind, where)
     return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def sha256_of(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_adapter(file: Path, config: dict) -> dict[str, Tensor]:
+    """What a run learned; UserError unless it is that of the run whose config.json this is."""
+    tensors, header = read_safetensors(file)
+    made = parse_json(header.get("clip_min", "{}"), dict, f"{file}: its header")
+    for key in ("method", "model", "fingerprint"):
+        if key in made and made[key] != config.get(key):
+            raise UserError(
+                f"{file}: is of {key} {made[key]!r:.100}, but config.json beside it says "
+                f"{config.get(key)!r:.100}; put this run's own adapter there"
+            )
+    recorded = config.get("adapter_sha256")  # none in a run that has not ended, or an old one
+    if recorded is not None and sha256_of(file) != recorded:
+        raise UserError(
+            f"{file}: is not the adapter that this training ended with, whose sha256 is in "
+            "config.json; put that one back, or train again"
+        )
+    return tensors

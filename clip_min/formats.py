@@ -5,12 +5,17 @@
     save_open_clip     a folder, for `open_clip.create_model("local-dir:…")`; the weights in it are
                        the file that `pretrained=` takes
 
+What a model is about, {"classnames": […], "template": …}, goes along: in the header of a lone file,
+in the config of a folder (Hugging Face's with the names as id2label and label2id).
+
 A folder is complete: sizes, preprocessing and (Hugging Face) tokenizer lie beside the weights, so
 that nothing is downloaded or guessed, least of all that these models use QuickGELU.
 
 There is no `.pt` for `clip.load`: a state dict saved by torch is a pickle, and is not written here.
 """
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from clip_min.errors import UserError
@@ -21,7 +26,7 @@ from clip_min.preprocess import MEAN, STD
 from clip_min.tokenizer import END, START, tokenizer
 
 
-def save_openai(clip: CLIP, path: str | Path) -> None:
+def save_openai(clip: CLIP, path: str | Path, about: dict | None = None) -> None:
     """OpenAI's names. Their CLIP takes heads 64 wide for granted; another one is an error."""
     config = clip.config
     for tower in ("vision", "text"):
@@ -31,16 +36,22 @@ def save_openai(clip: CLIP, path: str | Path) -> None:
                 f"openai-clip computes with heads 64 wide, and the {tower} tower of this model has "
                 f"{heads} heads {width // heads} wide; transformers and open_clip can load it"
             )
-    write_safetensors(path, to_openai_names(clip.state_dict()))
+    header = json.dumps(asdict(config) | (about or {}), ensure_ascii=False)
+    write_safetensors(path, to_openai_names(clip.state_dict()), {"clip_min": header})
 
 
-def save_hugging_face(clip: CLIP, folder: str | Path) -> None:
+def save_hugging_face(clip: CLIP, folder: str | Path, about: dict | None = None) -> None:
     """Weights, sizes, preprocessing and tokenizer, in a new folder."""
     with new_folder(folder) as folder:
         # Without this header, transformers takes the file for another framework's.
         state = to_hugging_face(clip.state_dict())
         write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
-        write_json(folder / "config.json", hugging_face_config(clip.config))
+        config = hugging_face_config(clip.config)
+        if about:
+            names = about["classnames"]
+            config |= {"id2label": dict(enumerate(names)), "template": about["template"]}
+            config |= {"label2id": {name: label for label, name in enumerate(names)}}
+        write_json(folder / "config.json", config)
         write_json(folder / "preprocessor_config.json", _image_processor(clip.config.image_size))
         bpe = tokenizer()
         write_json(folder / "vocab.json", bpe.ids)
@@ -54,7 +65,7 @@ def save_hugging_face(clip: CLIP, folder: str | Path) -> None:
         )
 
 
-def save_open_clip(clip: CLIP, folder: str | Path) -> None:
+def save_open_clip(clip: CLIP, folder: str | Path, about: dict | None = None) -> None:
     """Weights, sizes and preprocessing, in a new folder; the tokenizer is open_clip's own."""
     with new_folder(folder) as folder:
         state = to_openai_names(clip.state_dict())
@@ -69,6 +80,7 @@ def save_open_clip(clip: CLIP, folder: str | Path) -> None:
                     "interpolation": "bicubic",
                     "resize_mode": "shortest",
                 },
+                **(about or {}),
             },
         )
 

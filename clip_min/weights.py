@@ -4,6 +4,7 @@
     load("ViT-B/16")           OpenAI's weights from the Hugging Face hub, cached where it caches
     load("ViT-B-16.pt")        OpenAI's own file: TorchScript archive or state dict, sha256 checked
     load("model.safetensors")  OpenAI's, Hugging Face's or open_clip's names, told by the keys
+    load("folder")             the weights in a folder of Hugging Face's or open_clip's
 
     python -m clip_min.weights convert IN OUT.safetensors
 
@@ -11,35 +12,52 @@ Which activation a model was trained with, no tensor tells, nor how many heads i
 here computes QuickGELU, as all of OpenAI's models do; many of open_clip's own (LAION's and
 DataComp's ViT-B/16, say) were trained with plain GELU. So the description beside the weights is
 read, if there is one (Hugging Face's config.json, open_clip's open_clip_config.json): it tells the
-heads, and GELU in it is an error. Of a file that lies alone, heads are taken to be 64 wide, and the
-activation is yours to check: open_clip's name for weights trained with GELU has no "-quickgelu" and
-is not tagged "openai".
+heads, and GELU in it is an error, as is another way to prepare pictures (in preprocess_cfg or
+preprocessor_config.json). Of a file that lies alone, heads are taken to be 64 wide, and the
+activation, with a warning, to be QuickGELU: open_clip's name for weights trained with GELU has no
+"-quickgelu" and is not tagged "openai".
 
-Loading is strict: a missing, unexpected or misshapen tensor is an error that names it. Nothing is
-ever unpickled: `.pt` state dicts go through `torch.load(weights_only=True)`, which admits tensors
-and plain containers alone, and TorchScript archives through TorchScript's own reader.
+Loading is strict: a missing, unexpected or misshapen tensor is an error that names it, as are NaN
+and infinity. Nothing that stands in a `.pt` file is run, be it a state dict or a TorchScript
+archive (see pickled.py).
 """
 
 import argparse
 import hashlib
+import io
 import json
-import pickle
 import re
 import sys
 import warnings
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from clip_min.errors import UserError
-from clip_min.files import read_json, read_safetensors, write_safetensors
+from clip_min.errors import FROM_OUTSIDE, Note, UserError, first_line, told
+from clip_min.files import (
+    parse_json,
+    read_json,
+    read_safetensors,
+    remove_half_written,
+    sha256_of,
+    write_safetensors,
+)
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
 from clip_min.names import to_our_names
+from clip_min.pickled import read_pickled
+from clip_min.preprocess import MEAN, STD
+from clip_min.typed import expect
 
 TOWERS = ("vision", "text")
+# How the file of weights is called in a folder of open_clip's or Hugging Face's.
+IN_FOLDERS = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
 DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
 # OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them: where,
@@ -95,12 +113,14 @@ def load(
         for name, tensor in state.items()
         if not tensor.is_floating_point()
     ]
+    if not problems:
+        state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+        problems = [f"{n} has NaN or infinity" for n, t in state.items() if not t.isfinite().all()]
     if problems:
         shown = "; ".join(problems[:20]) + (
             f"; and {len(problems) - 20} more" * (len(problems) > 20)
         )
         raise UserError(f"{name_or_path}: not the weights of one CLIP (ViT): {shown}")
-    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     clip.load_state_dict(state, assign=True)
     return clip.eval()
 
@@ -116,10 +136,18 @@ def mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[st
     ]
 
 
-def save(clip: CLIP, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a CLIP as safetensors under our names, its sizes in the header; whole or not at all."""
+def save(
+    clip: CLIP,
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    about: dict | None = None,
+) -> None:
+    """Write a CLIP as safetensors under our names, its sizes and `about` in the header; whole or
+    not at all.
+    """
     state = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
-    write_safetensors(path, state, {"clip_min": json.dumps(asdict(clip.config))})
+    header = json.dumps(asdict(clip.config) | (about or {}), ensure_ascii=False)
+    write_safetensors(path, state, {"clip_min": header})
 
 
 def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
@@ -143,63 +171,112 @@ def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if "clip_min" in metadata:  # the number of heads leaves no trace in the tensors' shapes
-        try:
-            saved = json.loads(metadata["clip_min"])
-            vision, text = saved["vision_heads"], saved["text_heads"]
-            usable = config.vision_width % vision == config.text_width % text == 0
-        except (ValueError, KeyError, TypeError, ZeroDivisionError):
-            usable = False
-        if not usable:
-            raise UserError(
-                f"{path}: its header says {metadata['clip_min'][:200]!r}, expected vision_heads "
-                f"that divide {config.vision_width} and text_heads that divide {config.text_width}"
-            )
-        config = replace(config, vision_heads=vision, text_heads=text)
+        here = f"{path}: its header"
+        saved = parse_json(metadata["clip_min"], {"vision_heads": int, "text_heads": int}, here)
+        config = _with_heads(config, saved["vision_heads"], saved["text_heads"], here)
     elif str(name_or_path) not in HUB:
         config = _described(path, config)
-    return state, config
+    return state, _with_heads(config, config.vision_heads, config.text_heads, str(path))
+
+
+def _with_heads(config: CLIPConfig, vision: int, text: int, where: str) -> CLIPConfig:
+    for heads, width in ((vision, config.vision_width), (text, config.text_width)):
+        if heads < 1 or width % heads:
+            raise UserError(
+                f"{where}: its numbers of heads, {vision} and {text}, do not divide the towers' "
+                f"widths, {config.vision_width} and {config.text_width}; give the file that "
+                "belongs to these weights, or none"
+            )
+    return replace(config, vision_heads=vision, text_heads=text)
 
 
 def _described(path: Path, config: CLIPConfig) -> CLIPConfig:
     """`config` with the heads that a description beside the file tells, if there is one."""
+    known = path.name in OPENAI_SHA256
     for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
-        told = read_json(file, "") if file.exists() else {}
-        try:
-            if "vision_config" in told:  # Hugging Face's; what it leaves out is OpenAI's
-                towers = [{"hidden_act": "quick_gelu"} | told[f"{t}_config"] for t in TOWERS]
-                quick = all(tower["hidden_act"] == "quick_gelu" for tower in towers)
-                own = config.vision_heads, config.text_heads
-                heads = [t.get("num_attention_heads", n) for t, n in zip(towers, own, strict=True)]
-            elif "model_cfg" in told:
-                model = told["model_cfg"]
-                quick = model.get("quick_gelu", False)
-                heads = [
-                    config.vision_width // model["vision_cfg"].get("head_width", 64),
-                    model["text_cfg"].get("heads", 8),
-                ]
-            else:  # of something else
-                continue
-            vision, text = heads
-            usable = config.vision_width % vision == config.text_width % text == 0
-        except (KeyError, TypeError, AttributeError, ZeroDivisionError):
-            quick, usable = True, False
-        if not usable:
-            raise UserError(
-                f"{file}: its numbers of heads are not those of {path.name}, which lies beside it; "
-                "put the file that belongs to these weights there, or none"
-            )
-        if not quick:
+        found = read_json(file, "") if file.exists() else {}
+        if "vision_config" in found:  # Hugging Face's; what it leaves out is OpenAI's
+            own = {"vision": config.vision_heads, "text": config.text_heads}
+            towers = {f"{t}_config": dict for t in TOWERS}
+            expect(found, towers, str(file))
+            acts, heads = [], []
+            for tower in TOWERS:
+                part = {"hidden_act": "quick_gelu", "num_attention_heads": own[tower]}
+                part |= found[f"{tower}_config"]
+                kind = {"hidden_act": str, "num_attention_heads": int}
+                expect(part, kind, str(file), f"{tower}_config")
+                acts.append(part["hidden_act"])
+                heads.append(part["num_attention_heads"])
+            quick = set(acts) == {"quick_gelu"}
+        elif "model_cfg" in found:
+            model = found["model_cfg"]
+            expect(model, {"vision_cfg": dict, "text_cfg": dict}, str(file), "model_cfg")
+            vision = {"head_width": 64} | model["vision_cfg"]
+            text = {"heads": 8} | model["text_cfg"]
+            expect(vision, {"head_width": int}, str(file), "model_cfg.vision_cfg")
+            expect(text, {"heads": int}, str(file), "model_cfg.text_cfg")
+            quick = model.get("quick_gelu", False)
+            width = vision["head_width"]
+            heads = [config.vision_width // width if width else 0, text["heads"]]
+        else:  # of something else
+            continue
+        if quick is not True:
             raise UserError(
                 f"{path}: was trained with GELU, says {file.name} beside it, and CLIP computes "
                 "QuickGELU here, as OpenAI's do: its features would be wrong; take other weights"
             )
-        config = replace(config, vision_heads=vision, text_heads=text)
+        config, known = _with_heads(config, *heads, str(file)), True
+    if not known:
+        warnings.warn(
+            f"{path}: no config.json or open_clip_config.json beside it says how it was trained; "
+            "QuickGELU and heads 64 wide are assumed, as OpenAI's models have them",
+            Note,
+            stacklevel=1,  # so that it is said once for a file
+        )
+    _check_transform(path, config.image_size)
     return config
 
 
+def _check_transform(path: Path, size: int) -> None:
+    """UserError, if a file beside the weights says that pictures are prepared in another way."""
+    # What may stand there for what preprocess.py does; `resample` 3 is Pillow's bicubic.
+    own = {
+        **dict.fromkeys(("mean", "image_mean"), (MEAN,)),
+        **dict.fromkeys(("std", "image_std"), (STD,)),
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+        "interpolation": ("bicubic",),
+        "resample": (3,),
+        "resize_mode": ("shortest",),
+        "size": (size, (size, size), {"shortest_edge": size}),
+        "crop_size": (size, {"height": size, "width": size}),
+    }
+    for name in ("open_clip_config.json", "preprocessor_config.json"):
+        file = path.with_name(name)
+        told = read_json(file, "") if file.exists() else {}
+        told = told.get("preprocess_cfg") if name == "open_clip_config.json" else told
+        for key, value in told.items() if isinstance(told, dict) else ():
+            if key in own and _rounded(value) not in _rounded(own[key]):
+                raise UserError(
+                    f"{file}: {key} is {value}, but here pictures are prepared as CLIP does it, "
+                    f"with {own[key][0]}: its features would be wrong; take other weights"
+                )
+
+
+def _rounded(value):
+    """A JSON value with three digits of every float, and no tuples."""
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 3))
+
+
 def fingerprint(module: nn.Module) -> str:
-    """A short sha256 of all weights: tells whether an adapter meets the model it was made for."""
+    """A short sha256 of a model: tells whether an adapter meets the one it was made for.
+
+    It covers all weights and, of a CLIP, all of the config that they do not tell by themselves: the
+    number of heads where they are not 64 wide, say. (So most models have the fingerprint that they
+    had when it covered the weights alone.)
+    """
     digest = hashlib.sha256()
+    if isinstance(module, CLIP) and module.config != infer_config(module.state_dict()):
+        digest.update(repr(asdict(module.config)).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
@@ -209,17 +286,33 @@ def fingerprint(module: nn.Module) -> str:
 # ----------------------------------------------------------------------------- where it comes from
 
 
+def check(name: str) -> None:
+    """UserError, unless there is such a model; nothing is read or downloaded."""
+    if name not in ("demo", *HUB):
+        _file(name)
+
+
 def _locate(name: str) -> Path:
     """The local file behind a name or path; OpenAI's names are fetched from the hub."""
     if name == "demo":
         return DEMO
     if name in HUB:
         return _download(name)
+    return _file(name)
+
+
+def _file(name: str) -> Path:
+    """A weights file, or the one in a folder as Hugging Face and open_clip lay it out."""
     path = Path(name).expanduser()
-    if not path.is_file():
+    inside = (path / file for file in IN_FOLDERS)
+    found = next((file for file in (path, *inside) if file.is_file()), None)
+    if found is None:
         known = ", ".join(["demo", *HUB])
-        raise UserError(f"{name}: neither a weights file nor a known model; models are {known}")
-    return path
+        raise UserError(
+            f"{name}: neither a weights file nor a folder with {' or '.join(IN_FOLDERS)}, nor a "
+            f"known model; models are {known}"
+        )
+    return found
 
 
 def _download(name: str) -> Path:
@@ -245,7 +338,7 @@ def _download(name: str) -> Path:
             except Exception as error:
                 raise UserError(
                     f"{name}: {repo} is not in the hub's cache and the hub cannot be reached "
-                    f"({_first_line(error)}); connect once to download it, {advice}"
+                    f"({first_line(error)}); connect once to download it, {advice}"
                 ) from None
             path = hf_hub_download(repo, HUB_FILE, revision=revision)
     except UserError:
@@ -254,10 +347,10 @@ def _download(name: str) -> Path:
         status = getattr(getattr(error, "response", None), "status_code", None)
         login = "log in with `hf auth login`, " if status in (401, 403) else ""
         raise UserError(
-            f"{name}: {repo}/{HUB_FILE} could not be downloaded ({_first_line(error)}); "
+            f"{name}: {repo}/{HUB_FILE} could not be downloaded ({first_line(error)}); "
             f"{login}{advice}"
         ) from None
-    found = _sha256(path)
+    found = sha256_of(path)
     if found != sha256:
         raise UserError(
             f"{path}: sha256 is {found[:16]}…, but {repo} has {sha256[:16]}…; delete this file, "
@@ -266,40 +359,17 @@ def _download(name: str) -> Path:
     return Path(path)
 
 
-def _sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _read_torch(path: Path) -> dict[str, Tensor]:
     """OpenAI's TorchScript archive, or a state dict, possibly inside a training checkpoint."""
     expected = OPENAI_SHA256.get(path.name)
     if expected is not None:
-        found = _sha256(path)
+        found = sha256_of(path)
         if found != expected:
             raise UserError(
                 f"{path}: sha256 is {found[:16]}…, but OpenAI's {path.name} has {expected[:16]}…; "
                 "download it again (or rename the file, if these are weights of your own)"
             )
-    try:
-        with warnings.catch_warnings():  # of deprecated formats, which whoever reads cannot help
-            warnings.simplefilter("ignore")
-            if _is_torchscript(path):
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose own message advises to load it the unsafe way
-        raise UserError(
-            f"{path}: not a state dict of plain tensors (no PyTorch file, or one of other objects "
-            "too, which could run code); nothing in it was run"
-        ) from None
-    except Exception as error:  # the readers raise a dozen unrelated types
-        raise UserError(
-            f"{path}: not a state dict of plain tensors ({_first_line(error)})"
-        ) from None
+    state = read_pickled(path)
     if isinstance(state, dict) and "state_dict" in state:
         state = state["state_dict"]
     if not isinstance(state, dict):
@@ -313,19 +383,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 # ------------------------------------------------------------------------------------------- sizes
 
+DEEPEST = 200  # blocks of a tower; the deepest CLIP there is has 64
 _TELL_SIZES = {  # what the sizes of a CLIP are read off, and how many dimensions it has
     "visual.conv1.weight": 4,
     "visual.positional_embedding": 2,
@@ -342,10 +402,12 @@ def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
         blocks = {n.removeprefix(prefix).split(".")[0] for n in state if n.startswith(prefix)}
         if not blocks:
             raise KeyError(prefix + "0")
+        if len(blocks) > DEEPEST:  # each costs time and memory before a tensor is missed
+            raise ValueError(f"has {len(blocks)} blocks {prefix}…, expected {DEEPEST} or fewer")
         return len(blocks)
 
     for name, dims in _TELL_SIZES.items():
-        if state[name].dim() != dims:
+        if state[name].dim() != dims or not state[name].numel():
             raise ValueError(
                 f"{name} has shape {tuple(state[name].shape)}, expected {dims} dimensions"
             )
@@ -375,8 +437,13 @@ def model_name(config: CLIPConfig) -> str:
 # ----------------------------------------------------------------------------------------- convert
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see python -m clip_min.weights --help")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m clip_min.weights",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -384,18 +451,30 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     convert = commands.add_parser("convert", help="any supported file -> safetensors, our names")
     convert.add_argument("source", metavar="IN", help="a name, .pt or .safetensors")
-    convert.add_argument("target", metavar="OUT.safetensors")
-    arguments = parser.parse_args(argv)
+    convert.add_argument("target", metavar="OUT.safetensors", help="a new file")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if not arguments.target.endswith(".safetensors"):
-            raise UserError(f"{arguments.target}: the output is a .safetensors file; name it so")
-        clip = load(arguments.source)
-        save(clip, arguments.target)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        arguments = parser.parse_args(argv)
+        target = Path(arguments.target)
+        if target.suffix != ".safetensors":
+            raise UserError(f"{target}: the output is a .safetensors file; name it so")
+        if target.exists():
+            raise UserError(f"{target}: is there already; choose another place, or remove it")
+        with warnings.catch_warnings(record=True) as notes:
+            clip = load(arguments.source)
+        remove_half_written(target.parent, target.name)
+        save(clip, target)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (UserError, *FROM_OUTSIDE) as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
+    for note in notes:
+        print(f"note: {note.message}")
     count = sum(parameter.numel() for parameter in clip.parameters())
-    print(f"{arguments.target}: {model_name(clip.config)}, {count:,} parameters, float32")
+    print(f"{target}: {model_name(clip.config)}, {count:,} parameters, float32")
     return 0
 
 

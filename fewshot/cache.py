@@ -1,11 +1,14 @@
 """Tensors kept on disk between runs: decoded pixels, image features.
 
 A file is named by a hash of everything its content follows from, so a stale one is never looked at;
-it is written whole or not at all; and it carries a checksum, so a damaged one counts as absent.
+it is written whole or not at all; it carries a checksum, so a damaged one counts as absent; and
+all together take 10 GB at most, or what --cache-gb says.
 """
 
+import contextlib
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -27,7 +30,27 @@ def place(flag: str = "") -> Path | None:
 
 
 FOLDER = place()
-HELP = "folder that keeps decoded pixels and image features, or none [~/.cache/clip_min]"
+KINDS = ("pixels", "odd", "features")
+_most = 10e9  # bytes, see `chosen`
+
+
+def add_flags(group) -> None:
+    group.add_argument(
+        "--cache",
+        help="folder that keeps decoded pixels and image features, or none [~/.cache/clip_min]",
+    )
+    group.add_argument(
+        "--cache-gb", type=float, help="its largest size: what was not used for longest goes [10]"
+    )
+
+
+def chosen(given: dict) -> Path | None:
+    """The cache's folder by these flags; --cache-gb is its largest size from now on."""
+    global _most
+    if not 0 <= (gb := given.get("cache_gb", 10)) < float("inf"):
+        raise UserError(f"--cache-gb {gb}: expected 0 or more")
+    _most = gb * 1e9
+    return place(given.get("cache", ""))
 
 
 def key(*parts) -> str:
@@ -44,12 +67,17 @@ def load(folder: Path | None, kind: str, name: str) -> Tensor | None:
     """The tensor kept as `name`; None if it is not there or not whole."""
     if folder is None:
         return None
+    path = folder / kind / f"{name}.safetensors"
     try:
-        tensors, header = read_safetensors(folder / kind / f"{name}.safetensors")
+        tensors, header = read_safetensors(path)
     except UserError:
         return None
     tensor = tensors.get(kind)
-    return tensor if tensor is not None and header.get("check") == key(tensor) else None
+    if tensor is None or header.get("check") != key(tensor):
+        return None
+    with contextlib.suppress(OSError):  # a cache that is there to be read alone
+        os.utime(path)  # used now: see `_prune`
+    return tensor
 
 
 def save(folder: Path | None, kind: str, name: str, tensor: Tensor) -> None:
@@ -61,6 +89,26 @@ def save(folder: Path | None, kind: str, name: str, tensor: Tensor) -> None:
         write_safetensors(path, {kind: tensor}, {"check": key(tensor)})
     except UserError:
         return
+    _prune(folder)
+
+
+def _prune(folder: Path) -> None:
+    """Remove what was not used for longest, until the rest is small enough.
+
+    Only files that are named as ours in folders that are ours: other things may lie there.
+    """
+    files = []
+    for path in (path for kind in KINDS for path in (folder / kind).glob("*.safetensors")):
+        with contextlib.suppress(OSError):  # another process has removed it
+            if re.fullmatch("[0-9a-f]{32}", path.stem) and not path.is_symlink():
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    size = sum(count for _, count, _ in files)
+    for _, count, path in sorted(files):
+        if size <= _most:
+            break
+        with contextlib.suppress(OSError):
+            path.unlink()
+        size -= count
 
 
 def _bytes(tensor: Tensor):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from clip_min import UserError
 from fewshot.folder import Parts, read_text, spoken
-from fewshot.images import Pictures
+from fewshot.images import Pictures, few
 from fewshot.manifest import Row, exist, listed_once
 
 FEW_VAL = 4  # validation pictures a class, at most
@@ -85,7 +85,12 @@ def read_split(file: Path, root: Path) -> Parts:
         return Pictures([path for path, _ in mine], torch.tensor([label for _, label in mine]))
 
     val = pictures("val") if split.get("val") else None
-    return [names[k] for k in range(len(names))], pictures("train"), val, pictures("test")
+    train, classnames = pictures("train"), [names[k] for k in range(len(names))]
+    notes = []
+    if never := sorted({*range(len(names))} - {*train.labels.tolist()}):
+        untrained = few(classnames[k] for k in never)
+        notes = [f"{len(never)} classes have no training image, and are tested on: {untrained}"]
+    return Parts(classnames, train, val, pictures("test"), notes)
 
 
 def draw(train: Pictures, val: Pictures | None, shots: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -120,8 +125,9 @@ def _is_entry(entry) -> bool:
 def _image_folder(file: Path, root: Path, paths: list[str]) -> Path:
     """The folder in or below root that the paths start from: where the first of them is."""
     first = Path(paths[0])
-    if first.is_absolute() or any(".." in Path(path).parts for path in paths):
-        raise UserError(f"{file}: {first}: expected paths below a folder of images")
+    for path in map(Path, paths):
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{file}: {path}: expected paths below a folder of images")
     for place in itertools.chain(_folders(root), [file.parent]):
         if (place / first).is_file():
             return place

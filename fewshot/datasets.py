@@ -6,13 +6,15 @@ Where a data set has no validation part, the experiment sets a few training pict
 are checked when a set is loaded: a download that was cut short must not become a number.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from clip_min.errors import UserError, nearest
+from clip_min.tokenizer import tokenizer
 from fewshot import coop, demo
 from fewshot.folder import Parts, read_folder
 from fewshot.images import Pictures
@@ -27,6 +29,8 @@ class Dataset:
     val: Pictures | None  # None: the experiment takes a few training pictures
     test: Pictures
     split: str = "official"  # or "coop": then shots are drawn by CoOp's rule
+    own: bool = False  # pictures of one's own: no protocol says how many to validate on
+    notes: Sequence[str] = ()  # what the user should know
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,12 @@ def load(
     """A data set by its name, in its own split ("official") or CoOp's ("coop", of `split_file`)."""
     entry = DATASETS[nearest("--dataset", name, DATASETS)]
     if split == "coop":
-        names, *parts = _read_coop(name, root, split_file)
+        read = _read_coop(name, root, split_file)
     elif split_file:
         raise UserError(f"--split-file {split_file}: is for --split coop; add that")
     else:
-        names, *parts = entry.read(root, seed)
+        read = entry.read(root, seed)
+    names, parts = read.names, (read.train, read.val, read.test)
     counts = tuple(0 if part is None else len(part) for part in parts)
     expected = entry.coop_images if split == "coop" else entry.images
     if expected and counts != expected:
@@ -68,19 +73,26 @@ def load(
     if entry.classes and len(names) != entry.classes:
         raise UserError(f"{name}: has {len(names)} classes, expected {entry.classes}")
     told_apart(str(root or name), names)
-    return Dataset(names, entry.template, *parts, split)
+    own = name == "folder" and split == "official"
+    return Dataset(names, entry.template, *parts, split, own, read.notes)
 
 
 def told_apart(where: str, names: list[str]) -> None:
-    """CLIP reads lower case: names that differ in case alone are one text, and always tie."""
-    first: dict[str, str] = {}
+    """UserError, if two names are one to CLIP, since they would always tie, or one is none.
+
+    It reads tokens: case, HTML, Unicode's ways to write one letter and spaces make no difference.
+    """
+    first: dict[tuple[int, ...], str] = {}
     for name in names:
-        if other := first.get(name.lower()):
+        tokens = tuple(tokenizer().encode(name))
+        if not tokens:
+            raise UserError(f"{where}: a class is called {name!r}, which CLIP reads as nothing")
+        if (other := first.get(tokens)) is not None:
             raise UserError(
-                f"{where}: {other!r} and {name!r} are one class to CLIP, which reads lower case; "
-                "rename or remove one"
+                f"{where}: {other!r} and {name!r} are one class to CLIP, which reads lower case "
+                "and plain letters; rename or remove one"
             )
-        first[name.lower()] = name
+        first[tokens] = name
 
 
 def read_demo(root: Path | None, seed: int) -> Parts:
@@ -88,7 +100,7 @@ def read_demo(root: Path | None, seed: int) -> Parts:
     if root is not None:
         raise UserError(f"--data-root {root}: the demo is drawn, not read; add --dataset folder")
     splits = [Pictures(*demo.split(name)) for name in ("train", "val", "test")]
-    return list(demo.CLASSNAMES), *splits
+    return Parts(list(demo.CLASSNAMES), *splits)
 
 
 def read_own(root: Path | None, seed: int) -> Parts:
@@ -107,7 +119,7 @@ def read_flowers102(root: Path | None, seed: int) -> Parts:
         parts = [Flowers102(root, name, download=True) for name in ("train", "val", "test")]
         files = [[Path(file) for file in part._image_files] for part in parts]
         labels = [torch.tensor(part._labels) for part in parts]
-        return list(Flowers102.classes), *map(Pictures, files, labels)
+        return Parts(list(Flowers102.classes), *map(Pictures, files, labels))
 
     return _download("flowers102", "flowers-102/", root, read)
 
@@ -145,7 +157,7 @@ def read_eurosat(root: Path | None, seed: int) -> Parts:
             few = round(0.3 * len(members))
             test.append(members[:few].sort().values)
             train.append(members[few:].sort().values)
-        return names, everything[torch.cat(train)], None, everything[torch.cat(test)]
+        return Parts(names, everything[torch.cat(train)], None, everything[torch.cat(test)])
 
     return _download("eurosat", "eurosat/", root, read)
 
@@ -163,7 +175,7 @@ def read_cifar100(root: Path | None, seed: int) -> Parts:
         pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
         labels = [torch.tensor(part.targets) for part in (train, test)]
         train, test = map(Pictures, pixels, labels)
-        return names, train, None, test
+        return Parts(names, train, None, test)
 
     return _download("cifar100", "cifar-100-python/", root, read)
 
@@ -179,10 +191,13 @@ def read_hymenoptera(root: Path | None, seed: int) -> Parts:
         folders = {"ant": "ants", "bee": "bees"}
         parts = []
         for part in ("train", "val"):
-            files = [sorted((base / part / name).glob("*.jpg")) for name in folders.values()]
+            files = [
+                sorted(p for p in (base / part / name).iterdir() if p.suffix.lower() in JPEG)
+                for name in folders.values()
+            ]
             labels = [label for label in range(len(files)) for _ in files[label]]
             parts.append(Pictures(files[0] + files[1], torch.tensor(labels)))
-        return list(folders), parts[0], None, parts[1]
+        return Parts(list(folders), parts[0], None, parts[1])
 
     return _download("hymenoptera", "hymenoptera_data/", root, read)
 
@@ -216,6 +231,7 @@ def _download(name: str, folder: str, root: Path | None, read: Callable[[Path], 
         ) from None
 
 
+JPEG = {".jpg", ".jpeg"}
 HYMENOPTERA = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 
 DATASETS = {
@@ -300,4 +316,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from fewshot.experiment import run_script  # which imports this file
+    from fewshot.flags import Parser
+
+    run_script(lambda: Parser(description=__doc__).parse(sys.argv[1:]) or main())

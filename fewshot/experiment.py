@@ -1,9 +1,11 @@
 """One experiment from its settings: what train.py runs and eval.py rebuilds."""
 
+import functools
 import io
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Annotated, Literal
 import torch
 
 from clip_min import CLIP, UserError, weights
-from clip_min.errors import nearest
+from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
+from clip_min.typed import expect_fields
 from fewshot import cache, datasets
 from fewshot.folder import read_text, spoken
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
-from fewshot.task import Task, make_task
+from fewshot.record import Record
+from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
 
 SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
@@ -28,8 +32,8 @@ class Experiment:
 
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
     data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
-    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file"] = ""
-    shots: Annotated[int, "training images of a class, S"] = 10
+    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, file or folder"] = ""
+    shots: Annotated[int | str, "training images of a class, S, or all"] = 10
     seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
     classes: Annotated[
         Literal["base-novel", "all"], "learn half of the classes and test both halves, or all"
@@ -49,11 +53,12 @@ class Experiment:
     threads: Annotated[int, "threads that compute; 0: one for a small model, else all cores"] = 0
 
     def __post_init__(self):
-        if self.dataset in datasets.DATASETS:
-            self.model = self.model or datasets.DATASETS[self.dataset].model
+        expect_fields(self)  # a config that is read back may hold anything
+        nearest("--dataset", self.dataset, datasets.DATASETS)
+        self.model = self.model or datasets.DATASETS[self.dataset].model
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.shots < 1:
-            raise UserError(f"--shots {self.shots}: expected 1 or more")
+        if self.shots != "all" and not (isinstance(self.shots, int) and self.shots >= 1):
+            raise UserError(f"--shots {self.shots}: expected 1 or more, or all")
         if self.threads < 0:
             raise UserError(f"--threads {self.threads}: expected 1 or more, or 0")
         if not 0 <= self.seed < 2**32:
@@ -75,8 +80,14 @@ class Experiment:
         # their inputs to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
 
-    def load(self, folder: Path | None = cache.FOLDER) -> tuple[CLIP, Task]:
-        """The model, and the task as it sees it; fills in `template` if it was left open."""
+    def load(
+        self, folder: Path | None = cache.FOLDER, *, record: Record | None = None
+    ) -> tuple[CLIP, Task]:
+        """The model, and the task as it sees it; fills in `template` if it was left open.
+
+        record: of a run, whose task is then to be tested again, on the pictures it names.
+        """
+        weights.check(self.model)  # before the pictures, which take longer than a mistyped name
         dataset = self.load_dataset()
         self.template = self.template or dataset.template
         clip = weights.load(self.model, self.device)
@@ -84,8 +95,13 @@ class Experiment:
         size = clip.config.image_size
         device = torch.device(self.device)
         base = self.base(dataset.classnames) if self.base_classes else None
-        drawn = (self.shots, self.seed, self.classes, size, device, self.skip_bad_images)
-        task = make_task(dataset, *drawn, folder, base, self.precision)
+        more = (size, device, self.skip_bad_images, folder)
+        if record:
+            more += (self.precision, self.classes, base)
+            task = make_test(dataset, *more, record, again=True)
+        else:
+            drawn = (self.shots, self.seed, self.classes)
+            task = make_task(dataset, *drawn, *more, base, self.precision)
         if self.precision == "fp16" and device.type == "cpu":
             task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
         if self.model == "demo" and self.dataset != "demo":
@@ -132,8 +148,27 @@ class Experiment:
         data += "-coop" if self.split == "coop" else ""
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
-        model = Path(self.model).stem if Path(self.model).suffix else self.model.replace("/", "-")
-        return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
+        return Path(data) / self._model_folder() / f"{method}-s{self.shots}-seed{self.seed}"
+
+    def _model_folder(self) -> str:
+        """ "ViT-B-16"; of a file its name, or its folder's where all files are called so."""
+        if self.model in ("demo", *weights.HUB):
+            return self.model.replace("/", "-")
+        path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
+        if path.is_dir():
+            return path.name
+        return path.parent.name if path.name in weights.IN_FOLDERS else path.stem
+
+
+def named(classes: str) -> list[str]:
+    """The names that a script's --classes gives: "rose,tulip", or a file of one a line."""
+    path = os.path.expanduser(classes)
+    names = read_text(Path(path)).splitlines() if os.path.isfile(path) else classes.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UserError(f'--classes {classes}: names no class; give some, as "rose,tulip"')
+    datasets.told_apart("--classes", names)
+    return names
 
 
 def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
@@ -175,21 +210,32 @@ def peak_memory_mb() -> float:
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
+def _show(otherwise: Callable, message: Warning, category: type, *where) -> None:
+    """A `Note` as a line; every other warning as always."""
+    if issubclass(category, Note):
+        print(f"note: {message}")
+    else:
+        otherwise(message, category, *where)
+
+
 def run_script(main: Callable[[], None], resume: str = "add --resume to the same command") -> None:
     """Run a script; a user's mistake is one line and exit code 2, never a traceback.
 
     resume: what to do to go on after Ctrl-C.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # else a log file stays empty for minutes
-        sys.stdout.reconfigure(line_buffering=True)
+    # Else a log file stays empty for minutes; and names of files need not be text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show, warnings.showwarning)
+            main()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)  # what was to be done may not be
+    except (UserError, *FROM_OUTSIDE) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {told(error)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {resume} to go on", file=sys.stderr)
         sys.exit(130)

@@ -27,8 +27,10 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
+            # Dashes count for nothing: all flags share them, and --name would be like --augment.
+            known = [f[2:] for f in self._option_string_actions if f.startswith("--")]
+            near = difflib.get_close_matches(flag[2:], known, 1) if flag.startswith("--") else []
+            hint = f"did you mean --{near[0]}?" if near else "see --help"
             raise UserError(f"unknown argument {flag}; {hint}")
         return {key: value for key, value in vars(found).items() if value is not None}
 
@@ -49,9 +51,18 @@ def add_flags(group, settings: type, shown: dict | None = None) -> None:
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            name = "INT" if kind == int | str else kind.__name__.upper()
+            options |= {"type": number_or_word if kind == int | str else kind, "metavar": name}
         options["help"] = options["help"].replace("%", "%%")
         group.add_argument(f"--{field.name.replace('_', '-')}", default=None, **options)
+
+
+def number_or_word(text: str) -> int | str:
+    """The type of a flag: "4" -> 4, "all" -> "all"."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def pick(settings: type, given: dict) -> dict:

@@ -1,6 +1,7 @@
 """Pictures of your own, as folders: a folder is a class, named as the class is.
 
     root/train/CLASS/*.jpg   root/test/CLASS/*.jpg   (and root/val/CLASS/*.jpg)
+    root/train/CLASS/*.jpg   root/val/CLASS/*.jpg    val is tested on, and this is noted
     root/CLASS/*.jpg         one tree: split by the seed
 
 "-" and "_" in a folder's name are spaces. Where folders cannot be named so, a file beside them says
@@ -12,39 +13,73 @@ how the classes are called ("_" is a space there, too), and in which order:
 
 import difflib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from clip_min import UserError
-from fewshot.images import ENDINGS, Pictures
+from fewshot.images import ENDINGS, Pictures, few
 
 PARTS = ("train", "val", "test")
-PARTS_MISSPELT = {"training", "valid", "validation", "dev", "testing"}  # as others call them
+CALLED = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 CLASSES_FILE = "classes.txt or classes.json"
 
-# What every reader of a data set gives: class names, and pictures for train, val and test. Without
-# a val part (None), the experiment takes a few training pictures.
-Parts = tuple[list[str], Pictures, Pictures | None, Pictures]
+
+class Parts(NamedTuple):
+    """What every reader of a data set gives."""
+
+    names: list[str]
+    train: Pictures
+    val: Pictures | None  # None: the experiment takes some training pictures
+    test: Pictures
+    notes: Sequence[str] = ()  # what the user should know
 
 
 def read_folder(root: Path, seed: int) -> Parts:
     """Folders of classes, in parts or (then split by `seed`) in one tree: see above."""
-    known = read_classnames(root)
-    here = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
-    parts = {name for name in here if name.lower() in {*PARTS} | PARTS_MISSPELT}
-    if not {"train", "test"} <= parts <= {*PARTS}:
-        if parts and (parts == here or len(parts) > 1):  # one beside others may be a class: a train
+    known, left_out, notes = read_classnames(root), {}, []
+    here = {path.name: path for path in _entries(root) if path.is_dir()}
+    parts: dict[str, Path] = {}
+    for name, path in here.items():
+        part = CALLED.get(name.lower(), name.lower())
+        if part in PARTS and parts.setdefault(part, path) is not path:
+            raise UserError(f"{root}: has both {parts[part].name}/ and {name}/; keep one")
+    if "train" not in parts or len(parts) == 1:
+        if parts and (len(parts) == len(here) or len(parts) > 1):  # one may be a class: a train
             raise UserError(
-                f"{root}: has {', '.join(f'{name}/' for name in sorted(parts))} alone; expected "
-                "train/ and test/ (and val/), spelled so, or one folder a class"
+                f"{root}: has {', '.join(f'{path.name}/' for path in parts.values())} alone; "
+                "expected train/ and test/ (or val/), or one folder a class"
             )
-        names, pictures = read_classes(root, known)
-        return names, *split(pictures, seed)
-    names, train = read_classes(root / "train", known)
-    test = read_classes(root / "test", known, names)[1]
-    val = read_classes(root / "val", known, names)[1] if "val" in here else None
-    return names, train, val, test
+        names, pictures = read_classes(root, known, left_out=left_out)
+        found = split(pictures, seed)
+    else:
+        for path in _entries(root):
+            if path not in parts.values() and (path.is_dir() or path.suffix.lower() in ENDINGS):
+                left_out.setdefault(f"beside {parts['train'].name}/", []).append(path)
+        names, train = read_classes(parts["train"], known, left_out=left_out)
+        val, test = (
+            read_classes(parts[part], known, names, left_out)[1] if part in parts else None
+            for part in ("val", "test")
+        )
+        if test is None:
+            test, val = val, None
+            notes.append(
+                f"there is no test/: {parts['val'].name}/ is tested on, and some of "
+                f"{parts['train'].name}/ are for validation"
+            )
+        found = train, val, test
+    if not known and all(name.isdecimal() for name in names):
+        notes.append(
+            f"the classes are called {few(names, 3)}, and CLIP reads names; say what they are in "
+            f'{root}/classes.json: {{"{names[0]}": "rose", …}} (or classes.txt, a name a line from '
+            "0 on)"
+        )
+    for why, paths in left_out.items():
+        notes.append(f"left out {len(paths)} {why}: {few(str(p.relative_to(root)) for p in paths)}")
+    return Parts(names, *found, notes)
 
 
 def readable(label: str) -> str:
@@ -83,8 +118,9 @@ def read_classnames(root: Path) -> dict[str, str]:
         return {}
     file = text if text.is_file() else mapping
     names = [spoken(name) for name in named.values()]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{file}: {twice[0]!r} stands there twice; a class is named once")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{file}: {twice!r} stands there twice; a class is named once")
     if len(names) < 2:
         raise UserError(f"{file}: names {len(names)} classes; expected two or more")
     known = dict(zip(map(str, named), names, strict=True))
@@ -103,19 +139,52 @@ def class_of(label: str, known: dict[str, str], where: str) -> str:
     return name
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, in order, but for what file managers hide there (".DS_Store")."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def find_pictures(folder: Path, left_out: dict[str, list[Path]]) -> list[Path]:
+    """The pictures in and below a folder, in order; all else is added to `left_out`, by why."""
+    files = []
+    try:
+        entries = _entries(folder)
+    except OSError as error:
+        left_out.setdefault(f"unreadable folders ({error.strerror})", []).append(folder)
+        return []
+    for path in entries:
+        if path.is_dir() and path.is_symlink():
+            left_out.setdefault("linked folders", []).append(path)
+        elif path.is_dir():
+            files += find_pictures(path, left_out)
+        elif path.suffix.lower() not in ENDINGS:
+            why = f"{path.suffix or 'other'} files"
+            if path.suffix.lower() in (".heic", ".heif"):
+                why += " (which are read after pip install pillow-heif)"
+            left_out.setdefault(why, []).append(path)
+        elif path.exists() and not path.is_file():
+            left_out.setdefault("pipes and the like", []).append(path)
+        else:
+            files.append(path)
+    return sorted(files)
+
+
 def read_classes(
-    root: Path, known: dict[str, str], expected: list[str] | None = None
+    root: Path,
+    known: dict[str, str],
+    expected: list[str] | None = None,
+    left_out: dict[str, list[Path]] | None = None,
 ) -> tuple[list[str], Pictures]:
-    """Class names and pictures of root/CLASS/*; `expected`: the classes that must be there."""
-    folders = {}
-    for folder in sorted(root.iterdir()):
-        if folder.is_dir() and not folder.name.startswith("."):
-            files = sorted(  # ".": what file managers hide beside pictures, under their names
-                p
-                for p in folder.rglob("*")
-                if p.suffix.lower() in ENDINGS
-                and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-            )
+    """Class names and pictures of root/CLASS/*; `expected`: the classes that must be there.
+
+    What is not read is added to `left_out`, by why.
+    """
+    folders, left_out = {}, {} if left_out is None else left_out
+    for folder in _entries(root):
+        if folder.is_dir():
+            files = find_pictures(folder, left_out)
+            if not files:
+                left_out.setdefault("folders without a picture", []).append(folder)
             name = class_of(folder.name, known, str(folder)) if files else readable(folder.name)
             if not name:
                 raise UserError(f"{folder}: a folder's name is its class, and this names none")
@@ -123,6 +192,8 @@ def read_classes(
                 raise UserError(f"{root}: two folders are both the class {name!r}; rename one")
             if files:
                 folders[name] = files
+        elif folder.suffix.lower() in ENDINGS:
+            left_out.setdefault("pictures that lie in no class", []).append(folder)
     names = expected or list(dict.fromkeys(known.values())) or list(folders)
     if expected is None and len(folders) < 2:
         found = [f"only the class {name!r}" for name in folders] or ["no class folder with images"]

@@ -11,11 +11,15 @@ from pathlib import Path
 
 from clip_min.files import replacing
 
+SCORES = dict.fromkeys(("base", "novel", "hm", "all"), float | None)
+RESULTS = {**SCORES, "zero_shot": SCORES}  # what is read of a run's results.json
 
-def numbers(text: str) -> list[int]:
-    """The type of a flag: "1,2,4" -> [1, 2, 4]."""
+
+def numbers(text: str, words: tuple[str, ...] = ()) -> list[int | str]:
+    """The type of a flag: "1,2,4" -> [1, 2, 4]; one of `words` stays what it is."""
     try:
-        return list(dict.fromkeys(int(number) for number in text.split(",")))
+        values = (value.strip() for value in text.split(","))
+        return list(dict.fromkeys(n if n in words else int(n) for n in values))
     except ValueError:
         message = f"invalid value: {text!r}; expected a number, or several as 1,2,4"
         raise argparse.ArgumentTypeError(message) from None
@@ -78,7 +82,9 @@ def save_plot(method: str, summary: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shots = [int(number) for number in summary["shots"]]
+    labels = list(summary["shots"])
+    counts = [int(number) for number in labels if number != "all"]
+    shots = [2 * max(counts, default=1) if n == "all" else int(n) for n in labels]
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for i, (part, zero_shot) in enumerate(summary["zero_shot"].items()):
         scores = [spread.get(part) for spread in summary["shots"].values()]
@@ -90,7 +96,7 @@ def save_plot(method: str, summary: dict, path: Path) -> None:
             )
         axes.axhline(zero_shot["mean"], color=f"C{i}", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(shots, [str(number) for number in shots])
+    axes.set_xticks(shots, labels)
     axes.set(xlabel="images a class", ylabel="accuracy (%)", title=method)
     axes.legend()
     with replacing(path) as temporary:

@@ -9,13 +9,15 @@ validation, those of the last.
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from clip_min import UserError
+from clip_min.errors import first_line
 from fewshot.images import Batches
 from fewshot.metrics import accuracy, predict
 from fewshot.run import Run
@@ -66,9 +68,16 @@ def descend(
 
     kept = copies(learned)  # not views
     at = {"step": 0, "best_val": -1.0, "best_step": 0, "waited": 0, "seconds": 0.0, "stopped": ""}
-    if resume and (saved := run.load_resume()):
+    if resume and (saved := run.load_resume(at)):
         tensors, at = saved
-        kept = _restore(tensors, learned, optimizer)
+        try:
+            _check_shapes(tensors, learned, optimizer)
+            kept = _restore(tensors, learned, optimizer)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{run.path}/resume.safetensors: holds other tensors than this run's "
+                f"({first_line(error)}); start it anew, without --resume"
+            ) from None
         scaler.load_state_dict(at.get("scaler", {}))
     if at["step"] < length.total and not at["stopped"]:
         print(announce(s, train, val, length, at["step"]))
@@ -104,7 +113,14 @@ def descend(
             if s.clip_norm:
                 scaler.unscale_(optimizer)
                 clip_grad_norm_(trained.values(), s.clip_norm)
-            scaler.step(optimizer)  # leaves out a step whose gradient is not finite
+            try:
+                scaler.step(optimizer)  # leaves out a step whose gradient is not finite
+            except RuntimeError as error:
+                if "overflow" not in str(error):
+                    raise
+                raise UserError(
+                    f"--lr {s.lr:g}: the weights are not finite after step {step + 1}; give less"
+                ) from None
             scaler.update()
             losses.append(loss.item())
             bar.set_description(f"epoch {epoch + 1}")
@@ -176,7 +192,7 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
         method.settings = replace(s, grid="", **point)
         method.load_adapter(start)
         torch.manual_seed(seed)
-        part = run.part(f"grid{number}")
+        part = run.part(f"grid{number}", asdict(method.settings))
         seconds += descend(method, train, val, part, seed, resume=True)
         found = accuracy(predict(method, val), val.labels.cpu())
         print(f"grid: {name}: {found:.2f} % on validation")
@@ -281,6 +297,18 @@ def _snapshot(learned: dict, kept: dict, optimizer) -> dict[str, Tensor]:
     if device.type == "cuda":  # else not even asked for: that alone takes memory on a GPU
         tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     return tensors
+
+
+def _check_shapes(tensors: dict[str, Tensor], learned: dict, optimizer) -> None:
+    """ValueError, unless tensors that `_snapshot` gave are of this run."""
+    trained = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for name, tensor in tensors.items():
+        kind, rest = name.split("/", 1)
+        if kind == "random" or (kind == "optimizer" and tensor.dim() == 0):
+            continue
+        like = trained[int(rest.split("/")[0])] if kind == "optimizer" else learned[rest]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
 
 
 @torch.no_grad()

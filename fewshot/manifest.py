@@ -5,7 +5,7 @@
     root/data.csv, all in one                           path,label,split
                                                         photos/0012.jpg,tiger lily,train
 
-A path is relative to the CSV's folder and stays below it; other columns are ignored. The order of
+A path is absolute, or relative to the CSV's folder; other columns are ignored. The order of
 the rows means nothing: pictures are sorted by class and path, so the draw of the shots depends on
 the seed alone. Without a classes.txt or classes.json (fewshot/folder.py) classes are in the order
 of their labels.
@@ -87,7 +87,7 @@ def read_manifest(root: Path) -> Parts:
             chosen = sorted((number[spelled[row.label]], row.path) for row in mine)
             labels = torch.tensor([label for label, _ in chosen])
             parts[part] = Pictures([path for _, path in chosen], labels)
-    return names, parts["train"], parts.get("val"), parts["test"]
+    return Parts(names, parts["train"], parts.get("val"), parts["test"])
 
 
 def read_rows(file: Path, part: str | None = None) -> list[Row]:
@@ -103,17 +103,22 @@ def read_rows(file: Path, part: str | None = None) -> list[Row]:
                 f"{file}: has no column {missing[0]!r}; its first line should name "
                 f"{', '.join(needed)}, and names {has}"
             )
+        if twice := [name for name in needed if columns.count(name) > 1]:
+            raise UserError(f"{file}: has two columns {twice[0]!r}; rename one")
         reader.fieldnames = columns
         for cells in reader:
             where = f"{file}, line {reader.line_num}"
+            if any(cells.pop(None, ())):  # None: those under no name; a spreadsheet adds empty ones
+                raise UserError(
+                    f"{where}: has more cells than the {len(columns)} columns of the first line; "
+                    'write a text that has a comma in quotes: "a, b"'
+                )
             values = [(cells[name] or "").strip() for name in needed]
             if not all(values):
                 raise UserError(f"{where}: its {needed[values.index('')]} is empty")
             if not part and values[2] not in PARTS:
                 raise UserError(f"{where}: split is {values[2]!r}; expected train, val or test")
             path = Path(os.path.normpath(file.parent / values[0]))
-            if not path.is_relative_to(os.path.normpath(file.parent)):
-                raise UserError(f"{where}: {values[0]} lies outside {file.parent}; move it there")
             rows.append(Row(path, values[1], part or values[2], where))
     except csv.Error as error:
         raise UserError(f"{file}: cannot be read as CSV ({error})") from None

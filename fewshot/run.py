@@ -1,12 +1,14 @@
 """The folder a run leaves: everything needed to trust it, repeat it, resume it or use it.
 
-    config.json          all settings, the command, versions, git commit
+    config.json          all settings, the command, versions, commit; the run it took the place of;
+                         once it has ended, the sha256 of the adapter
+    data.json            which pictures it learned from, chose by, was tested on (fewshot/record.py)
     log.jsonl            a line for each round of training: an epoch, or a share of the steps
     adapter.safetensors  what was learned (--keep: after which round), and nothing else
     resume.safetensors   all that the next round depends on (resume.json: its header, to read)
     results.json         base, novel, HM, zero-shot beside them, per class
     curves.png           loss and validation accuracy
-    grid1/ …             with --grid: log, adapter and resume.safetensors of each of its points
+    grid1/ …             with --grid: the same of each of its points, but results and curves
 
 Every file is written whole or not at all, so that a run killed at any moment can be resumed.
 """
@@ -26,24 +28,33 @@ from torch import Tensor
 
 from clip_min import CLIP, UserError, weights
 from clip_min.files import (
+    parse_json,
+    read_adapter,
     read_json,
+    read_json_lines,
     read_safetensors,
     remove_half_written,
+    sha256_of,
     write_json,
     write_safetensors,
     write_text,
 )
+from clip_min.typed import expect
+from fewshot import cache
 
 # What every config has; versions and the command stand beside them.
 KEYS = {
     "method": str,
     "recipe": str,
     "settings": dict,
-    "experiment": dict,
+    "experiment": {"seed": int, "template": str, "model": str},
     "model": str,
     "fingerprint": str,
-    "classnames": dict,  # {"base", "novel"} or {"all"} -> names
+    "classnames": dict[str, list[str]],  # {"base", "novel"} or {"all"} -> names
 }
+LOGGED = {"step": int, "epoch": float, "loss": float, "seconds": float}  # and val, where judged
+# What may differ when a run goes on: it says who computes, or, the last, what came out.
+FREE = ("argv", "versions", "commit", "threads", "adapter_sha256")
 
 
 _claimed: int | None = None  # the open folder of the run that this process writes
@@ -54,20 +65,14 @@ class Run:
     path: Path
     config: dict
     log: list[dict] = field(default_factory=list)
+    learned_last: dict[str, Tensor] | None = field(default=None, repr=False)  # by this process
 
     @classmethod
     def start(cls, path: Path, config: dict) -> "Run":
         """A new run; one that stands in its place already is kept, under another name."""
         if path.exists():
             _claim(path)
-            n = 1
-            while (old := path.with_name(f"{path.name}.old{n}")).exists():
-                n += 1
-            try:
-                path.rename(old)
-            except OSError as error:
-                raise UserError(f"{path}: could not be set aside as {old} ({error})") from None
-            print(f"an earlier run is kept as {old}")
+            config = {**config, "earlier_run": set_aside(path, "run").name}
         try:
             path.mkdir(parents=True)
         except OSError as error:
@@ -75,9 +80,8 @@ class Run:
                 f"{path}: could not be made ({error}); choose another place with --out"
             ) from None
         _claim(path)
-        run = cls(path, config)
-        run.write_json("config.json", config)
-        return run
+        write_json(path / "config.json", config)
+        return cls(path, config)
 
     @classmethod
     def resume(cls, path: Path, config: dict) -> "Run":
@@ -87,9 +91,10 @@ class Run:
                 f"--resume: {path}/config.json: there is no such file, so no run was begun there; "
                 "give the flags it had, or start it without --resume"
             )
-        run = cls(path, _read_config(path))
+        run = cls(path, _read_config(path, dict.fromkeys(KEYS, object)))  # compared just below
         for key, value in config.items():
-            if key not in ("argv", "versions", "commit") and run.config.get(key) != value:
+            told = key not in FREE and (key != "data" or key in run.config)  # none in old ones
+            if told and run.config.get(key) != value:
                 difference = _difference(key, run.config.get(key), value)
                 raise UserError(
                     f"--resume: {path} was started with {difference}; "
@@ -97,12 +102,15 @@ class Run:
                 )
         _claim(path)
         run._go_on()
+        run._note_other_bits(config)
         return run
 
-    def part(self, name: str) -> "Run":
-        """A run in this one's folder, as it was left or new: a point of a grid of settings."""
-        run = Run(self.path / name, self.config)
+    def part(self, name: str, settings: dict) -> "Run":
+        """A run in this one's folder, as it was left or new: of one point of a grid of settings."""
+        run = Run(self.path / name, {**self.config, "settings": settings})
+        run.config.pop("adapter_sha256", None)
         run.path.mkdir(exist_ok=True)
+        write_json(run.path / "config.json", run.config)
         run._go_on()
         return run
 
@@ -110,21 +118,33 @@ class Run:
         """Clear what a kill left half written, and read the log."""
         remove_half_written(self.path)
         log = self.path / "log.jsonl"
-        if log.exists():
-            try:
-                self.log = [json.loads(line) for line in log.read_text().splitlines()]
-            except ValueError as error:
-                raise UserError(f"{log}: a line cannot be read as JSON ({error})") from None
+        judged = {"val": float} if "val" in next(iter(read_json_lines(log)), {}) else {}
+        self.log = read_json_lines(log, LOGGED | judged)
+
+    def _note_other_bits(self, config: dict) -> None:
+        """Say so, where what computes is not what computed the first part of this run."""
+
+        def described(config: dict) -> str:
+            return f"torch {config['versions'].get('torch')}, {config.get('threads')} threads"
+
+        try:
+            before, now = described(self.config), described(config)
+        except (KeyError, AttributeError):  # an old config
+            return
+        if before != now:
+            print(
+                f"note: this run was begun with {before}, and goes on with {now}: its last bits "
+                "may differ from those of a run in one go"
+            )
 
     @classmethod
     def open(cls, path: Path) -> "Run":
         """A run that is there, to read; UserError if `path` is none."""
-        config = _read_config(path)
-        here = f"{path}/config.json: not a config of a run"
-        if odd := [key for key, kind in KEYS.items() if not isinstance(config[key], kind)]:
-            raise UserError(f"{here}, {odd[0]} is {config[odd[0]]!r}")
+        config = _read_config(path, KEYS)
         if not config["classnames"].keys() & {"base", "all"}:
-            raise UserError(f"{here}, classnames has neither base nor all")
+            raise UserError(
+                f"{path}/config.json: not a config of a run, classnames has neither base nor all"
+            )
         return cls(path, config)
 
     @property
@@ -147,38 +167,105 @@ class Run:
             )
 
     def write_json(self, name: str, value: dict) -> None:
+        self._stands()
         write_json(self.path / name, value)
 
     def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
+        self._stands()
         self.log = [line for line in self.log if line["step"] < entry["step"]] + [entry]
         write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
-    def save_adapter(self, state: dict[str, Tensor]) -> None:
-        """Write what was learned, and in the header by which method, on which model."""
+    def save_adapter(self, state: dict[str, Tensor], last: bool = False) -> None:
+        """Write what was learned, and in the header by which method, on which model.
+
+        last: it will not change any more, and config.json is to vouch for it.
+        """
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{self.path}: training gave numbers that are not finite ({name}), which are "
+                    "not kept; lower --lr, or what else makes them grow"
+                )
+        self.learned_last = state
+        self._stands()
+        if self.config.pop("adapter_sha256", None):  # of an earlier one: for now, none is vouched
+            self.write_json("config.json", self.config)
+        self._write_adapter(self.path / "adapter.safetensors")
+        if last:
+            self.config["adapter_sha256"] = sha256_of(self.path / "adapter.safetensors")
+            self.write_json("config.json", self.config)
+
+    def _write_adapter(self, file: Path) -> None:
         made = {key: self.config[key] for key in ("method", "model", "fingerprint")}
         # One entry: safetensors writes several in any order, and equal runs leave equal bytes.
-        header = {"clip_min": json.dumps(made)}
-        write_safetensors(self.path / "adapter.safetensors", state, header)
+        write_safetensors(file, self.learned_last, {"clip_min": json.dumps(made)})
+
+    def _stands(self) -> None:
+        """UserError if the folder is no longer there; what was learned is then kept beside it."""
+        if (self.path / "config.json").exists():
+            return
+        kept = "nothing was learned yet"
+        if self.learned_last is not None:
+            beside = self.path.with_name(f"{self.path.name}.rescued.safetensors")
+            self._write_adapter(beside)
+            kept = f"what was learned until now is kept as {beside}"
+        raise UserError(
+            f"{self.path}: is no longer there; it was deleted or moved while this process trained, "
+            f"which ends here; {kept}"
+        )
 
     def load_adapter(self) -> dict[str, Tensor]:
         file = self.path / "adapter.safetensors"
         if not file.exists():
             raise UserError(f"{file}: there is no such file; finish the run: train.py --resume")
-        return read_safetensors(file)[0]
+        return read_adapter(file, self.config)
 
     def save_resume(self, tensors: dict[str, Tensor], position: dict) -> None:
         """One atomic file holds both, so that tensors and position cannot disagree."""
-        text = json.dumps(position)
+        self._stands()
+        text = json.dumps({**position, "check": _check(tensors, position)})
         write_safetensors(self.path / "resume.safetensors", tensors, {"position": text})
         self.write_json("resume.json", position)
 
-    def load_resume(self) -> tuple[dict[str, Tensor], dict] | None:
-        """What `save_resume` wrote; None if the run was killed before its first round ended."""
-        if not (self.path / "resume.safetensors").exists():
+    def load_resume(self, like: dict | None = None) -> tuple[dict[str, Tensor], dict] | None:
+        """What `save_resume` wrote; None if the run was killed before its first round ended.
+
+        like: a position; the saved one has its keys and the types of its values.
+        """
+        file = self.path / "resume.safetensors"
+        if not file.exists():
             return None
-        tensors, header = read_safetensors(self.path / "resume.safetensors")
-        return tensors, json.loads(header["position"])
+        tensors, header = read_safetensors(file)
+        where = f"{file}: its position"
+        position = parse_json(header.get("position", "{}"), dict, where)
+        check = position.pop("check", None)  # none in those of before it was written
+        if check is not None and check != _check(tensors, position):
+            raise UserError(
+                f"{file}: is damaged: its checksum is not that of its content; start the run anew, "
+                "without --resume"
+            )
+        expect(position, {key: type(value) for key, value in (like or {}).items()}, where)
+        return tensors, position
+
+
+def _check(tensors: dict[str, Tensor], position: dict) -> str:
+    """A checksum of all that a run goes on from."""
+    parts = [(n, str(tensors[n].dtype), tensors[n]) for n in sorted(tensors)]
+    return cache.key(json.dumps(position, sort_keys=True), *(x for part in parts for x in part))
+
+
+def set_aside(path: Path, what: str) -> Path:
+    """Rename what stands where a new one is to be written -> its new place, which is printed."""
+    n = 1
+    while (old := path.with_name(f"{path.name}.old{n}")).exists():
+        n += 1
+    try:
+        path.rename(old)
+    except OSError as error:
+        raise UserError(f"{path}: could not be set aside as {old} ({error})") from None
+    print(f"an earlier {what} is kept as {old}")
+    return old
 
 
 def provenance() -> dict:
@@ -195,14 +282,12 @@ def provenance() -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"argv": sys.argv, "versions": versions, "commit": commit}
+    threads = torch.get_num_threads()  # sums are split among them, so the last bits follow
+    return {"argv": sys.argv, "versions": versions, "commit": commit, "threads": threads}
 
 
-def _read_config(path: Path) -> dict:
-    config = read_json(path / "config.json", "a run folder has one")
-    if missing := [key for key in KEYS if key not in config]:
-        raise UserError(f"{path}/config.json: not a config of a run, {missing[0]} is missing")
-    return config
+def _read_config(path: Path, kind: dict) -> dict:
+    return read_json(path / "config.json", "a run folder has one", kind)
 
 
 def _claim(path: Path) -> None:

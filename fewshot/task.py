@@ -11,7 +11,7 @@ for a check that none of them is learned from.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,12 @@ from clip_min import UserError
 from fewshot import cache, coop
 from fewshot.coop import FEW_VAL  # validation pictures a class, where they have to be few
 from fewshot.datasets import Dataset
-from fewshot.images import Batches, Pictures, read
+from fewshot.images import Batches, Pictures, check_memory, few, read
+from fewshot.record import Record, rows, unseen
+
+# One's own pictures: as many for validation as for training, but never below or above these, for
+# a choice among epochs needs some, and each costs time after every epoch.
+VAL = (200, 1000)
 
 
 @dataclass
@@ -39,6 +44,15 @@ class Task:
     val: Batches | None
     tests: dict[str, Test]  # {"base", "novel"}, or {"all"}
     notes: list[str]  # what the user should know: short classes, skipped files
+
+    def record(self, root: str) -> Record:
+        """What a run learns from, chooses by and is tested on; files are named from `root` on."""
+        parts = {"train": [(self.classnames, self.train)], "val": [(self.classnames, self.val)]}
+        parts["test"] = [(test.classnames, test.batches) for test in self.tests.values()]
+        return {
+            part: [row for names, some in of for row in rows(some.pictures, names, root)]
+            for part, of in parts.items()
+        }
 
 
 def make_task(
@@ -58,20 +72,10 @@ def make_task(
     base: the base classes' numbers, if they are not the first half. size: pixels, the model's.
     folder: the cache (None: none). precision: what features are computed in.
     """
-    everything = range(len(dataset.classnames))
-    learned = everything
-    if classes == "base-novel":
-        learned = everything[: (len(everything) + 1) // 2] if base is None else sorted(base)
-    parts = {"base": learned, "novel": [k for k in everything if k not in set(learned)]}
-    if not parts["novel"]:
-        parts = {"all": everything}
-    for part, ids in parts.items():
-        if len(ids) == 1:
-            raise UserError(
-                f"the {part} half is one class, {dataset.classnames[ids[0]]!r}, and among one name "
-                "every answer is right; add --classes all, or give each half two classes"
-            )
+    learned, parts = halves(dataset, classes, base)
     train, val, notes = draw(dataset, learned, shots, seed)
+    notes = [*dataset.notes, *notes]
+    check_memory(len(train) + len(val) + len(dataset.test), size)
 
     def batches(pictures: Pictures) -> Batches:
         return read_batches(pictures, size, device, skip_bad, folder, notes, precision)
@@ -90,7 +94,47 @@ def make_task(
     seen = (task.train.pixels, task.val.pixels)
     if twice := sum(shared(test.batches.pixels, *seen) for test in task.tests.values()):
         notes.append(f"{twice} test images are also learned from or validated on, pixel for pixel")
+    seen = (task.train.pictures, task.val.pictures)
+    for which in (seen, [test.batches.pictures for test in task.tests.values()]):
+        if found := copies(*which):
+            notes.append(f"{len(found)} images are copies of others, byte for byte: {few(found)}")
     return task
+
+
+def halves(
+    dataset: Dataset, classes: str, base: Sequence[int] | None
+) -> tuple[Sequence[int], dict[str, Sequence[int]]]:
+    """The classes that are learned, and those of each part that is tested."""
+    everything = range(len(dataset.classnames))
+    learned = everything
+    if classes == "base-novel":
+        learned = everything[: (len(everything) + 1) // 2] if base is None else sorted(base)
+    parts = {"base": learned, "novel": [k for k in everything if k not in set(learned)]}
+    if not parts["novel"]:
+        parts = {"all": everything}
+    for part, ids in parts.items():
+        if len(ids) == 1:
+            raise UserError(
+                f"the {part} half is one class, {dataset.classnames[ids[0]]!r}, and among one name "
+                "every answer is right; add --classes all, or give each half two classes"
+            )
+    return learned, parts
+
+
+def copies(*parts: Pictures) -> list[str]:
+    """Files that hold what another one holds: "b.jpg of a.jpg"."""
+    first: dict[str, Path] = {}
+    files = {
+        file: made
+        for pictures in parts
+        for file, made in zip(pictures.source, pictures.digests, strict=True)
+        if isinstance(file, Path)
+    }
+    return [
+        f"{file} of {first[made]}"
+        for file, made in files.items()
+        if first.setdefault(made, file) != file
+    ]
 
 
 def shared(pixels: Tensor, *others: Tensor) -> int:
@@ -116,12 +160,28 @@ def make_test(
     skip_bad: bool,
     folder: Path | None,
     precision: str,
+    classes: str = "all",
+    base: Sequence[int] | None = None,
+    record: Record | None = None,
+    again: bool = False,
 ) -> Task:
-    """All classes' test pictures, and none to learn from: for a run on another data set."""
-    notes = []
-    batches = read_batches(dataset.test, size, device, skip_bad, folder, notes, precision)
-    names = dataset.classnames
-    return Task(names, None, None, {"all": Test(names, batches)}, notes)
+    """What `make_task` tests on, and nothing to learn from: for a run that is tested.
+
+    record: what the run learned from, which is never tested on. `again`: test on what it was
+    tested on, whatever the split is by now.
+    """
+    learned, parts = halves(dataset, classes, base)
+    names, notes = dataset.classnames, list(dataset.notes)
+    if record:
+        test, more = unseen(dataset, record, again)
+        dataset, notes = replace(dataset, test=test), notes + more
+    check_memory(len(dataset.test), size)
+    tests = {}
+    for part, ids in parts.items():
+        pictures = _of_classes(dataset.test, ids)
+        batches = read_batches(pictures, size, device, skip_bad, folder, notes, precision)
+        tests[part] = Test([names[i] for i in ids], batches)
+    return Task([names[i] for i in learned], None, None, tests, notes)
 
 
 def read_batches(
@@ -134,42 +194,68 @@ def read_batches(
     precision: str,
 ) -> Batches:
     """The pictures, read; those that were skipped are added to `notes`."""
-    pictures, pixels, skipped = read(pictures, size, skip_bad, folder)
+    pictures, pixels, skipped = read(pictures, size, skip_bad, folder, notes)
     if skipped:
         notes.append(f"skipped {len(skipped)} unreadable files: {', '.join(skipped)}")
     return Batches(pictures, pixels, device, folder, precision)
 
 
 def draw(
-    dataset: Dataset, classes: Sequence[int], shots: int, seed: int
+    dataset: Dataset, classes: Sequence[int], shots: int | str, seed: int
 ) -> tuple[Pictures, Pictures, list[str]]:
-    """`shots` training pictures of each class and its validation pictures -> train, val, notes.
+    """`shots` training pictures of each class ("all": all) and its validation pictures
+    -> train, val, notes.
 
     A class with fewer gives what it has. Without a validation part, min(shots, 4) of a class are
-    set aside for validation first, but never more than half of it. CoOp's split has a rule of its
-    own: fewshot/coop.py.
+    set aside for validation first, but never more than half of it; of a class that training takes
+    whole, a fifth if that is more. One's own pictures give more, of those that training leaves,
+    and at most as many as `VAL` says. CoOp's split has a rule of its own: fewshot/coop.py.
     """
-    if dataset.split == "coop":
+    if dataset.split == "coop" and shots != "all":
         return draw_coop(dataset, classes, shots, seed)
-    pool = _of_classes(dataset.train, classes)
+    pool, notes, whole = _of_classes(dataset.train, classes), [], shots == "all"
+    shots = len(pool) if whole else shots
     generator = torch.Generator().manual_seed(seed)
+    members = [(pool.labels == label).nonzero().flatten() for label in range(len(classes))]
+    members = [some[torch.randperm(len(some), generator=generator)] for some in members]
+    most = min(max(VAL[0], sum(min(shots, len(some)) for some in members)), VAL[1])
+    most = max(most // len(classes), FEW_VAL)  # of a class
     train, val, short = [], [], {}
-    for label in range(len(classes)):
-        members = (pool.labels == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator)]
-        aside = min(shots, FEW_VAL, len(members) // 2) if dataset.val is None else 0
-        left = members[aside:]
-        val.append(members[:aside])
+    for label, some in enumerate(members):
+        aside = 0
+        if dataset.val is None:
+            aside = min(shots, 1 if whole else FEW_VAL, len(some) // 2)
+            if shots >= len(some):
+                aside = max(aside, min(len(some) // 5, most))
+        left = some[aside:]
+        free = left[shots : shots + most - aside] if dataset.val is None and dataset.own else []
+        val.append(torch.cat([some[:aside], torch.as_tensor(free, dtype=torch.long)]))
         train.append(left[:shots])
-        if len(left) < shots:
+        if len(left) < shots and not whole:
             short[dataset.classnames[classes[label]]] = len(left)
-    val = pool[torch.cat(val)] if dataset.val is None else _of_classes(dataset.val, classes)
+    if dataset.val is None:
+        val = pool[torch.cat(val)]
+    else:
+        val = _of_classes(dataset.val, classes)
+        if dataset.own:
+            count, val = len(val), _at_most(most, val, generator)
+            if len(val) < count:
+                notes.append(f"{len(val)} of {count} validation images are used, {most} a class")
     if len(val) == 0:
         raise UserError(
             "no class has more than one training image, so none is left for validation; give more, "
             "or a val/ folder"
         )
-    return pool[torch.cat(train)], val, _note_short(short, shots)
+    return pool[torch.cat(train)], val, notes + _note_short(short, shots)
+
+
+def _at_most(most: int, pictures: Pictures, generator: torch.Generator) -> Pictures:
+    """`most` pictures of each class, drawn, or all that there are, in their order."""
+    kept = []
+    for label in pictures.labels.unique():
+        members = (pictures.labels == label).nonzero().flatten()
+        kept.append(members[torch.randperm(len(members), generator=generator)[:most]])
+    return pictures[torch.cat(kept).sort().values]
 
 
 def draw_coop(
@@ -204,4 +290,4 @@ def _of_classes(pictures: Pictures, classes: Sequence[int]) -> Pictures:
     new[torch.tensor(classes)] = torch.arange(len(classes))
     labels = new[pictures.labels]  # (N,)
     inside = labels >= 0
-    return Pictures(pictures[inside.nonzero().flatten()].source, labels[inside])
+    return replace(pictures[inside.nonzero().flatten()], labels=labels[inside])

@@ -53,8 +53,10 @@ class Queries:
 
     def describe(self, scores: dict) -> str:
         """What `evaluate_tasks` scored, in a line to stand above its table."""
-        widths = ", ".join(f"{p} ± {s['interval95']:.2f}" for p, s in scores["parts"].items())
-        classes = f"{self.k_eff} to {self.k_eff_max}" if self.k_eff_max else self.k_eff
+        parts = scores["parts"].items()
+        widths = ", ".join(f"{part} ± {score['interval95']:.2f}" for part, score in parts)
+        counts = sorted({n for _, score in parts for n in score["classes"]})  # that there are
+        classes = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
         return (
             f"mean of {self.tasks} tasks of {self.queries} images or fewer, {classes} classes "
             f"(95 % intervals: {widths}):"
@@ -64,6 +66,7 @@ class Queries:
 def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
     """As `fewshot.experiment.evaluate`, but over tasks; adds half widths of 95 % intervals."""
     scores = {"base": None, "novel": None, "hm": None, "all": None, "parts": {}}
+    most = queries.k_eff_max or queries.k_eff
     for part, test in task.tests.items():
         known = method if part != "novel" else method.for_classes(test.classnames)
         labels = test.batches.labels
@@ -76,6 +79,7 @@ def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
         spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
         scores["parts"][part] = {
             "tasks": len(accuracies),
+            "classes": [min(n, len(labels.unique())) for n in (queries.k_eff, most)],  # of a task
             "interval95": 1.96 * spread / len(accuracies) ** 0.5,
         }
     if scores["novel"] is not None:

@@ -9,13 +9,17 @@
 
 An image is written before the line that lists it, and both whole or not at all. So a process killed
 at any moment leaves books that are true, and at most one batch to be made again, to the same bits.
+Where an image lies follows from its line, and no other file is ever read, moved or removed.
 """
 
 import json
+import os
 import re
+import typing
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -24,15 +28,18 @@ from clip_min import UserError
 from clip_min.files import (
     HALF_WRITTEN,
     read_json,
+    read_json_lines,
     remove_half_written,
     replacing,
     write_json,
     write_text,
 )
 from fewshot import cache
-from fewshot.images import Pictures
+from fewshot.images import Pictures, digests
 
 DONE = ("kept", "waived")  # states of an image that is used in training
+SETTINGS = {"classnames": list[str]}  # what is read of settings.json, and of plan.json
+PLAN = {"quotas": dict[str, int]}
 
 
 @dataclass
@@ -52,7 +59,7 @@ class Attempt:
     classname: str
     attempt: int  # of this class, from 0
     image: str  # its file, relative to the folder
-    state: str  # kept, rejected, waived (kept though not recognised), undecided
+    state: Literal["kept", "rejected", "waived", "undecided"]  # waived: kept, not recognised
     predicted: str | None  # the class the filter sees
     margin: float | None  # right logit minus the largest other
     captioned: str  # the real picture whose caption is in the prompt
@@ -75,23 +82,39 @@ class Manifest:
     def __init__(self, folder: Path, settings: dict, plan: dict):
         self.folder, self.settings, self.plan = folder, settings, plan
         self.classnames = settings["classnames"]
-        self.slugs = slugs(self.classnames)
-        self.captions = _read(folder / "captions.jsonl", Caption)
-        self.attempts = _read(folder / "manifest.jsonl", Attempt)
+        self.slugs = dict(zip(self.classnames, slugs(self.classnames), strict=True))
+        self.captions = self._read("captions.jsonl", Caption)
+        self.attempts = self._read("manifest.jsonl", Attempt)
+        count = Counter()
+        for row in self.attempts:
+            place = self._place(replace(row, attempt=count[row.classname]))
+            count[row.classname] += 1
+            if row.image != place:  # it could be anywhere: "../mine.png"
+                raise UserError(
+                    f"{folder}/manifest.jsonl: image is {row.image!r:.200}, expected {place!r}, "
+                    "where the next one of its class and state lies"
+                )
         seconds = folder / "seconds.json"
-        self.seconds = Counter(read_json(seconds, "") if seconds.exists() else {})
+        self.seconds = Counter(read_json(seconds, "", dict[str, float]) if seconds.exists() else {})
 
     @classmethod
     def start(cls, folder: Path, settings: dict, plan: dict) -> "Manifest":
         """A new folder, or one that was begun with these settings."""
-        if (folder / "settings.json").exists():
+        here = folder / "settings.json"
+        if here.exists():
             old = cls.open(folder)
             if old.captions or old.attempts:
                 old.check(settings)
+            elif odd := old.settings.keys() ^ settings.keys():  # someone else's: not overwritten
+                raise UserError(
+                    f"{here}: is none of generate.py's, by its {min(odd)}; give a new folder"
+                )
+        elif folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file, expected a folder; give another one")
         elif folder.exists() and not all(_early(path) for path in folder.iterdir()):
             raise UserError(f"{folder}: is not empty and has no settings.json; give a new folder")
         write_json(folder / "plan.json", plan)
-        write_json(folder / "settings.json", settings)
+        write_json(here, settings)
         manifest = cls(folder, settings, plan)
         manifest._sweep()
         return manifest
@@ -100,8 +123,15 @@ class Manifest:
     def open(cls, folder: Path) -> "Manifest":
         """A folder that exists, to read."""
         hint = "generate.py leaves one in a folder of images"
-        settings = read_json(folder / "settings.json", hint)
-        return cls(folder, settings, read_json(folder / "plan.json", hint))
+        settings = read_json(folder / "settings.json", hint, SETTINGS)
+        plan = read_json(folder / "plan.json", hint, PLAN)
+        names, quotas = settings["classnames"], plan["quotas"]
+        if odd := [name for name in quotas if name not in names or quotas[name] < 0]:
+            raise UserError(
+                f"{folder}/plan.json: quotas.{odd[0]} is {quotas[odd[0]]}, expected numbers from 0 "
+                "for the classes of settings.json"
+            )
+        return cls(folder, settings, plan)
 
     def check(self, settings: dict) -> None:
         """Refuse to go on with other settings."""
@@ -159,26 +189,46 @@ class Manifest:
         write_json(self.folder / "seconds.json", {k: round(s, 3) for k, s in self.seconds.items()})
 
     def _place(self, attempt: Attempt) -> str:
-        slug = dict(zip(self.classnames, self.slugs, strict=True))
-        folder = f"{attempt.state}/{slug[attempt.classname]}"
-        if attempt.state == "waived":
-            folder = f"kept/{slug[attempt.classname]}"
+        state = "kept" if attempt.state == "waived" else attempt.state
+        folder = f"{state}/{self.slugs[attempt.classname]}"
         if attempt.state == "rejected":
-            folder += f"/predicted_{slug[attempt.predicted]}"
+            folder += f"/predicted_{self.slugs[attempt.predicted]}"
         return f"{folder}/{attempt.attempt:05d}.png"
 
     def _write(self, name: str, lines: list) -> None:
         texts = (json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines)
         write_text(self.folder / name, "".join(texts))
 
+    def _read(self, name: str, kind: type) -> list:
+        """The lines of a book, as `kind`; every class in them is one of this folder's."""
+        hints = typing.get_type_hints(kind)
+        rows = read_json_lines(self.folder / name, hints)
+        for number, row in enumerate(rows, 1):
+            where = f"{self.folder / name}, line {number}"
+            if odd := [key for key in row if key not in hints]:
+                raise UserError(f"{where}: {odd[0]} is no key of such a line")
+            known = [row["classname"], *filter(None, [row.get("predicted")])]
+            if odd := [name for name in known if name not in self.classnames]:
+                raise UserError(f"{where}: {odd[0]!r:.200} is no class of settings.json")
+            if row.get("state") == "rejected" and row["predicted"] is None:
+                raise UserError(f"{where}: predicted is null, expected the class it was taken for")
+        return [kind(**row) for row in rows]
+
     def _sweep(self) -> None:
-        """Remove what a killed process left half-written or had not listed yet."""
-        listed = {self.folder / attempt.image for attempt in self.attempts}
-        remove_half_written(self.folder)
-        for state in ("kept", "rejected", "undecided"):
-            for path in (self.folder / state).rglob("[0-9]*.png"):
-                if path not in listed:
-                    path.unlink()
+        """Remove what a killed process left half-written, or had moved and not yet removed."""
+        listed = [self.folder / attempt.image for attempt in self.attempts]
+        states = [self.folder / state for state in ("kept", "rejected", "undecided")]
+        folders = states + [state / slug for state in states for slug in self.slugs.values()]
+        if linked := [f for f in {*folders, *(p.parent for p in listed)} if f.is_symlink()]:
+            raise UserError(
+                f"{min(linked)}: is a link, and images are kept in the folder itself; put a folder "
+                "there"
+            )
+        for folder, _, _ in os.walk(self.folder):  # not behind links
+            remove_half_written(Path(folder))
+        for attempt in self.attempts:
+            if attempt.state != "undecided":
+                (self.folder / self._place(replace(attempt, state="undecided"))).unlink(True)
         if lost := sorted(path for path in listed if not path.exists()):
             raise UserError(
                 f"{lost[0]}: manifest.jsonl lists it, but it is gone ({len(lost)} files are); put "
@@ -188,17 +238,10 @@ class Manifest:
 
 def _early(path: Path) -> bool:
     """Can it have been left by a process killed before it had written settings.json?"""
-    return path.name == "plan.json" or path.match(HALF_WRITTEN)
-
-
-def _read(path: Path, kind: type) -> list:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not at U+2028, as splitlines does
-    try:
-        return [kind(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: has a line that is none of its own ({error})") from None
+    if path.name == "plan.json":
+        read_json(path, "", PLAN)  # else an error: it is someone else's
+        return True
+    return HALF_WRITTEN.fullmatch(path.name) is not None
 
 
 def slugs(classnames: list[str]) -> list[str]:
@@ -215,8 +258,8 @@ def slugs(classnames: list[str]) -> list[str]:
 
 
 def fingerprint(pictures: Pictures) -> str:
-    """Tells whether images were made from these real pictures: files by name and size."""
+    """Tells whether images were made from these real pictures, by what they hold."""
     source = pictures.source
     if not isinstance(source, torch.Tensor):
-        source = [(path.name, path.stat().st_size) for path in source]
+        source = pictures.digests or digests(pictures)
     return cache.key(source, pictures.labels.cpu())

@@ -11,6 +11,7 @@ from math import ceil, inf
 from typing import Annotated, ClassVar, Literal
 
 from clip_min import UserError
+from clip_min.typed import expect_fields
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 # stabilityai/stable-diffusion-2-1-base left the hub in November 2025; these are the same weights.
@@ -24,12 +25,12 @@ class Generation:
     per_class: Annotated[int, "images to keep of each class"] = 32
     plan: Annotated[
         Literal["uniform", "f1", "deficit"],
-        "uniform: per-class images of every class; f1: only of those the filter's model is weak "
-        "in; deficit: as many in all, shared out in proportion to 1 - F1",
+        "uniform: per-class images of every class; f1: only of those that CLIP is weak in; "
+        "deficit: as many in all, shared out in proportion to 1 - F1",
     ] = "uniform"
     f1_of: Annotated[
-        Literal["filter", "zero_shot"], "whose F1 that is: the filter's model's, or CLIP's as it is"
-    ] = "filter"
+        Literal["zero_shot", "filter"], "whose F1 that is: CLIP's as it is, or the filter's model's"
+    ] = "zero_shot"
     f1_threshold: Annotated[float, "plan f1: validation F1 below which a class is weak"] = 0.7
     reject_limit: Annotated[int, "rejected images after which a class's filter is waived"] = 100
     captioner: Annotated[str, f"demo, or a LLaVA by name or folder [{LLAVA}; demo: demo]"] = ""
@@ -76,6 +77,7 @@ class Generation:
             if not least <= value <= most:
                 expected = f"{least} or more" if most == inf else f"{least} to {most}"
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+        expect_fields(self)  # infinity is none of these, either
         if int(self.steps * self.strength) < 1:  # as diffusers rounds
             raise UserError(
                 f"--strength {self.strength}: of {self.steps} steps that is less than one; "
@@ -96,6 +98,8 @@ class Generation:
             prompt=self.prompt or f"A realistic {template.removeprefix('a ')}",
         )
 
-    def fixed(self) -> dict:
-        """The settings that images follow from."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.FREE}
+    def fixed(self, filter: str) -> dict:
+        """The settings that images follow from, under a filter of this name."""
+        unread = {"uniform": {"f1_of", "f1_threshold"}, "deficit": {"f1_threshold"}, "f1": set()}
+        free = self.FREE | unread[self.plan] | ({"f1_of"} if filter == "zero_shot" else set())
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}

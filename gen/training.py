@@ -11,18 +11,31 @@ from fewshot.task import Task
 from gen.manifest import Manifest, fingerprint
 
 
-def finished(folder: Path, experiment: Experiment, task: Task) -> Manifest:
-    """The books of a folder that has all its images, made from this task's training pictures."""
+def finished(folder: Path, experiment: Experiment, task: Task, settings, filter) -> Manifest:
+    """The books of a folder that has all its images, made from this task's training pictures.
+
+    settings: DISEF's, whose plan, filter and per_class must be the folder's, as a run records them.
+    filter: "zero_shot", or the folder of a run that filters, for a message.
+    """
     root = f"--data-root {experiment.data_root} " if experiment.data_root else ""
     command = (
         f"python generate.py --dataset {experiment.dataset} {root}--model {experiment.model} "
         f"--shots {experiment.shots} --seed {experiment.seed} --classes {experiment.classes} "
+        f"--per-class {settings.per_class} --plan {settings.plan} --filter {filter} "
         f"--synthetic {folder}"
     )
     if not (folder / "settings.json").exists():
         raise UserError(f"{folder}: there are no synthetic images yet; make them first: {command}")
     manifest = Manifest.open(folder)
-    manifest.check(made_from(experiment, task))
+    wanted = {"plan": settings.plan, "filter": settings.filter}
+    manifest.check({**made_from(experiment, task), **wanted})
+    quotas = manifest.plan["quotas"].values()
+    each = sum(quotas) // len(quotas) if settings.plan == "deficit" else max(quotas)
+    if each not in (0, settings.per_class):  # 0: no class is weak
+        raise UserError(
+            f"{folder}: has {each} images a class, not {settings.per_class}; add --per-class "
+            f"{each}, or make the others: {command}"
+        )
     if missing := manifest.missing():
         raise UserError(
             f"{folder}: {missing} images are still to be made; go on with: {command} and the flags "

@@ -19,7 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min import CLIP, PromptTree, UserError, tokenize
+from clip_min.typed import expect_fields
 from clip_min.weights import mismatches
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,10 @@ class Settings:
     def __post_init__(self):
         for name, (least, most) in self.limits.items():
             value = getattr(self, name)
-            if not least <= value <= most:
+            if isinstance(value, int | float) and not least <= value <= most:
                 expected = f"{least} or more" if most == inf else f"{least} to {most}"
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+        expect_fields(self)  # a config that is read back may hold anything
 
 
 Augment = Literal["none", "crop-flip", "random-crop", "randaugment", "randaugment-crop"]
@@ -270,7 +275,14 @@ class Method(nn.Module):
     def load_adapter(self, state: dict[str, Tensor]) -> None:
         """Copy `state`, as `adapter_state` gave it, into this method; strict."""
         mine = self.adapter_state()
-        if problems := mismatches(state, mine):
+        problems = mismatches(state, mine)
+        for name, tensor in () if problems else state.items():
+            kinds = FLOATS if mine[name].is_floating_point() else INTEGERS
+            if tensor.dtype not in kinds:
+                problems.append(f"{name} is {tensor.dtype}, expected {mine[name].dtype}")
+            elif not tensor.to(mine[name].dtype).isfinite().all():
+                problems.append(f"{name} has NaN or infinity")
+        if problems:
             shown = "; ".join(problems[:8]) + (", …" if len(problems) > 8 else "")
             raise UserError(f"the adapter does not fit this method and model: {shown}")
         with torch.no_grad():

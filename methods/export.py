@@ -3,7 +3,8 @@
     merged_clip    a CLIP with the corrections added to its weights (LoRA), or simply with its new
                    weights (full fine-tuning); clip_min/formats.py writes it for other libraries
     to_peft        LoRA's thin matrices, for `peft` on `transformers.CLIPModel`
-    class_matrix   one row for each class name: all that prompts come to, once they are learned
+    classifier     one row for each class name: all that prompts come to, once they are learned,
+                   or a linear head
 
 Each refuses, and says why, where the form cannot hold what the method does.
 """
@@ -11,12 +12,15 @@ Each refuses, and says why, where the form cannot hold what the method does.
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_min import CLIP, UserError
 from clip_min.weights import mismatches
 from methods.base import Method
+from methods.cross_modal import CrossModal
 from methods.grouped_lora import GroupedLoRA
+from methods.linear_probe import LinearProbe
 from methods.lora import LoRA
 
 TO_HUGGING_FACE = {
@@ -86,10 +90,13 @@ def to_peft(method: Method) -> tuple[dict[str, Tensor], dict]:
 
 
 @torch.no_grad()
-def class_matrix(method: Method) -> Tensor:
-    """(K, E), rows of length 1: logits = s · norm(f) · matrixᵀ for the feature f of any image.
+def classifier(method: Method) -> dict[str, Tensor]:
+    """weight (K, E), a row for each class name, with what makes logits of it for a feature f (E,):
 
-    That this is so is not taken for granted but tried, on random images.
+        logit_scale ()     logits = s · norm(f) · weightᵀ
+        bias (K,)          logits = f · weightᵀ + bias               a linear probe's, of f as it is
+
+    That this is so for any image is not taken for granted but tried, on random ones.
     """
     clip, dice = method.clip, torch.Generator().manual_seed(0)
     if method.input == "features":
@@ -97,15 +104,28 @@ def class_matrix(method: Method) -> Tensor:
     else:
         x = torch.randn(4, 3, *2 * [clip.config.image_size], generator=dice)
     with method.inference():
-        rows = method.class_features()
+        if isinstance(method, LinearProbe):
+            tensors = {"weight": method.head.weight, "bias": method.head.bias}
+        else:
+            learned = isinstance(method, CrossModal)
+            rows = method.head if learned else F.normalize(method.class_features(), dim=-1)
+            tensors = {"weight": rows, "logit_scale": clip.logit_scale.exp()}
         if method.input != "features":
             features = clip.encode_image(x)
-        if rows.dim() != 2 or not torch.allclose(
-            method(x), clip.logits(features, rows), rtol=1e-3, atol=1e-3
-        ):
-            raise UserError(
-                f"{type(method).__name__} has no classifier matrix: its logits are not those of "
-                "CLIP's image features with one row for each class (CoCoOp's prompts, for one, "
-                "depend on the image)"
-            )
-    return torch.nn.functional.normalize(rows, dim=-1)
+        fits = tensors["weight"].dim() == 2 and torch.allclose(
+            method(x), _logits(features, **tensors), rtol=1e-3, atol=1e-3
+        )
+    if not fits:
+        raise UserError(
+            f"{type(method).__name__} has no classifier matrix: its logits are not those of "
+            "CLIP's image features with one row for each class (CoCoOp's prompts, for one, "
+            "depend on the image)"
+        )
+    return tensors
+
+
+def _logits(f: Tensor, weight: Tensor, logit_scale=None, bias=None) -> Tensor:
+    """The formulas of `classifier`: f (B, E) -> (B, K)."""
+    if bias is not None:
+        return f @ weight.T + bias
+    return logit_scale * F.normalize(f, dim=-1) @ weight.T

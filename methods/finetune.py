@@ -73,7 +73,7 @@ def trained_names(clip, part: str) -> list[str]:
         return image if part == "image" else [n for n in names if n not in image + ["logit_scale"]]
     depth = min(len(clip.transformer.resblocks), len(clip.visual.transformer.resblocks))
     last = part.removeprefix("last-")
-    if last == part or not last.isdecimal() or not 1 <= int(last) <= depth:
+    if last == part or not last.isdecimal() or len(last) > 4 or not 1 <= int(last) <= depth:
         raise UserError(
             f"--train {part}: expected both, image, text, or last-1 to last-{depth} (blocks)"
         )

@@ -16,15 +16,17 @@ Shapes do not tell everything: neither s nor which parts a stack holds. Where th
 compared with the settings of the method that is to go on, which must be the same.
 """
 
-import pickle
 import re
+import typing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from clip_min import UserError
-from clip_min.files import read_json, read_safetensors
+from clip_min.files import read_adapter, read_json, read_safetensors
+from clip_min.pickled import read_pickled
+from clip_min.typed import expect
 from methods.base import Method
 from methods.linear_probe import LinearProbe
 from methods.lora import LoRA, block_numbers
@@ -33,6 +35,13 @@ from methods.support import WithSupport
 # Settings that say what tensors mean, beyond their shapes.
 MEANING = ("image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks")
 MEANING += ("scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation")
+# What is read of PEFT's adapter_config.json.
+PEFT = {
+    "peft_type": str | None,
+    "lora_alpha": float | None,
+    "alpha_pattern": dict[str, float],
+    "use_rslora": bool | None,
+}
 # PEFT's ways to start a LoRA that leave the frozen weights as they are.
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 OUR_TOWER = {"image": "clip.visual.transformer", "text": "clip.transformer"}
@@ -80,7 +89,7 @@ def read(path: Path, method: Method, fingerprint: str) -> tuple[dict[str, Tensor
     if (path / "adapter_config.json").is_file():
         return read_peft(path, _needs_lora(method, path))
     if path.is_dir():
-        return read_run(path, fingerprint)
+        return read_run(path, method, fingerprint)
     raise UserError(f"{path}: there is no such folder or file")
 
 
@@ -118,28 +127,33 @@ def _depths(method: Method) -> dict[str, int]:
     }
 
 
-def read_run(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict]:
+def read_run(path: Path, method: Method, fingerprint: str) -> tuple[dict[str, Tensor], dict]:
     """A folder that train.py left -> its learned tensors and settings."""
-    config = read_json(path / "config.json", "expected a run of train.py or a PEFT adapter")
-    try:
-        made, settings = config["fingerprint"], dict(config["settings"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}/config.json: not a config of a run") from None
+    hint = "expected a run of train.py or a PEFT adapter"
+    kind = {"fingerprint": str, "settings": dict, "model": str}
+    config = read_json(path / "config.json", hint, kind)
+    made, settings = config["fingerprint"], dict(config["settings"])
+    hints = typing.get_type_hints(type(method.settings))
+    known = {key: hints[key] for key in MEANING if key in hints and key in settings}
+    expect(settings, known, f"{path}/config.json", "settings")
     if made != fingerprint:
         raise UserError(
-            f"{path}: was trained on {config.get('model')} with fingerprint {made}, "
+            f"{path}: was trained on {config['model']} with fingerprint {made}, "
             f"but the model here has {fingerprint}; give the right one with --model"
         )
     unused = {"image": "text_", "text": "image_"}.get(settings.get("towers"), "no such setting")
     settings = {key: value for key, value in settings.items() if not key.startswith(unused)}
-    return read_safetensors(path / "adapter.safetensors")[0], settings
+    return read_adapter(path / "adapter.safetensors", config), settings
 
 
 def read_peft(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     """A PEFT adapter of `transformers.CLIPModel` -> our tensors, and the settings they imply."""
     config = read_json(path / "adapter_config.json", "a PEFT adapter has one")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: is PEFT's {config.get('peft_type')}, expected LORA")
+    config = dict.fromkeys(PEFT) | config
+    config["alpha_pattern"] = config["alpha_pattern"] or {}
+    expect(config, PEFT, f"{path}/adapter_config.json")
+    if config["peft_type"] != "LORA":
+        raise UserError(f"{path}: is PEFT's {config['peft_type']}, expected LORA")
     if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
         raise UserError(
             f"{path}: started by {start}, for which PEFT changes the frozen weights: it corrects "
@@ -148,7 +162,7 @@ def read_peft(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     found: dict[tuple, dict[str, Tensor]] = {}
     for name, tensor in read_safetensors(path / "adapter_model.safetensors")[0].items():
         match = re.fullmatch(
-            r"base_model\.model\.((vision|text)_model\.encoder\.layers\.(\d+)\.self_attn\."
+            r"base_model\.model\.((vision|text)_model\.encoder\.layers\.(\d{1,4})\.self_attn\."
             r"(q|k|v|out)_proj)\.lora_([AB])\.weight",
             name,
         )
@@ -165,29 +179,23 @@ def read_peft(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
         if pair.keys() != {"module", "A", "B"}:
             raise UserError(f"{path}: {pair['module']} has only one of lora_A and lora_B")
         alphas[tower, block, part] = _by_pattern(
-            config.get("alpha_pattern"), pair["module"], config.get("lora_alpha")
+            path, config["alpha_pattern"], pair["module"], config["lora_alpha"]
         )
     pairs = {key: (pair["A"], pair["B"]) for key, pair in found.items()}
     state, settings = _fuse(path, pairs, method)
     for tower in {key[0] for key in pairs}:
         values = {alpha for key, alpha in alphas.items() if key[0] == tower}
-        if len(values) > 1 or not isinstance(alpha := values.pop(), int | float):
+        if len(values) > 1 or (alpha := values.pop()) is None:
             raise UserError(f"{path}: the {tower} tower has no single lora_alpha, as it has here")
         settings[f"{tower}_alpha"] = float(alpha)
-    return state, settings | {"scaling": "sqrt" if config.get("use_rslora") else "rank"}
+    return state, settings | {"scaling": "sqrt" if config["use_rslora"] else "rank"}
 
 
 def read_file(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     """A file of CLIP-LoRA, or of loralib's tensors -> our tensors, the settings they imply."""
     if path.suffix == ".safetensors":
         return _read_loralib(path, read_safetensors(path)[0], method)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
-        raise UserError(
-            f"{path}: neither safetensors nor a PyTorch file of plain tensors; "
-            "nothing in it was run"
-        ) from None
+    content = read_pickled(path)
     if isinstance(content, dict) and {"weights", "metadata"} <= content.keys():
         return _read_clip_lora(path, content, method)
     return _read_loralib(path, content, method)
@@ -248,11 +256,12 @@ def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, 
             for i, (tower, block) in enumerate(places)
             for name, pair in weights[f"layer_{i}"].items()
         }
-        alpha = float(metadata["alpha"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a file of CLIP-LoRA ({error!r})") from None
+        alpha = metadata["alpha"]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a file of CLIP-LoRA ({error!r:.200})") from None
+    expect(alpha, float, str(path), "metadata.alpha")
     state, settings = _fuse(path, pairs, method)
-    alphas = {f"{tower}_alpha": alpha for tower in {key[0] for key in pairs}}
+    alphas = {f"{tower}_alpha": float(alpha) for tower in {key[0] for key in pairs}}
     return state, settings | alphas | {"scaling": "sqrt"}
 
 
@@ -280,6 +289,7 @@ def _read_loralib(path: Path, content, method: LoRA) -> tuple[dict[str, Tensor],
             f"{path}: no tensor …transformer.resblocks.N.attn.in_proj.lora_A as "
             "loralib names it, and not CLIP-LoRA's weights and metadata"
         )
+    _check_matrices(path, state)
     ranks = {}
     for tower, prefix in OUR_TOWER.items():
         found = [t.shape[-1] for n, t in state.items() if n.startswith(prefix) and n[-1] == "B"]
@@ -289,6 +299,7 @@ def _read_loralib(path: Path, content, method: LoRA) -> tuple[dict[str, Tensor],
 
 def _fuse(path: Path, pairs: Corrections, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     """Corrections of single parts -> our stacked tensors, and the settings they imply."""
+    _check_matrices(path, {f"{key} {i}": t for key, p in pairs.items() for i, t in enumerate(p)})
     towers = sorted({tower for tower, _, _ in pairs})
     blocks = {t: sorted({b for tower, b, _ in pairs if tower == t}) for t in towers}
     parts = "".join(p for p in "qkvo" if any(part == p for _, _, part in pairs))
@@ -327,9 +338,27 @@ def _fuse(path: Path, pairs: Corrections, method: LoRA) -> tuple[dict[str, Tenso
     return state, settings
 
 
-def _by_pattern(patterns: dict | None, module: str, default):
+def _check_matrices(path: Path, found: dict[str, Tensor]) -> None:
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.numel():
+            raise UserError(f"{path}: {name} is no matrix, as both of a LoRA's tensors are")
+
+
+# Some regular expressions take years: those that repeat what repeats, or repeat much.
+SLOW = re.compile(r"\)[*+?{]|\{|([*+?].*){3}", re.DOTALL)
+
+
+def _by_pattern(path: Path, patterns: dict[str, float], module: str, default: float | None):
     """PEFT's rule: the value of the first pattern that the end of the module's name matches."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+    for pattern, value in patterns.items():
+        try:
+            if len(pattern) > 300 or SLOW.search(pattern):
+                raise ValueError("it repeats too much")
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            raise UserError(
+                f"{path}/adapter_config.json: alpha_pattern {pattern[:100]!r} cannot be taken "
+                f"({error}); write the names of modules in full"
+            ) from None
     return default

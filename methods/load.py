@@ -13,6 +13,8 @@ def described(run) -> tuple[type[Method], Settings]:
     name = nearest(f"{run.path}/config.json: method", run.config["method"], METHODS)
     try:
         return METHODS[name], METHODS[name].Settings(**run.config["settings"])
+    except UserError as error:
+        raise UserError(f"{run.path}/config.json: settings: {error}") from None
     except TypeError as error:
         raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
 
@@ -25,5 +27,9 @@ def trained(run, clip: CLIP, template: str = "") -> Method:
     run.check_model(clip)
     method_class, settings = described(run)
     method = method_class(clip, run.learned, template or run.template, settings)
-    method.load_adapter(run.load_adapter())
+    state = run.load_adapter()
+    try:
+        method.load_adapter(state)
+    except UserError as error:
+        raise UserError(f"{run.path}: {error}") from None
     return method

@@ -147,7 +147,8 @@ def block_numbers(text: str, depth: int, tower: str = "image") -> list[int]:
         return list(range(depth))
     try:
         ends = [[int(number) for number in piece.split("-", 1)] for piece in text.split(",")]
-        numbers = sorted({n for end in ends for n in range(end[0], end[-1] + 1)})
+        # Of a range's numbers beyond the last block, one is enough to tell.
+        numbers = sorted({n for end in ends for n in range(end[0], min(end[-1], depth) + 1)})
     except ValueError:
         numbers = []
     if not numbers or numbers[-1] >= depth:

@@ -46,11 +46,28 @@ class WithSupport(ZeroShot):
 
     def votes(self) -> Tensor:
         """One row a support image, 1 at its class, (N, K); of a class not asked for, all zero."""
+        of, asked = self._places()
+        return (of[:, None] == asked).float()
+
+    def count_votes(self, x: Tensor) -> Tensor:
+        """x (N, B) -> votes()ᵀ·x (K, B): the rows of each class's images, summed.
+
+        Without that matrix, nearly all zeros: it grows with the square of the classes.
+        """
+        of, asked = self._places()
+        count = of.bincount(minlength=len(self.learned_names) + 1)  # of the last, no class's, 0
+        first = count.cumsum(0) - count  # where a class begins, once images are in order of class
+        return F.embedding_bag(of.argsort(stable=True), x, first, mode="sum")[asked]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The class of each support image (N,), and each class asked for (K,), by number among the
+        names learned; without images of it, the number after these.
+        """
         numbers = {name: i for i, name in enumerate(self.learned_names)}
         learned = torch.tensor([numbers[name] for name in self.learned_names])  # alike if names are
-        asked = torch.tensor([numbers.get(name, -1) for name in self.classnames])  # (K,)
-        rows = (learned[:, None] == asked).float()  # one-hot, a row for each learned class
-        return rows.to(self.support.device)[self.support_labels]  # (N, K)
+        asked = [numbers.get(name, len(learned)) for name in self.classnames]
+        device = self.support.device
+        return learned.to(device)[self.support_labels], torch.tensor(asked, device=device)
 
     def adapter_state(self) -> dict[str, Tensor]:
         return {"support": self.support, "support_labels": self.support_labels}
@@ -58,11 +75,17 @@ class WithSupport(ZeroShot):
     def load_adapter(self, state: dict[str, Tensor]) -> None:
         """As always, but for the number of images, which is the saved one's."""
         before = self.support.data, self.support_labels.data
-        count = len(state["support"]) if "support" in state else 0
+        count = state["support"].shape[:1].numel() if "support" in state else 0
         self.support.data = self.support.new_zeros(count, self.support.shape[1])
         self.support_labels.data = self.support_labels.data.new_zeros(count)
         try:
             super().load_adapter(state)
+            if not all(0 <= k < len(self.learned_names) for k in self.support_labels.tolist()):
+                raise UserError(
+                    "the adapter does not fit this method and model: support_labels are "
+                    f"{self.support_labels.min()} to {self.support_labels.max()}, expected numbers "
+                    f"from 0 of the {len(self.learned_names)} classes it learned"
+                )
         except UserError:
             self.support.data, self.support_labels.data = before
             raise

@@ -31,6 +31,7 @@ from methods.zero_shot import TemplateSettings
 
 ALPHAS = [0.0] + [2.0 ** (i / 2) for i in range(-6, 21)]  # 0, 1/8 … 1024
 BETAS = [2.0 ** (i / 2) for i in range(-4, 15)]  # 1/4 … 128
+ROOM = 2**24  # numbers in a matrix of the search: 64 MB
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ class TipAdapter(WithSupport):
     def cache_logits(self, features: Tensor, beta) -> Tensor:
         """exp(-β (1 - f·keysᵀ)) · values: (B, E) -> (B, K)."""
         with self.float32():
-            distance = 1 - F.normalize(features.float(), dim=-1) @ self.support.T  # (B, N)
-            return (-beta * distance).exp() @ self.votes()
+            return self.count_votes((-beta * self.distances(features)).exp()).T
+
+    def distances(self, features: Tensor) -> Tensor:
+        """1 - keys·fᵀ: (B, E) -> (N, B)."""
+        return 1 - self.support @ F.normalize(features.float(), dim=-1).T
 
     def fit(self, train, val, descend) -> None:
         self.remember(train, self.settings.views, self.settings.augment)
@@ -73,21 +77,45 @@ class TipAdapter(WithSupport):
     def search(self, val) -> None:
         """Set α and β to the best on validation; of equally good ones, to the smallest."""
         features = val.features(self.clip)
-        zero_shot = super().forward(features)  # (V, K)
         alphas = ALPHAS if self.settings.alpha < 0 else [self.settings.alpha]
         betas = BETAS if self.settings.beta < 0 else [self.settings.beta]
-        best = (-1.0, 0.0, 0.0)
-        for beta in betas:
-            votes = self.cache_logits(features, beta)
-            for alpha in alphas:
-                right = (zero_shot + alpha * votes).argmax(dim=1) == val.labels
-                best = max(best, (right.double().mean().item(), -alpha, -beta))
+        weights = torch.tensor(alphas, device=features.device)
+        right = torch.zeros(len(betas), len(alphas), dtype=torch.int64, device=features.device)
+        few = max(1, ROOM // max(len(self.support), len(self.classnames)))
+        for part in torch.arange(len(features), device=features.device).split(few):
+            zero_shot = super().forward(features[part])  # (V, K), V images of validation
+            distances = self.distances(features[part])  # (N, V)
+            for row, beta in zip(right, betas, strict=True):
+                votes = self.count_votes((-beta * distances).exp()).T  # (V, K)
+                low, high = winning(zero_shot, votes, val.labels[part])
+                row += ((low[:, None] < weights) & (weights < high[:, None])).sum(dim=0)
+        share = (right.double() / len(features)).tolist()
+        best = max(
+            (share[b][a], -alpha, -beta)
+            for b, beta in enumerate(betas)
+            for a, alpha in enumerate(alphas)
+        )
         self.alpha.fill_(-best[1])
         self.beta.fill_(-best[2])
         print(f"α {-best[1]:.4g}, β {-best[2]:.4g}: {100 * best[0]:.2f} % on validation")
 
     def adapter_state(self) -> dict[str, Tensor]:
         return {**super().adapter_state(), "alpha": self.alpha, "beta": self.beta}
+
+
+def winning(zero_shot: Tensor, votes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """zero_shot, votes (V, K), labels (V,) -> between which two α the right class wins, (V,) each.
+
+    A class's logit, zero_shot + α·votes, is a line over α. The right class is ahead of another one
+    on one side of where their lines cross; so it wins in one interval, for all α found at once.
+    """
+    lead, gain = (t.gather(1, labels[:, None]) - t for t in (zero_shot, votes))  # (V, K)
+    lead.scatter_(1, labels[:, None], torch.inf)  # it need not win against itself
+    crossing = -lead / gain  # the lead is lead + α·gain
+    low = crossing.where(gain > 0, -torch.inf).amax(dim=1)
+    high = crossing.where(gain < 0, torch.inf).amin(dim=1)
+    never = ((gain == 0) & (lead <= 0)).any(dim=1)
+    return low.where(~never, torch.inf), high
 
 
 @dataclass(frozen=True)

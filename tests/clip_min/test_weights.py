@@ -34,6 +34,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_min import CLIP, CONFIGS, UserError, formats, load, save, tokenize, weights
+from clip_min.errors import Note
+from clip_min.files import remove_half_written
+from clip_min.pickled import read_pickled
 
 CLOSE = 1e-5
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -41,6 +44,7 @@ TOKENS = random_tokens(4, SMALL)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore::clip_min.errors.Note"),  # of files that lie alone
 ]
 
 
@@ -366,24 +370,101 @@ def test_weights_trained_with_gelu_are_refused(name, told, beside):
         beside(name, told)
 
 
+HF, OPEN = "config.json", "open_clip_config.json"
+
+
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "told", "said"),
     [
-        ("config.json", {"vision_config": {"num_attention_heads": 7}, "text_config": {}}),
-        ("config.json", {"vision_config": {"num_attention_heads": 0}, "text_config": {}}),
-        ("config.json", {"vision_config": {}}),
-        ("config.json", {"vision_config": None, "text_config": None}),
-        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {"head_width": 0}}}),
-        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {}, "text_cfg": []}}),
+        (
+            HF,
+            {"vision_config": {"num_attention_heads": 7}, "text_config": {}},
+            "heads, 7 and 1, do",
+        ),
+        (
+            HF,
+            {"vision_config": {"num_attention_heads": 0}, "text_config": {}},
+            "heads, 0 and 1, do",
+        ),
+        (HF, {"vision_config": {"num_attention_heads": -2}, "text_config": {}}, "heads, -2 and"),
+        (
+            HF,
+            {"vision_config": {"num_attention_heads": 2.0}, "text_config": {}},
+            "is 2.0, expected",
+        ),
+        (HF, {"vision_config": {"num_attention_heads": True}, "text_config": {}}, "is True, exp"),
+        (HF, {"vision_config": {}}, "text_config is missing"),
+        (HF, {"vision_config": None, "text_config": None}, "vision_config is None, expected an"),
+        (
+            OPEN,
+            {"model_cfg": {"quick_gelu": True, "vision_cfg": {"head_width": 0}, "text_cfg": {}}},
+            "heads, 0 and 8",
+        ),
+        (OPEN, {"model_cfg": {"vision_cfg": {}, "text_cfg": []}}, r"text_cfg is \[\], expected an"),
+        (OPEN, {"model_cfg": 3}, "model_cfg is 3, expected an object"),
     ],
 )
-def test_a_description_of_another_model_is_named(name, told, beside):
-    with pytest.raises(UserError, match=f"{name}: its numbers of heads"):
+def test_a_description_of_another_model_is_named(name, told, said, beside):
+    with pytest.raises(UserError, match=f"{name}: .*{said}"):
         beside(name, told)
 
 
 def test_a_config_of_something_else_is_not_looked_at(beside):
-    assert beside("config.json", {"method": "lora", "settings": {}}).config == SMALL
+    with pytest.warns(Note, match="model.safetensors: no config.json or .* QuickGELU and heads 64"):
+        assert beside("config.json", {"method": "lora", "settings": {}}).config == SMALL
+
+
+QUICK = {"model_cfg": {"quick_gelu": True, "vision_cfg": {}, "text_cfg": {"heads": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "key"),
+    [
+        ("open_clip_config.json", {"mean": [0.5, 0.5, 0.5]}, "mean"),
+        ("open_clip_config.json", {"resize_mode": "squash"}, "resize_mode"),
+        ("open_clip_config.json", {"interpolation": "bilinear"}, "interpolation"),
+        ("open_clip_config.json", {"size": 48}, "size"),
+        ("preprocessor_config.json", {"image_std": [1, 1, "x"]}, "image_std"),
+        ("preprocessor_config.json", {"resample": 2}, "resample"),
+        ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "size"),  # squashed
+        ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop"),
+    ],
+)
+def test_weights_of_pictures_prepared_otherwise_are_refused(name, told, key, beside):
+    told = QUICK | {"preprocess_cfg": told} if name[0] == "o" else told
+    with pytest.raises(UserError, match=f"{name}: {key} is .* as CLIP does it"):
+        beside(name, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("open_clip_config.json", QUICK | {"preprocess_cfg": {"size": [32, 32]}}),
+        ("open_clip_config.json", QUICK | {"preprocess_cfg": {"std": [0.2686, 0.2613, 0.2758]}}),
+        ("open_clip_config.json", QUICK | {"preprocess_cfg": None}),
+        ("preprocessor_config.json", {"size": 32, "crop_size": 32}),  # as OpenAI's folder says it
+    ],
+)
+def test_clips_own_way_in_other_words_is_taken(name, told, beside):
+    assert beside(name, told).config == SMALL
+
+
+def test_a_folder_of_hugging_faces_or_open_clips_is_read_in_silence(tmp_path):
+    for save_folder in (formats.save_hugging_face, formats.save_open_clip):
+        folder = tmp_path / save_folder.__name__
+        save_folder(load("demo"), folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_holds(load(folder), load("demo").state_dict())
+
+
+def test_what_a_lone_file_does_not_tell_is_said_once(theirs, tmp_path):
+    save_file(theirs.state_dict(), tmp_path / "lone.safetensors")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            load(tmp_path / "lone.safetensors")
+    assert [warning.category for warning in said] == [Note]
 
 
 def test_the_demo_model_ships_whole_and_small():
@@ -433,7 +514,7 @@ def refusal(path: str | Path) -> str:
         warnings.simplefilter("always")
         with pytest.raises(UserError) as error:
             load(path)
-    assert not said
+    assert [warning for warning in said if warning.category is not Note] == []
     message = str(error.value)
     assert message.isprintable(), message  # so it is one line, and no escape code colours it
     assert message.startswith(str(path))
@@ -531,9 +612,51 @@ def test_hugging_face_projections_that_do_not_fit_together_are_named(theirs, tmp
     ["nonsense", "{}", "[]", '{"vision_heads": 7, "text_heads": 1}']
     + ['{"vision_heads": 0, "text_heads": 1}', '{"vision_heads": 2, "text_heads": "1"}'],
 )
-def test_a_header_that_tells_no_heads_is_quoted(state, tmp_path, header):
+def test_a_header_that_tells_no_heads_is_named(state, tmp_path, header):
     save_file(state, tmp_path / "bad.safetensors", {"clip_min": header})
-    assert header in refusal(tmp_path / "bad.safetensors")
+    assert "bad.safetensors: its header: " in refusal(tmp_path / "bad.safetensors")
+
+
+def test_a_fingerprint_covers_heads_that_the_weights_do_not_tell():
+    """And is of the weights alone where they do, as it always was: runs of before stay valid."""
+    narrow, wide = CLIP(CONFIGS["demo"]), CLIP(dataclasses.replace(CONFIGS["demo"], vision_heads=2))
+    wide.load_state_dict(narrow.state_dict())
+    assert weights.fingerprint(narrow) != weights.fingerprint(wide)
+    plain = CLIP(SMALL)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(plain.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert weights.fingerprint(plain) == digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(state, tmp_path, value):
+    state["ln_final.bias"][3] = value
+    save_file(state, tmp_path / "bad.safetensors")
+    assert "ln_final.bias has NaN or infinity" in refusal(tmp_path / "bad.safetensors")
+
+
+def test_names_of_20_000_blocks_are_refused_before_they_are_made(state, tmp_path):
+    state |= {f"transformer.resblocks.{i}.ln_1.bias": torch.zeros(1) for i in range(20_000)}
+    save_file(state, tmp_path / "bad.safetensors")
+    assert "20000 blocks transformer.resblocks." in refusal(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("name", SIZING)
+def test_a_tensor_of_no_size_is_named(state, tmp_path, name):
+    state[name] = torch.zeros(0, *state[name].shape[1:])
+    save_file(state, tmp_path / "bad.safetensors")
+    assert f"{name} has shape (0, " in refusal(tmp_path / "bad.safetensors")
+
+
+def test_a_width_that_its_heads_do_not_divide_is_named(tmp_path):
+    with torch.device("meta"):
+        config = dataclasses.replace(SMALL, text_width=200, text_heads=5)
+        shapes = {name: t.shape for name, t in CLIP(config).state_dict().items()}
+    save_file(
+        {name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors"
+    )
+    assert "do not divide the towers' widths, 128 and 200" in refusal(tmp_path / "a.safetensors")
 
 
 def test_a_clip_with_a_resnet_is_refused(tmp_path):
@@ -640,6 +763,110 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, disguise,
         assert marker.exists()
 
 
+class Hostile(torch.nn.Module):
+    """TorchScript that, once torch.jit.load reads it, overwrites a file, or never ends."""
+
+    def __init__(self, path: str, loops: bool):
+        super().__init__()
+        self.path, self.loops = path, loops
+        self.weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.loops, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool, bool]):
+        self.path, self.loops, self.training = state[0], state[1], state[2]
+        self.weight = torch.zeros(0)
+        while self.loops:
+            self.weight = torch.zeros(0)
+        self.weight = torch.from_file(self.path, True, 6, dtype=torch.uint8).fill_(33)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_torchscript_archive_with_code_of_its_own_is_refused_and_runs_none(tmp_path, loops):
+    victim, archive = tmp_path / "victim.txt", tmp_path / "hostile.pt"
+    victim.write_bytes(b"mine..")
+    hostile = torch.jit.script(Hostile(str(victim), loops))
+    hostile.save(archive)
+    assert "not a CLIP" in refusal(archive)
+    assert victim.read_bytes() == b"mine.."
+    if not loops:  # to see that the trap is real
+        torch.jit.load(archive)
+        assert victim.read_bytes() == b"!!!!!!"
+
+
+class Odd(torch.nn.Module):
+    """Parts of every kind: views of one storage, transposed, of several types, shared, nested."""
+
+    def __init__(self):
+        super().__init__()
+        whole = torch.arange(24.0).reshape(4, 6)
+        self.a, self.b = torch.nn.Parameter(whole[1:3, 2:]), torch.nn.Parameter(whole.T)
+        self.tower = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+        self.register_buffer("halves", torch.arange(3).half())
+        self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("size", torch.tensor(7))
+        self.register_buffer("mask", torch.tensor([True, False]))
+
+    def forward(self, x):
+        return self.tower(x) + self.a.sum() + self.b.sum() + self.halves.sum() + self.size
+
+
+@pytest.mark.parametrize("compiled", ["scripted", "traced"])
+def test_an_archives_tensors_are_those_that_torchscript_reads(tmp_path, compiled):
+    model, x = Odd().eval(), torch.ones(2, 6)
+    module = torch.jit.script(model) if compiled == "scripted" else torch.jit.trace(model, x)
+    module.save(tmp_path / "odd.pt")
+    found, expected = read_pickled(tmp_path / "odd.pt"), torch.jit.load(tmp_path / "odd.pt")
+    assert found.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def pickled_tensor(shape, strides, start=0, kind="FloatStorage", length=6) -> bytes:
+    """The data.pkl of a module with one tensor of a storage of six numbers."""
+    text = f"c__torch__.M\nM\n)\x81}}Vw\nctorch._utils\n_rebuild_tensor_v2\n(({'Vstorage'}\n"
+    text += f"ctorch\n{kind}\nV0\nVcpu\nI{length}\ntQI{start}\n"
+    for numbers in (shape, strides):
+        text += "(" + "".join(f"I{n}\n" for n in numbers) + "t"
+    return (text + "I00\nNtRsb.").encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickled_tensor((2, 4), (4, 1)),
+        pickled_tensor((6,), (1,), start=1),
+        pickled_tensor((6,), (1,), start=-1),
+        pickled_tensor((3,), (-1,)),
+        pickled_tensor((10**9, 10**9), (0, 0)),
+        pickled_tensor((6,), (1,), kind="StringStorage"),
+        b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",  # would be given that much memory
+        b"r\xff\xff\xff\xffN.",
+        b"(" * 10_000,
+        b"",
+    ],
+)
+def test_an_archive_that_lies_about_its_tensors_is_refused(tmp_path, data):
+    for content, fits in ((pickled_tensor((2, 3), (3, 1)), True), (data, False)):
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            for name, part in (("data.pkl", content), ("constants.pkl", b")."), ("version", b"3")):
+                archive.writestr(f"a/{name}", part)
+            archive.writestr("a/data/0", torch.arange(6.0).numpy().tobytes())
+        if fits:  # as it is made here, it can be read
+            assert torch.equal(
+                read_pickled(tmp_path / "a.pt")["w"], torch.arange(6.0).reshape(2, 3)
+            )
+        else:
+            assert "nothing in it was run" in refusal(tmp_path / "a.pt")
+
+
 def test_openais_file_names_stand_for_openais_sha256(theirs, tmp_path, monkeypatch):
     published = {url.split("/")[-1]: url.split("/")[-2] for url in clip.clip._MODELS.values()}
     assert weights.OPENAI_SHA256.items() <= published.items()
@@ -701,16 +928,15 @@ def test_the_command_converts_in_silence(root, theirs, state, tmp_path):
     assert_holds(load(target), state)
 
 
-def test_the_command_says_one_line_about_a_bad_file_and_leaves_the_target(tmp_path, capsys):
-    bad, target = tmp_path / "bad.pt", tmp_path / "ours.safetensors"
+def test_the_command_says_one_line_about_a_bad_file(tmp_path, capsys):
+    bad = tmp_path / "bad.pt"
     bad.write_bytes(b"no weights")
-    target.write_bytes(b"precious")
-    assert weights.main(["convert", str(bad), str(target)]) == 2
+    assert weights.main(["convert", str(bad), str(tmp_path / "ours.safetensors")]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith(f"error: {bad}: ")
     assert said.err.count("\n") == 1
-    assert target.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [bad]
 
 
 def test_the_command_refuses_a_target_of_another_ending(capsys, tmp_path):
@@ -719,6 +945,50 @@ def test_the_command_refuses_a_target_of_another_ending(capsys, tmp_path):
     assert said.err.count("\n") == 1
     assert "out.pt" in said.err
     assert ".safetensors" in said.err
+
+
+def test_the_command_leaves_what_is_there_already(capsys, tmp_path):
+    target = tmp_path / "model.safetensors"
+    target.write_bytes(b"precious")
+    assert weights.main(["convert", "demo", str(target)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {target}: is there already; choose another place, or remove it\n"
+    )
+    assert target.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["convert"],
+        ["convert", "demo"],
+        ["convret", "demo", "a.safetensors"],
+        ["convert", "demo", "a.safetensors", "--fast"],
+        ["convert", "demo", f"{'n' * 300}.safetensors"],
+        ["convert", f"{'n' * 300}.pt", "a.safetensors"],
+        ["convert", "demo", "/dev/null/a.safetensors"],
+    ],
+)
+def test_whatever_the_command_is_given_it_says_one_line(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert weights.main(argv) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert said.err.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["out.safetensors", "folder"])
+def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place(tmp_path, target):
+    left = [tmp_path / f".clip_min-{name}-abcdefgh" for name in (target, "other")]
+    mine = tmp_path / ".notes.20240131.md"
+    for folder in left:
+        folder.mkdir()
+        (folder / "half").write_bytes(b"")
+    mine.write_text("mine")
+    remove_half_written(tmp_path, target)
+    assert sorted(tmp_path.iterdir()) == [left[1], mine]
 
 
 # --------------------------------------------------------------------------------------- the hub
@@ -809,6 +1079,7 @@ def fetch(hub, monkeypatch, tmp_path, capsys):
             "HUGGINGFACE_CO_URL_TEMPLATE",
             endpoint + "/{repo_id}/resolve/{revision}/{filename}",
         )
+        (tmp_path / "out.safetensors").unlink(missing_ok=True)
         code = weights.main(["convert", name, str(tmp_path / "out.safetensors")])
         said = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)

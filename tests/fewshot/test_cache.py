@@ -1,9 +1,12 @@
 """The cache gives back what was computed, or nothing: never something stale or damaged."""
 
+import dataclasses
+import os
+
 import pytest
 import torch
 
-from clip_min import CLIP, CLIPConfig
+from clip_min import CLIP, CLIPConfig, UserError
 from fewshot import cache
 from fewshot.images import Batches, Pictures
 
@@ -64,6 +67,65 @@ def test_a_name_changes_with_all_it_follows_from(tensor):
     assert cache.key(tensor.clone(), 64) == names[3]
 
 
+def name(i: int) -> str:
+    return f"{i:032x}"
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """(tensors) -> the cache holds so many of 4,000 bytes, and their headers."""
+    monkeypatch.setattr(cache, "_most", None)  # so that it is put back
+    return lambda count: cache.chosen({"cache": "none", "cache_gb": count * 4200 / 1e9})
+
+
+def test_of_a_full_cache_what_was_not_used_for_longest_goes(tmp_path, limit):
+    limit(3)
+    for i in range(3):
+        cache.save(tmp_path, "features", name(i), torch.full((1000,), float(i)))
+        os.utime(tmp_path / f"features/{name(i)}.safetensors", (i, i))
+    assert cache.load(tmp_path, "features", name(0)) is not None  # used now
+    cache.save(tmp_path, "pixels", name(3), torch.zeros(1000))
+    there = [
+        cache.load(tmp_path, kind, name(i)) is not None
+        for kind, i in (("features", 0), ("features", 1), ("features", 2), ("pixels", 3))
+    ]
+    assert there == [True, False, True, True]
+
+
+def test_only_files_of_its_own_are_removed(tmp_path, limit):
+    limit(1)
+    others = [tmp_path / "features/notes.txt", tmp_path / "features/model.safetensors"]
+    others += [tmp_path / f"mine/{name(7)}.safetensors", tmp_path / f"{name(8)}.safetensors"]
+    for i, path in enumerate(others):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(10_000))
+        os.utime(path, (i, i))
+    (tmp_path / f"features/{name(9)}.safetensors").symlink_to(others[0])
+    for i in range(3):
+        cache.save(tmp_path, "features", name(i), torch.zeros(1000))
+    assert all(path.exists() for path in others)
+    assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+@pytest.mark.parametrize("gb", [-1, float("nan"), float("inf")])
+def test_a_size_that_is_none_is_an_error(gb):
+    with pytest.raises(UserError, match="--cache-gb"):
+        cache.chosen({"cache_gb": gb})
+
+
+def test_a_new_file_follows_the_umask(tmp_path, tensor):
+    before = os.umask(0o027)
+    try:
+        cache.save(tmp_path, "features", "a", tensor)
+        (tmp_path / "plain").touch()
+        modes = [
+            p.stat().st_mode for p in (tmp_path / "features/a.safetensors", tmp_path / "plain")
+        ]
+    finally:
+        os.umask(before)
+    assert modes[0] == modes[1]
+
+
 # Image features, which are kept under such names.
 
 
@@ -83,7 +145,7 @@ class Refusing:
     """An image tower that may not be asked."""
 
     def __init__(self, clip):
-        self.visual = clip.visual
+        self.visual, self.config = clip.visual, clip.config
 
     def encode_image(self, images):
         raise AssertionError("the features were in the cache")
@@ -118,4 +180,21 @@ def test_damaged_features_are_computed_again(tmp_path):
     data = bytearray(file.read_bytes())
     data[-2] ^= 64
     file.write_bytes(data)
+    assert torch.equal(new_batches(tmp_path).features(new_clip()), first)
+
+
+def test_features_of_other_heads_are_computed(tmp_path):
+    """Which no weight tells."""
+    new_batches(tmp_path).features(new_clip())
+    clip = new_clip()
+    clip.config = dataclasses.replace(clip.config, vision_heads=2)
+    with pytest.raises(AssertionError, match="were in the cache"):
+        new_batches(tmp_path).features(Refusing(clip))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(4, 32), torch.tensor(1.0)])
+def test_features_that_vouch_for_themselves_and_do_not_fit_are_computed_again(tmp_path, bad):
+    first = new_batches(tmp_path).features(new_clip())
+    (file,) = (tmp_path / "features").iterdir()
+    cache.save(tmp_path, "features", file.stem, bad)
     assert torch.equal(new_batches(tmp_path).features(new_clip()), first)

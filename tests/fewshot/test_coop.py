@@ -35,7 +35,7 @@ def root(tmp_path, split, noise) -> Path:
     """The split, and its pictures in a folder that it does not name."""
     folder = tmp_path / "mine"
     for i, (path, *_) in enumerate(entry for part in split.values() for entry in part):
-        noise(folder / "deep/jpg" / path, i, (4, 4))
+        noise(folder / "deep/jpg" / path, i, (16, 16))
     (folder / "split_zhou_Mine.json").write_text(json.dumps(split))
     return folder
 
@@ -172,7 +172,8 @@ def without(part: str):
         (change("train", 1, 9), "expected 0 to K - 1, all of them"),
         (change("train", 0, "img/nothing.png"), "is nowhere below"),
         (change("test", 0, "img/nothing.png"), "nothing.png is no file"),
-        (change("test", 0, "../0.png"), "expected paths below a folder of images"),
+        (change("test", 0, "../0.png"), "../0.png: expected paths below a folder of images"),
+        (change("test", 0, "/etc/hostname"), "/etc/hostname: expected paths below a folder"),
         (
             lambda split: json.dumps(split | {"test": split["test"] + split["train"][:1]}),
             "a picture is listed once",
@@ -187,6 +188,28 @@ def test_a_split_that_is_wrong_is_one_line(root, split, spoil, said):
     assert said in str(error.value)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_class_name_is_an_error(root, split):
+    text = json.dumps(split).replace('"rose"', '" "')
+    (root / "split_zhou_Mine.json").write_text(text)
+    with pytest.raises(UserError, match=f"{root}: a class is called '', which CLIP reads as noth"):
+        load(root)
+
+
+def test_a_class_that_only_the_test_has_is_named_in_a_note(root, split):
+    split["train"] = [entry for entry in split["train"] if entry[1] != 1]
+    (root / "split_zhou_Mine.json").write_text(json.dumps(split))
+    notes = make_task(load(root), 2, 1, "all", 4, torch.device("cpu"), folder=None).notes
+    assert notes[0] == "1 classes have no training image, and are tested on: tiger lily"
+
+
+def test_all_shots_are_all_of_the_split(root, split):
+    task = make_task(load(root), "all", 1, "all", 4, torch.device("cpu"), folder=None)
+    for batches, part in ((task.train, "train"), (task.val, "val")):
+        files = {str(file.relative_to(root / "deep/jpg")) for file in batches.pictures.source}
+        assert len(batches) == len(split[part])
+        assert files == {path for path, *_ in split[part]}
 
 
 def test_a_split_without_validation_is_read_but_not_drawn_from(root, split):

@@ -1,6 +1,7 @@
 """What is read from disk, under which class names, and what is said of a folder that is wrong."""
 
 import inspect
+import os
 import shutil
 import urllib.error
 from collections import Counter
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torchvision.datasets
 
-from clip_min import UserError
+from clip_min import UserError, tokenize
 from fewshot import datasets, demo
 from fewshot.images import ENDINGS
 
@@ -155,10 +156,9 @@ BOTH = {"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1}
         ({}, "no class folder with images"),
         ({"a": 5, "b": 2}, "b: 2 images; a class needs 3 or more"),
         ({"a": 5, "A": 5, "b": 5}, "'A' and 'a' are one class to CLIP"),
-        ({"Train/a": 1, "Train/b": 1, "Test/a": 1, "Test/b": 1}, "Test/, Train/ alone; expected"),
-        ({"train/a": 5, "train/b": 5, "validation/a": 5}, "train/, validation/ alone; expected"),
-        ({"train/a": 5, "test/a": 5, "notes": 3} | BOTH | {"valid/a": 1}, "valid/ alone; expected"),
-        ({"train/a": 5, "val/a": 5, "labels": 5}, "train/, val/ alone; expected"),
+        ({"Train/a": 1, "Train/b": 1}, "has Train/ alone; expected"),
+        ({"test/a": 5, "test/b": 5, "validation/a": 5}, "has test/, validation/ alone; expected"),
+        ({"val/a": 1, "Valid/a": 1} | BOTH, "has both Valid/ and val/; keep one"),
     ],
 )
 def test_a_folder_that_cannot_be_learned_from_is_an_error_that_says_where_and_why(
@@ -290,3 +290,88 @@ def test_real_photographs_are_found_in_all_parts(flowers12):
 def test_a_folder_whose_name_names_nothing_is_refused(tree):
     with pytest.raises(UserError, match="data/_: a folder's name is its class"):
         load(tree({"a": 3, "_": 3}))
+
+
+@pytest.mark.parametrize("called", ["val", "valid", "Validation", "dev"])
+def test_validation_is_called_as_others_call_it(tree, called):
+    root = tree({"Train/a": 2, "Train/b": 2, f"{called}/a": 1, f"{called}/b": 1})
+    data = load(root)
+    assert [Path(file).parts[0] for file, _ in listed(data.test, root)] == [called] * 2
+    assert data.val is None
+    assert f"there is no test/: {called}/ is tested on, and some of Train/" in data.notes[0]
+    data = load(tree({"TEST/a": 1, "TEST/b": 1}))
+    assert [Path(file).parts[0] for file, _ in listed(data.test, root)] == ["TEST"] * 2
+    assert [Path(file).parts[0] for file, _ in listed(data.val, root)] == [called] * 2
+    assert data.notes == []
+
+
+def test_classes_called_by_numbers_are_noted_with_the_way_to_name_them(tree):
+    root = tree({f"{part}/{k}": 1 for part in ("train", "test") for k in range(3)})
+    (note,) = load(root).notes
+    assert note.startswith(
+        "the classes are called 0, 1, 2, and CLIP reads names; say what they are"
+    )
+    (root / "classes.txt").write_text("rose\ntulip\nlily\n")
+    assert load(root).notes == []
+    (root / "classes.txt").rename(root / "classes.json")
+    (root / "classes.json").write_text('{"0": "rose", "1": "tulip", "2": "lily"}')
+    assert (load(root).classnames, load(root).notes) == (["rose", "tulip", "lily"], [])
+
+
+def test_what_is_left_out_is_named(tree, tmp_path, monkeypatch):
+    root = tree(BOTH | {"train/c": 2, "test/c": 1, "train/d": 1, "labels": 2, "elsewhere": 2})
+    for i, path in enumerate(sorted(root.glob("t*/c/*"))):
+        path.rename(path.with_name(f"{i}.xyz"))  # a class of another format
+    (root / "elsewhere").rename(tmp_path / "elsewhere")
+    (root / "train/a/linked").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(root / "train/a/pipe.jpg")
+    real = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "d":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    data = load(root)
+    assert data.classnames == ["a", "b"]
+    assert sorted(data.notes) == [
+        "left out 1 beside train/: labels",
+        "left out 1 linked folders: train/a/linked",
+        "left out 1 pipes and the like: train/a/pipe.jpg",
+        "left out 1 unreadable folders (Permission denied): train/d",
+        "left out 3 .xyz files: train/c/1.xyz, train/c/2.xyz, test/c/0.xyz",
+        "left out 3 folders without a picture: train/c, train/d, test/c",
+    ]
+
+
+def test_phones_pictures_are_told_what_reads_them(tree):
+    root = tree({"a": 3, "b": 3})
+    (root / "a/IMG_1.HEIC").write_bytes(b"")
+    monkey = [note for note in load(root).notes if "HEIC" in note]
+    if ".heic" not in ENDINGS:
+        assert "pip install pillow-heif" in monkey[0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Rose", "rose"),
+        ("caf\u00e9", "cafe\u0301"),  # NFC, NFD
+        ("black & white", "black &amp; white"),
+        ("lady's mantle", "lady\u2019s mantle"),
+        ("rose", "\uff52\uff4f\uff53\uff45"),  # full width
+        ("rose", "  rose"),
+        ("tiger lily", "tiger\u00a0 lily"),
+    ],
+)
+def test_names_that_are_one_to_clip_are_an_error(one, other):
+    assert tokenize(f"a photo of a {one}.").equal(tokenize(f"a photo of a {other}."))
+    with pytest.raises(UserError, match=r"here: .* are one class to CLIP"):
+        datasets.told_apart("here", ["tulip", one, other])
+
+
+@pytest.mark.parametrize("name", ["", " ", "\u00a0 \n"])
+def test_a_name_that_is_nothing_to_clip_is_an_error(name):
+    with pytest.raises(UserError, match="which CLIP reads as nothing"):
+        datasets.told_apart("here", ["tulip", name])

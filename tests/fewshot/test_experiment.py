@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from clip_min import UserError
+from clip_min.errors import Note
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.images import Batches
 from fewshot.task import Task
@@ -29,8 +31,10 @@ def test_a_data_set_implies_a_model_unless_one_is_given(dataset, model):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
+        ("dataset", "fodler", "did you mean folder"),
         ("shots", 0, "1 or more"),
         ("shots", -3, "1 or more"),
+        ("shots", "many", "1 or more, or all"),
         ("seed", -1, "0 to 4294967295"),
         ("seed", 2**32, "0 to 4294967295"),
         ("device", "warp", "cannot be used"),
@@ -43,6 +47,12 @@ def test_a_setting_that_cannot_be_is_an_error_that_names_its_flag(field, value, 
         Experiment(**{field: value})
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_is_not_there_is_told_before_pictures_are_read(monkeypatch):
+    monkeypatch.setattr(Experiment, "load_dataset", lambda _: pytest.fail("were read"))
+    with pytest.raises(UserError, match="ViT-B/61: neither a weights file nor .* ViT-B/16"):
+        Experiment(model="ViT-B/61").load()
 
 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda", []), ("cuda:1", ["cuda:1"])])
@@ -66,9 +76,14 @@ def test_fp32_is_fp32_in_the_patch_embedding_of_a_gpu_too(monkeypatch):
     [
         ({}, "demo/demo/lora-s10-seed1"),
         ({"shots": 4, "seed": 7}, "demo/demo/lora-s4-seed7"),
+        ({"shots": "all"}, "demo/demo/lora-sall-seed1"),
         ({"dataset": "flowers102"}, "flowers102/ViT-B-16/lora-s10-seed1"),
         ({"model": "ViT-L/14@336px"}, "demo/ViT-L-14@336px/lora-s10-seed1"),
         ({"model": "/x/y/mine.v2.safetensors"}, "demo/mine.v2/lora-s10-seed1"),
+        ({"model": "/x/y/open_clip_model.safetensors"}, "demo/y/lora-s10-seed1"),
+        ({"model": "model.safetensors"}, "demo/here/lora-s10-seed1"),
+        ({"model": "sub"}, "demo/sub/lora-s10-seed1"),
+        ({"model": "../here/sub/pytorch_model.bin"}, "demo/sub/lora-s10-seed1"),
         ({"classes": "all"}, "demo-all/demo/lora-s10-seed1"),
         ({"dataset": "folder", "data_root": "/x/birds/"}, "birds/demo/lora-s10-seed1"),
         ({"dataset": "folder", "data_root": "."}, "here/demo/lora-s10-seed1"),
@@ -216,6 +231,17 @@ def test_a_reader_that_leaves_ends_the_script_without_a_traceback_and_not_as_don
     script.stdin.close()
     assert (script.wait(60), script.stderr.read()) == (1, "")
     script.stderr.close()
+
+
+def test_a_note_of_the_model_is_a_line_and_other_warnings_stay_what_they_are(capsys):
+    def main():
+        warnings.warn("QuickGELU is assumed", Note, stacklevel=1)
+        warnings.warn("of a library", DeprecationWarning, stacklevel=1)
+
+    with pytest.warns(DeprecationWarning, match="of a library") as said:
+        run_script(main)
+    assert capsys.readouterr().out == "note: QuickGELU is assumed\n"
+    assert len(said) == 1
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(capsys):

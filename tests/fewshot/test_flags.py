@@ -40,6 +40,17 @@ def test_flags_that_were_given_come_back_in_their_types(parser):
     assert type(given["rings"]) is int
 
 
+def test_a_number_may_be_a_word():
+    @dataclass
+    class Wood:
+        trees: Annotated[int | str, "how many, or all"] = 3
+
+    parser = Parser()
+    add_flags(parser, Wood)
+    assert parser.parse(["--trees", "5"]) == {"trees": 5}
+    assert parser.parse(["--trees", "all"]) == {"trees": "all"}
+
+
 def test_flags_that_were_not_given_are_absent(parser):
     assert parser.parse([]) == {}
     assert parser.parse(["--rings=0", "--name="]) == {"rings": 0, "name": ""}  # 0 and "" are given
@@ -57,6 +68,11 @@ def test_a_yes_or_no_flag_can_be_taken_back(parser):
         (["--leaf_shape=oak"], "unknown argument --leaf_shape; did you mean --leaf-shape?"),
         (["--heig", "2"], "did you mean --height"),  # no abbreviations: tomorrow's flag may fit too
         (["--zzz"], "unknown argument --zzz; see --help"),
+        (["--nome", "x"], "did you mean --name"),
+        (
+            ["--rim", "x"],
+            "unknown argument --rim; see --help",
+        ),  # not --rings
         (["oak"], "unknown argument oak"),
         (["--rings", "1.5"], "--rings: invalid int value: '1.5'"),
         (["--height", "tall"], "--height: invalid float value: 'tall'"),

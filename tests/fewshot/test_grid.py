@@ -84,3 +84,11 @@ def test_a_plot_is_drawn(results, tmp_path):
     grid.save_plot("lora", grid.summarise(results), tmp_path / "deep/plot.png")
     with Image.open(tmp_path / "deep/plot.png") as image:
         assert len(image.getcolors(100_000)) > 10
+
+
+def test_all_shots_have_a_row_and_stand_last_in_the_plot(tmp_path):
+    results = {(s, 3): {**score(80.0, 60.0), "zero_shot": score(50.0, 50.0)} for s in (4, "all")}
+    found = grid.summarise(results)
+    assert grid.table("lora", found).splitlines()[-1].startswith("lora, all shots ")
+    grid.save_plot("lora", found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()

@@ -1,20 +1,24 @@
 """Pixels are those of `clip_min.crop`, from files, from the cache, and after augmentation."""
 
+import contextlib
+import hashlib
 import os
+import random
+import struct
 import time
 from types import SimpleNamespace
 
 import PIL
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, features
 from safetensors.torch import load_file, save_file
 from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode, RandAugment
 
 from clip_min import UserError, crop, normalize
 from fewshot import images
-from fewshot.images import Batches, Pictures, read
+from fewshot.images import ENDINGS, Batches, Pictures, read
 
 SIZES = [(40, 36), (36, 40), (32, 32), (7, 5), (200, 33), (64, 64), (33, 90)]
 
@@ -49,7 +53,7 @@ def pixels_of(files) -> torch.Tensor:
 
 
 def cached(folder):
-    return sorted(folder.rglob("*.safetensors"))
+    return sorted(folder.glob("pixels/*.safetensors"))
 
 
 def test_pixels_equal_crop_of_each_file_in_order(pictures, files):
@@ -70,7 +74,7 @@ def test_threads_that_finish_in_another_order_do_not_change_it(pictures, files, 
         return real(path)
 
     monkeypatch.setattr(images, "open_image", slow_at_first)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(images, "READERS", 7)
     assert torch.equal(read(pictures, 32, folder=None)[1], pixels_of(files))
     assert finished != sorted(finished)  # else this test shows nothing
 
@@ -108,9 +112,12 @@ def test_without_a_cache_nothing_is_written(pictures, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def touch(files, monkeypatch):
-    stat = files[3].stat()
-    os.utime(files[3], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+def change_unseen(files, monkeypatch):
+    """Other pixels, but size and times as before."""
+    stat = files[2].stat()
+    Image.new("RGB", SIZES[2], "red").save(files[2])  # a BMP
+    os.utime(files[2], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert files[2].stat().st_size == stat.st_size
     return files, 32
 
 
@@ -132,7 +139,7 @@ def new_pillow(files, monkeypatch):
     return files, 32
 
 
-@pytest.mark.parametrize("differ", [touch, change, resize, reorder, new_pillow])
+@pytest.mark.parametrize("differ", [change_unseen, change, resize, reorder, new_pillow])
 def test_the_cache_is_not_used_when_something_differs(
     differ, files, tmp_path, monkeypatch, no_decoder
 ):
@@ -211,7 +218,20 @@ def folder(path):
     path.mkdir()
 
 
-@pytest.mark.parametrize("spoil", [text_file, cut_short, no_bytes, gone, broken_link, folder])
+def eps(path):
+    """PostScript, which Pillow hands to Ghostscript: a program that a picture writes."""
+    Image.new("RGB", (40, 40)).save(path, "EPS")
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)  # whoever opens it waits for a writer
+
+
+SPOILT = [text_file, cut_short, no_bytes, gone, broken_link, folder, eps, pipe]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_an_unreadable_file_is_named_or_left_out(spoil, pictures, files, tmp_path):
     spoil(files[1])
     cache = tmp_path / "cache"
@@ -226,6 +246,107 @@ def test_an_unreadable_file_is_named_or_left_out(spoil, pictures, files, tmp_pat
     assert readable.labels.tolist() == [0, 2, 0, 1, 2, 0]
     assert torch.equal(pixels, pixels_of(good))
     assert not cached(cache)  # the file may be mended before the next run
+
+
+@pytest.mark.parametrize(
+    "kind", [NotImplementedError, RuntimeError, struct.error, MemoryError, KeyError, AssertionError]
+)
+def test_whatever_a_decoder_raises_the_file_is_unreadable(kind, files, monkeypatch):
+    def fail(self):
+        raise kind("it broke")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(UserError, match=r"1\.jpg: cannot be read as an image \(.?it broke"):
+        images.open_image(files[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_with_bits_changed_are_pictures_or_one_line(files, tmp_path):
+    dice = random.Random(0)
+    for _ in range(100):
+        file = dice.choice(files)
+        data = bytearray(file.read_bytes())
+        for _ in range(dice.randint(1, 8)):
+            data[dice.randrange(min(len(data), 200))] = dice.randrange(256)
+        (tmp_path / "mutated").write_bytes(data)
+        with contextlib.suppress(UserError):
+            images.open_image(tmp_path / "mutated")
+
+
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1), (101 * 3, 3)])
+def test_a_picture_that_is_a_line_is_refused_before_it_fills_the_memory(size, tmp_path):
+    Image.new("L", size).save(tmp_path / "line.png")
+    with pytest.raises(UserError, match=f"line.png: cannot be used with {size[0]} x {size[1]}"):
+        images.open_image(tmp_path / "line.png")
+    Image.new("L", (300, 3)).save(tmp_path / "band.png")
+    assert images.open_image(tmp_path / "band.png").size == (300, 3)
+
+
+def test_an_ending_that_lies_does_no_harm(noise, tmp_path):
+    file = noise(tmp_path / "a.png", 1).rename(tmp_path / "a.jpg")
+    assert images.open_image(file).format == "PNG"
+
+
+def test_photos_of_phones_are_read(noise, tmp_path):
+    """Two pictures in one JPEG, MPO; and HEIC, where pillow-heif is there."""
+    image = Image.open(noise(tmp_path / "a.png", 1))
+    image.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[image])
+    image.save(tmp_path / "b.jpg", "JPEG")
+    two, one = (images.open_image(tmp_path / f"{name}.jpg") for name in "ab")
+    assert (two.format, two.tobytes()) == ("MPO", one.tobytes())
+    if ".heic" in ENDINGS:
+        image.save(tmp_path / "a.heic")
+        assert images.open_image(tmp_path / "a.heic").size == image.size
+
+
+def test_formats_of_phones_and_browsers_are_found_where_pillow_reads_them():
+    assert {".jfif", ".jpe", ".jpeg", ".png", ".webp", ".tif", ".gif", ".bmp"} < ENDINGS
+    assert (".avif" in ENDINGS) == features.check("avif")
+    assert not {".eps", ".ps", ".pdf", ".psd", ".blp", ".mpg", ".h5"} & ENDINGS
+
+
+def test_odd_pictures_are_noted_from_files_and_from_the_cache(noise, tmp_path):
+    still = noise(tmp_path / "still.gif", 1)
+    frames = [Image.new("L", (40, 40), grey) for grey in (0, 200)]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    noise(tmp_path / "tiny.png", 2, (40, 15))
+    pictures = Pictures([still, tmp_path / "moves.gif", tmp_path / "tiny.png"], torch.arange(3))
+    for _ in range(2):
+        notes = []
+        read(pictures, 32, folder=tmp_path / "cache", notes=notes)
+        assert notes == [
+            f"1 images are animated, and read as their first frame: {tmp_path}/moves.gif",
+            f"1 images are under 16 pixels wide or high: {tmp_path}/tiny.png",
+        ]
+
+
+def test_a_digest_is_what_sha256sum_prints(pictures, files):
+    expected = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    assert read(pictures, 32, folder=None)[0].digests == expected
+    assert pictures[torch.tensor([2, 0])].digests is None
+    some = read(pictures, 32, folder=None)[0][torch.tensor([2, 0])]
+    assert some.digests == [expected[2], expected[0]]
+
+
+def test_a_copy_elsewhere_is_read_from_the_cache(pictures, files, tmp_path, no_decoder):
+    expected = read(pictures, 32, folder=tmp_path / "cache")[1]
+    moved = [file.rename(file.with_name(f"moved{file.name}")) for file in files]
+    no_decoder()
+    again = read(Pictures(moved, pictures.labels), 32, folder=tmp_path / "cache")[1]
+    assert torch.equal(again, expected)
+
+
+def test_what_does_not_fit_in_memory_is_told_before_it_is_read(pictures, monkeypatch, no_decoder):
+    no_decoder()
+    monkeypatch.setattr(images, "free_memory", lambda: 7 * 3 * 224 * 224 - 1)
+    with pytest.raises(
+        UserError, match=r"7 pictures of 224 x 224 pixels take 0\.0 GB.*0\.0 GB are"
+    ):
+        read(pictures, 224, folder=None)
+
+
+def test_free_memory_is_what_the_system_says():
+    assert 1e6 < images.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_of_several_unreadable_files_the_first_is_named_and_the_others_counted(pictures, files):
@@ -270,7 +391,7 @@ def test_shots_are_the_pictures_of_the_largest_class(pictures):
 def test_features_are_encoded_images_and_computed_once(pictures):
     class Encoder:
         calls = 0
-        visual = torch.nn.Linear(1, 1)
+        visual, config = torch.nn.Linear(1, 1), None
 
         def encode_image(self, images):
             self.calls += 1
@@ -336,6 +457,23 @@ def test_augmentation_varies_and_repeats_under_one_seed(pictures):
     assert not torch.equal(batches.images(chosen, "crop-flip"), first)
     torch.manual_seed(3)
     assert torch.equal(batches.images(chosen, "crop-flip"), first)
+
+
+@pytest.mark.parametrize("room", [0, 3 * 40 * 36 + 3 * 36 * 40, 1e9])
+def test_whole_pictures_are_kept_while_there_is_room_and_crops_are_the_same(
+    room, pictures, monkeypatch
+):
+    chosen = torch.tensor([0, 0, 5, 1, 4])
+    torch.manual_seed(3)
+    expected = batches_of(pictures, 32).images(chosen, "crop-flip")
+    monkeypatch.setattr(images, "KEPT", room)
+    batches = batches_of(pictures, 32)
+    for _ in range(2):
+        torch.manual_seed(3)
+        assert torch.equal(batches.images(chosen, "crop-flip"), expected)
+    kept = [3 * image.width * image.height for image in batches._originals.values()]
+    assert sum(kept) <= room
+    assert len(kept) == {0: 0, 1e9: 4}.get(room, 2)
 
 
 def test_augmentation_sees_what_the_centre_crop_cuts_off():

@@ -620,7 +620,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_so_far(
 def test_weights_that_break_in_the_last_step_of_an_epoch_are_never_the_best(
     train, val, run, capsys
 ):
-    method = Toy(settings(lr=float("inf"), batch_size=100))  # one step an epoch, its loss finite
+    method = Toy(settings(batch_size=100))  # one step an epoch, its loss finite
+    object.__setattr__(method.settings, "lr", math.inf)
     before = method.weights()
     descend(method, train, val, run, seed=1)
     assert "stopped: validation logits were not finite after epoch 1" in capsys.readouterr().out
@@ -730,3 +731,30 @@ def test_resuming_a_run_that_was_over_changes_nothing(train, val, tmp_path, caps
     assert equal(again.weights(), first.weights())
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     assert seconds == json.loads(before["resume.json"])["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("learned/linear.weight", torch.zeros(1, 1)),  # would be broadcast
+        ("kept/linear.bias", torch.zeros(CLASSES).double()),
+        ("learned/linear.bias", torch.zeros(CLASSES).long()),
+        ("learned/stranger", torch.zeros(3)),
+        ("optimizer/0/exp_avg", torch.zeros(2, 2)),
+        ("optimizer/9/exp_avg", torch.zeros(CLASSES)),
+        ("optimizer/x/y", torch.zeros(CLASSES)),
+        ("random/cpu", torch.zeros(3)),
+        ("nameless", torch.zeros(3)),
+    ],
+)
+def test_tensors_of_another_run_to_go_on_from_are_named(name, tensor, run, train, val):
+    descend(Toy(settings(epochs=1)), train, val, run, seed=1)
+    tensors, position = run.load_resume()
+    run.save_resume(tensors | {name: tensor}, position)
+    with pytest.raises(UserError, match=r"resume\.safetensors: holds other tensors than this run"):
+        descend(Toy(settings(epochs=1)), train, val, run, seed=1, resume=True)
+
+
+def test_a_rate_whose_steps_float32_does_not_hold_is_one_line(run, train, val):
+    with pytest.raises(UserError, match=r"--lr 1e\+38: the weights are not finite after step 1"):
+        descend(Toy(settings(lr=1e38)), train, val, run, seed=1)

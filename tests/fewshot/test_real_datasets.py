@@ -5,6 +5,7 @@ Only the counts are made smaller, in one place: `small`.
 
 import hashlib
 import pickle
+import runpy
 import shutil
 import urllib.error
 from dataclasses import replace
@@ -134,6 +135,9 @@ def hymenoptera(tmp_path, noise, small) -> Path:
         for name, count in (("ants", ants), ("bees", bees)):
             for i in range(count):
                 noise(tmp_path / f"hymenoptera_data/{part}/{name}/{i}_x.jpg", i, (8, 8))
+    for old, new in (("ants/0_x.jpg", "ants/formica.jpeg"), ("bees/1_x.jpg", "bees/1_x.JPG")):
+        train = tmp_path / "hymenoptera_data/train"
+        (train / old).rename(train / new)
     (tmp_path / "hymenoptera_data/train/ants/imageNotFound.gif").write_bytes(b"GIF89a")
     small("hymenoptera", 7, 0, 4)
     return tmp_path
@@ -236,3 +240,11 @@ def test_the_table_lists_every_data_set(capsys):
     for name, entry in DATASETS.items():
         assert "{}" in entry.template
         assert f"  {name:<12}{entry.about}" in datasets.listed()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_table_takes_no_flag(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["datasets.py", "--bogus"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("fewshot.datasets", run_name="__main__")
+    assert capsys.readouterr() == ("", "datasets.py: error: unknown argument --bogus; see --help\n")

@@ -1,11 +1,14 @@
 """A run folder is whole at every moment, and says what it came from."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +16,21 @@ from safetensors import safe_open
 
 import clip_min.files
 from clip_min import UserError
+from clip_min.files import read_safetensors
 from fewshot.run import Run, provenance
 
 CONFIG = {
     "method": "lora",
     "recipe": "demo",
     "settings": {"lr": 0.002, "epochs": 15},
-    "experiment": {"dataset": "demo", "shots": 10},
+    "experiment": {"dataset": "demo", "shots": 10, "seed": 1, "template": "a {}", "model": "demo"},
     "model": "demo",
     "fingerprint": "0123456789abcdef",
     "classnames": {"base": ["rose", "Ünïcode 🌹"], "novel": ["tulip"]},
     "argv": ["train.py"],
     "versions": {"torch": "2"},
     "commit": None,
+    "threads": 4,
 }
 
 
@@ -49,7 +54,7 @@ def full_disk(monkeypatch):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {p.name: p.read_bytes() if p.is_file() else None for p in folder.iterdir()}
 
 
 def test_a_run_starts_with_its_config_and_opens_with_the_same(run):
@@ -147,22 +152,19 @@ def test_a_full_disk_at_the_start_is_an_error_that_names_the_file(tmp_path, full
 
 def test_a_log_line_replaces_later_ones_that_a_killed_run_left(run):
     for step in (1, 2, 3):
-        run.log_round({"step": step, "loss": step / 3})
+        run.log_round({"step": step, "epoch": 0.5, "loss": step / 3, "val": 50, "seconds": 1.5})
     again = Run.resume(run.path, CONFIG)
     assert [line["step"] for line in again.log] == [1, 2, 3]
     again.log_round({"step": 2, "loss": 9.0})
-    lines = (run.path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "loss": 1 / 3},
-        {"step": 2, "loss": 9.0},
-    ]
+    lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1 / 3), (2, 9.0)]
 
 
 def test_the_state_to_resume_comes_back_with_its_position(run):
-    assert run.load_resume() is None  # killed before its first epoch ended
+    assert run.load_resume({}) is None  # killed before its first epoch ended
     position = {"epoch": 3, "best_val": 91.17647058823529, "stopped": ""}
     run.save_resume({"w": torch.arange(3)}, position)
-    tensors, found = run.load_resume()
+    tensors, found = run.load_resume(position)
     assert found == position  # to the last digit
     assert torch.equal(tensors["w"], torch.arange(3))
     assert json.loads((run.path / "resume.json").read_text()) == position
@@ -172,7 +174,7 @@ def test_the_state_to_resume_comes_back_with_its_position(run):
     ("change", "said"),
     [
         ({"settings": {"lr": 0.001, "epochs": 15}}, "lr 0.002, not 0.001"),
-        ({"experiment": {"dataset": "demo", "shots": 4}}, "shots 10, not 4"),
+        ({"experiment": CONFIG["experiment"] | {"shots": 4}}, "shots 10, not 4"),
         ({"recipe": "notebook"}, "recipe demo, not notebook"),
         ({"fingerprint": "ffff"}, "fingerprint 0123456789abcdef, not ffff"),
         ({"settings": {"lr": 0.002, "epochs": 15, "new": 1}}, "new None, not 1"),
@@ -188,21 +190,37 @@ def test_resuming_with_other_settings_is_an_error_that_names_the_first(run, chan
 
 def test_resuming_removes_what_a_killed_run_had_half_written_and_nothing_else(run):
     run.save_adapter({"w": torch.zeros(3)})
+    mine = (".notes.20240131.md", ".tmpnRT2eS", "clip_min-a-abcdefgh", ".clip_min-a-ABCDEFGH")
+    for name in mine:
+        (run.path / name).write_text("a user's")
+    (run.path / ".clip_min-linked-abcdefgh").symlink_to(run.path.parent)
     before = contents(run.path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip_min.files.Path, "unlink", lambda *_, **__: None)  # as SIGKILL does not
+        patch.setattr(clip_min.files.tempfile.TemporaryDirectory, "cleanup", lambda _: None)
+        patch.setattr(clip_min.files.tempfile.TemporaryDirectory, "__exit__", lambda *_: None)
+        patch.setattr(clip_min.files.tempfile._weakref, "finalize", lambda *_, **__: None)
         patch.setattr(clip_min.files.os, "replace", lambda *_: None)
         run.save_adapter({"w": torch.ones(3)})
         run.log_round({"step": 1})
-    (run.path / ".notes").write_text("a user's")
-    assert len(contents(run.path)) == len(before) + 3
+    assert len(list(run.path.iterdir())) == len(before) + 2
     Run.resume(run.path, CONFIG)
-    assert contents(run.path) == before | {".notes": b"a user's"}
+    assert contents(run.path) == before
 
 
-@pytest.mark.parametrize("key", ["argv", "versions", "commit"])
+@pytest.mark.parametrize("key", ["argv", "versions", "commit", "threads"])
 def test_a_run_may_be_resumed_by_another_command_version_or_commit(run, key):
     assert Run.resume(run.path, CONFIG | {key: "other"}).config == CONFIG
+
+
+def test_resuming_where_bits_may_differ_says_so(run, capsys):
+    Run.resume(run.path, CONFIG)
+    assert capsys.readouterr().out == ""
+    Run.resume(run.path, CONFIG | {"threads": 9, "versions": {"torch": "3"}})
+    said = capsys.readouterr().out
+    assert (
+        "begun with torch 2, 4 threads, and goes on with torch 3, 9 threads: its last bits" in said
+    )
+    assert provenance()["threads"] == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +229,7 @@ def test_a_run_may_be_resumed_by_another_command_version_or_commit(run, key):
         (None, "there is no such file"),
         ("", "cannot be read as JSON"),
         ('{"method": "lo', "cannot be read as JSON"),
-        ("[1, 2]", "holds a list, expected a JSON object"),
+        ("[1, 2]", r"is \[1, 2\], expected an object"),
         ('{"method": "lora"}', "recipe is missing"),
         ("\x00\x01", "cannot be read as JSON"),
     ],
@@ -229,8 +247,8 @@ def test_a_config_that_is_not_whole_is_an_error_that_names_the_file(run, text, s
 
 
 def test_a_log_that_is_not_whole_is_an_error_that_names_the_file(run):
-    (run.path / "log.jsonl").write_text('{"epoch": 1}\n{"epo')
-    with pytest.raises(UserError, match=r"log\.jsonl.*JSON"):
+    (run.path / "log.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1, "seconds": 1}\n{"epo')
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2: cannot be read as JSON"):
         Run.resume(run.path, CONFIG)
 
 
@@ -241,7 +259,7 @@ def test_tensors_that_are_not_whole_are_an_error_that_names_the_file(run, name):
     path = run.path / name
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="not a whole safetensors file") as error:
-        run.load_adapter() if name.startswith("adapter") else run.load_resume()
+        run.load_adapter() if name.startswith("adapter") else run.load_resume({})
     assert str(path) in str(error.value)
 
 
@@ -261,3 +279,84 @@ def test_provenance_says_command_versions_and_commit(monkeypatch, root):
 def test_provenance_without_git_has_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert provenance()["commit"] is None
+
+
+# ------------------------------------------------------------------- what is read back is trusted
+
+
+def test_the_adapter_a_run_ended_with_is_vouched_for_by_its_config(run):
+    file = run.path / "adapter.safetensors"
+    run.save_adapter({"w": torch.zeros(3)})
+    assert "adapter_sha256" not in Run.open(run.path).config  # it is still learning
+    assert Run.open(run.path).load_adapter().keys() == {"w"}
+    run.save_adapter({"w": torch.ones(3)}, last=True)
+    by_hand = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert Run.open(run.path).config == CONFIG | {"adapter_sha256": by_hand}
+    assert Run.open(run.path).load_adapter()["w"].sum() == 3
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"\x3e")  # a flipped bit of the last number
+    with pytest.raises(UserError, match="is not the adapter that this training ended with"):
+        Run.open(run.path).load_adapter()
+    again = Run.resume(run.path, CONFIG)
+    again.save_adapter({"w": torch.full((3,), 2)})  # goes on learning: nothing is vouched for
+    assert Run.open(run.path).load_adapter()["w"].sum() == 6
+
+
+@pytest.mark.parametrize("key", ["method", "model", "fingerprint"])
+def test_the_adapter_of_another_run_is_refused_by_its_header(run, key, tmp_path):
+    other = Run.start(tmp_path / "other", CONFIG | {key: "another"})
+    other.save_adapter({"w": torch.zeros(3)})
+    shutil.copy(other.path / "adapter.safetensors", run.path)
+    with pytest.raises(UserError, match=f"is of {key} 'another', but config.json beside it says"):
+        run.load_adapter()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_not_kept(run, value):
+    run.save_adapter({"w": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"not finite \(w\), which are not kept; lower --lr"):
+        run.save_adapter({"w": torch.tensor([1.0, value])})
+    assert run.load_adapter()["w"].sum() == 0
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved"])
+@pytest.mark.parametrize("write", ["log", "adapter", "resume", "results"])
+def test_a_folder_that_is_gone_is_said_and_what_was_learned_is_kept(run, how, write, tmp_path):
+    run.save_adapter({"w": torch.arange(3)})
+    run.path.rename(tmp_path / "moved") if how == "moved" else shutil.rmtree(run.path)
+    writes = {
+        "log": lambda: run.log_round({"step": 1}),
+        "adapter": lambda: run.save_adapter({"w": torch.arange(3)}),
+        "resume": lambda: run.save_resume({"w": torch.arange(3)}, {"epoch": 1}),
+        "results": lambda: run.write_json("results.json", {}),
+    }
+    with pytest.raises(UserError, match=r"is no longer there.*is kept as") as error:
+        writes[write]()
+    beside = Path(str(error.value).split("is kept as ")[1])
+    assert torch.equal(read_safetensors(beside)[0]["w"], torch.arange(3))
+    assert not run.path.exists()
+
+
+def test_one_flipped_bit_in_what_a_run_goes_on_from_is_an_error(run):
+    position = {"epoch": 1, "best_val": 50.0}
+    run.save_resume({"w": torch.ones(3), "v": torch.zeros(2).half()}, position)
+    file = run.path / "resume.safetensors"
+    whole = file.read_bytes()
+    for place in (whole.index(b"50.0"), len(whole) - 1, len(whole) - 13):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"resume\.safetensors: is damaged"):
+            run.load_resume(position)
+
+
+@pytest.mark.parametrize(
+    ("position", "said"),
+    [
+        ({"epoch": 1}, "best_val is missing"),
+        ({"epoch": "1", "best_val": 50.0}, "epoch is '1', expected a whole number"),
+        ({"epoch": 1, "best_val": None}, "best_val is None, expected a finite number"),
+    ],
+)
+def test_a_position_of_another_kind_is_named(run, position, said):
+    run.save_resume({"w": torch.ones(3)}, position)
+    with pytest.raises(UserError, match=rf"resume\.safetensors: its position: {said}"):
+        run.load_resume({"epoch": 0, "best_val": -1.0})

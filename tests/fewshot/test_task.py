@@ -1,11 +1,14 @@
 """The protocol: which classes and pictures are learned from, and which are tested."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from clip_min import UserError
+from fewshot import images
+from fewshot import task as task_module
 from fewshot.datasets import Dataset
 from fewshot.images import Pictures
 from fewshot.task import make_task, shared
@@ -135,6 +138,72 @@ def test_without_a_validation_part_a_few_training_pictures_are_set_aside(
     assert [truth[n] for n in numbers(task.val.pixels)] == task.val.labels.tolist()
 
 
+@pytest.mark.parametrize(
+    ("have", "shots", "val", "train"),
+    [
+        (124, 200, 24, 100),  # all that there is: a fifth
+        (124, "all", 24, 100),
+        (10, "all", 2, 8),
+        (3, "all", 1, 2),
+        (2, "all", 1, 1),
+    ],
+)
+def test_where_training_takes_all_a_fifth_is_for_validation(dataset, have, shots, val, train):
+    task = task_of(dataset(5, train=have, val=0), shots)
+    assert Counter(task.val.labels.tolist()) == dict.fromkeys(range(3), val)
+    assert Counter(task.train.labels.tolist()) == dict.fromkeys(range(3), train)
+    assert [note for note in task.notes if shots == "all"] == []
+
+
+@pytest.mark.parametrize(
+    ("classes", "have", "shots", "val"),
+    [
+        (2, 150, 16, 100),  # 200 in all
+        (2, 150, 1, 100),
+        (2, 60, 16, 44),  # all that training leaves
+        (2, 18, 16, 4),  # training comes first
+        (2, 900, 400, 400),  # as many as it learns from
+        (2, 900, "all", 180),
+        (2, 3000, "all", 500),  # 1,000 in all
+        (10, 100, 4, 20),
+        (60, 100, 4, 4),  # as many as it learns from: 240, and 4 of each class at least
+    ],
+)
+def test_ones_own_pictures_validate_on_what_training_leaves_within_bounds(
+    dataset, numbers, classes, have, shots, val
+):
+    data = replace(dataset(classes, train=have, val=0), own=True)
+    task = task_of(data, shots, classes="all")
+    assert Counter(task.val.labels.tolist()) == dict.fromkeys(range(classes), val)
+    assert not set(numbers(task.train.pixels)) & set(numbers(task.val.pixels))
+    truth = dict(zip(numbers(data.train.source), data.train.labels.tolist(), strict=True))
+    assert [truth[n] for n in numbers(task.val.pixels)] == task.val.labels.tolist()
+    few = task_of(replace(data, own=False), shots, classes="all")
+    assert torch.equal(few.train.pixels, task.train.pixels)  # the shots are the same
+
+
+def test_of_ones_own_large_validation_part_some_are_drawn_and_that_is_noted(dataset, numbers):
+    data = dataset(2, train=16, val=300)
+    assert len(task_of(data, 16, classes="all").val) == 600  # a published part is used whole
+    data = replace(data, own=True)
+    task, other = (task_of(data, 16, seed, "all") for seed in (1, 2))
+    assert Counter(task.val.labels.tolist()) == {0: 100, 1: 100}
+    assert task.notes == ["200 of 600 validation images are used, 100 a class"]
+    truth = dict(zip(numbers(data.val.source), data.val.labels.tolist(), strict=True))
+    drawn = numbers(task.val.pixels)
+    assert drawn == sorted(set(drawn))
+    assert [truth[n] for n in drawn] == task.val.labels.tolist()
+    assert drawn != numbers(other.val.pixels)
+    assert len(task_of(replace(data, val=data.val[torch.arange(290, 310)]), 16, 1, "all").val) == 20
+
+
+def test_pictures_that_do_not_fit_in_memory_are_told_before_any_is_read(dataset, monkeypatch):
+    monkeypatch.setattr(images, "free_memory", lambda: 1000.0)
+    monkeypatch.setattr(task_module, "read", lambda *a: pytest.fail("it was read"))
+    with pytest.raises(UserError, match="^39 pictures of 4 x 4 pixels take"):  # 3 x (3 + 5 + 5)
+        task_of(dataset(3, train=5, test=5, val=5), classes="all")
+
+
 def test_test_pictures_are_never_in_train_or_val(dataset, numbers):
     for val in (0, 3):
         task = task_of(dataset(4, train=3, val=val), shots=16)
@@ -192,8 +261,23 @@ def test_a_test_picture_that_is_learned_from_is_noted_whatever_its_name(noise, t
         return make_task(data, 2, 1, "all", 4, torch.device("cpu"), folder=None).notes
 
     assert notes([9, 10, 11, 12]) == []
-    (note,) = notes([9, 4, 4, 5])
-    assert note == "3 test images are also learned from or validated on, pixel for pixel"
+    assert notes([9, 10, 4, 5]) == [
+        "2 test images are also learned from or validated on, pixel for pixel"
+    ]
+
+
+def test_copies_among_the_pictures_are_noted(noise, tmp_path):
+    def part(name: str, seeds: list[int]) -> Pictures:
+        files = [noise(tmp_path / f"{name}{i}.png", seed) for i, seed in enumerate(seeds)]
+        return Pictures(files, torch.tensor([0, 0, 1, 1]))
+
+    parts = part("train", [1, 2, 3, 1]), part("val", [5, 6, 7, 3]), part("test", [8, 9, 9, 9])
+    data = Dataset(["a", "b"], "a {}", *parts)
+    notes = make_task(data, 2, 1, "all", 4, torch.device("cpu"), folder=None).notes
+    assert [note.split(":")[0] for note in notes] == [
+        "2 images are copies of others, byte for byte"
+    ] * 2
+    assert f"{tmp_path}/test2.png of {tmp_path}/test1.png" in notes[1]
 
 
 def test_pictures_that_agree_in_their_middle_row_alone_are_not_the_same():

@@ -52,7 +52,8 @@ def test_a_range_of_k_eff_is_drawn_from_evenly_for_each_task():
     drawn = torch.tensor(counts).bincount(minlength=6)
     assert drawn[:2].sum() == 0
     assert ((drawn[2:] - 750).abs() < 120).all()  # five standard deviations
-    assert "2 to 5 classes" in queries.describe({"parts": {}})
+    scores = evaluate_tasks(Guesses(), task(["base"]), Queries(2, 10, 2, seed=1, k_eff_max=5))
+    assert "2 to 5 classes" in queries.describe(scores)
 
 
 def test_classes_without_images_are_not_drawn():
@@ -126,11 +127,19 @@ def test_accuracy_is_the_mean_over_tasks_and_the_interval_1_96_standard_errors()
     for part, values in each.items():
         assert scores[part] == pytest.approx(np.mean(values))
         interval = 1.96 * np.std(values, ddof=1) / np.sqrt(25)
-        assert scores["parts"][part] == {"tasks": 25, "interval95": pytest.approx(interval)}
+        assert scores["parts"][part]["tasks"] == 25
+        assert scores["parts"][part]["interval95"] == pytest.approx(interval)
     base, novel = scores["base"], scores["novel"]
     assert scores["hm"] == pytest.approx(2 * base * novel / (base + novel))
     assert scores["all"] is None
     assert f"base ± {scores['parts']['base']['interval95']:.2f}" in queries.describe(scores)
+
+
+@pytest.mark.parametrize(("k_eff", "said"), [(3, "3 classes"), (9, "8 classes")])
+def test_classes_are_counted_that_there_are(k_eff, said):
+    queries = Queries(2, 10, k_eff, seed=2)
+    scores = evaluate_tasks(Guesses(), task(["base"]), queries)
+    assert f"of 10 images or fewer, {said} (" in queries.describe(scores)
 
 
 def test_all_classes_in_one_part_and_a_single_task():

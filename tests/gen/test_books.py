@@ -1,5 +1,7 @@
 """The books survive strange names and damage is named."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -63,7 +65,47 @@ def test_to_train_on_are_the_first_that_were_kept_as_many_as_planned(manifest):
 def test_a_line_that_is_not_ours_is_named(manifest):
     with open(manifest.folder / "manifest.jsonl", "a") as file:
         file.write('{"classname": "rose"}\n')
-    with pytest.raises(UserError, match=r"manifest.jsonl: has a line"):
+    with pytest.raises(UserError, match=r"manifest.jsonl, line 4: attempt is missing"):
+        Manifest.open(manifest.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"image": "../victim.png"},
+            "image is '../victim.png', expected 'undecided/rose-red-0/0000",
+        ),
+        ({"image": "/etc/victim.png"}, "image is '/etc/victim.png', expected"),
+        ({"image": "kept/rose-red-0/00000.png"}, "expected 'undecided/rose-red-0/00000.png'"),
+        (
+            {"attempt": 7, "image": "undecided/rose-red-0/00007.png"},
+            "expected 'undecided/rose-red-0",
+        ),
+        ({"state": "lost"}, "state is 'lost', expected kept or rejected or waived or undecided"),
+        ({"classname": "tulip"}, "'tulip' is no class of settings.json"),
+        ({"predicted": "tulip"}, "'tulip' is no class of settings.json"),
+        ({"predicted": None, "state": "rejected"}, "predicted is null"),
+        ({"margin": "0.5"}, "margin is '0.5', expected a finite number or null"),
+        ({"stranger": 1}, "stranger is no key"),
+    ],
+)
+def test_a_line_that_says_what_none_of_ours_says_is_named(manifest, change, said):
+    """Above all where an image lies: it may be moved or removed."""
+    victim = manifest.folder.parent / "victim.png"
+    victim.write_text("mine")
+    file = manifest.folder / "manifest.jsonl"
+    first, *others = file.read_text(encoding="utf-8").split("\n")
+    file.write_text("\n".join([json.dumps(json.loads(first) | change), *others]), encoding="utf-8")
+    with pytest.raises(UserError, match=f"manifest.jsonl.*{said}"):
+        Manifest.start(manifest.folder, SETTINGS, PLAN)
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("quotas", [{"tulip": 1}, {NAMES[1]: -1}])
+def test_a_plan_for_other_classes_is_named(manifest, quotas):
+    (manifest.folder / "plan.json").write_text(json.dumps({"quotas": quotas}))
+    with pytest.raises(UserError, match=r"plan.json: quotas\."):
         Manifest.open(manifest.folder)
 
 

@@ -102,3 +102,10 @@ def test_the_least_strength_that_is_named_is_enough():
         with pytest.raises(UserError, match="expected") as error:
             Generation(steps=steps, strength=0.001)
         Generation(steps=steps, strength=float(str(error.value).split()[-3]))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["temperature", "guidance", "f1_threshold", "strength"])
+def test_settings_of_no_finite_number_are_refused(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: expected "):
+        Generation(**{name: value})

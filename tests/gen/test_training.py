@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fewshot.images import Batches, Pictures
+from fewshot.images import Batches, Pictures, read
 from fewshot.loop import Length, descend, shuffled
 from fewshot.run import Run
+from gen.manifest import fingerprint
 from methods import Method, TrainingSettings
 
 CPU = torch.device("cpu")
@@ -96,3 +97,22 @@ def test_the_loop_tells_the_loss_which_are_synthetic(joined, tmp_path):
     plain = Toy()
     descend(plain, joined.real(), val, Run.start(tmp_path / "plain", run.config), seed=1)
     assert all(marks is None for _, marks in plain.given)
+
+
+def test_pictures_of_one_name_and_size_are_told_apart_by_what_they_hold(tmp_path):
+    file = tmp_path / "1.bmp"
+    made = []
+    for colour in ("red", "blue", "red"):
+        Image.new("RGB", (4, 4), colour).save(file)
+        made.append(fingerprint(Pictures([file], torch.tensor([0]))))
+    assert made[0] == made[2] != made[1]
+
+
+def test_synthetic_pictures_join_with_their_digests(joined, tmp_path):
+    assert joined.pictures.digests is None  # the real ones were never read
+    parts = [
+        read(Pictures([tmp_path / f"{n}.png"], torch.tensor([0])), 4, folder=None)
+        for n in (101, 102)
+    ]
+    one, two = (Batches(pictures, pixels, CPU, None) for pictures, pixels, _ in parts)
+    assert one.join(two).pictures.digests == one.pictures.digests + two.pictures.digests

@@ -296,3 +296,71 @@ def test_fit_by_default_hands_itself_to_the_gradient_loop(new_clip):
     method = new("lora", new_clip())
     method.fit("train", "val", lambda *arguments: seen.extend(arguments))
     assert seen == [method, "train", "val"]
+
+
+@pytest.mark.parametrize(
+    "value", [float("inf"), float("-inf"), float("nan"), 1e39, "x", None, True]
+)
+@every_method
+def test_a_setting_that_is_no_finite_number_is_an_error_that_names_its_flag(name, value):
+    kind = METHODS[name].Settings
+    for field, hint in typing.get_type_hints(kind).items():
+        if hint is float:
+            with pytest.raises(UserError, match=f"^--{field.replace('_', '-')} .*: expected "):
+                kind(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("scaling", "x", "--scaling x: expected rank or sqrt"),
+        ("scaling", None, "--scaling None: expected rank or sqrt"),
+        ("epochs", 1.5, "--epochs 1.5: expected a whole number"),
+        ("epochs", 10**30, "--epochs 10000.*: expected a whole number"),
+        ("image_rank", [4], r"--image-rank \[4\]: expected a whole number"),
+        ("parts", 3, "--parts 3: expected text"),
+        ("blocks", "\udcff", "--blocks .*: expected text"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(field, value, said):
+    with pytest.raises(UserError, match=said):
+        METHODS["lora"].Settings(**{field: value})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "integers", "complex", "too large"])
+@every_method
+def test_an_adapter_of_other_numbers_is_an_error_that_names_the_tensor(name, bad, new_clip):
+    method = new(name, new_clip())
+    before = {n: t.detach().clone() for n, t in method.adapter_state().items()}
+    for key, tensor in before.items():
+        if not tensor.is_floating_point():
+            changed = tensor.float()
+        elif bad == "integers":
+            changed = tensor.long()
+        elif bad == "complex":
+            changed = tensor.to(torch.complex64)
+        else:
+            changed = tensor.double().flatten()
+            changed[-1] = 1e300 if bad == "too large" else bad
+            changed = changed.reshape(tensor.shape)
+        with pytest.raises(UserError, match=key):
+            method.load_adapter(before | {key: changed})
+        assert all(torch.equal(t, before[n]) for n, t in method.adapter_state().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "said"),
+    [
+        ("support_labels", torch.tensor([0, 4, 1]), "support_labels are 0 to 4, .* 4 classes"),
+        ("support_labels", torch.tensor([0, -1, 1]), "support_labels are -1 to 1"),
+        ("support_labels", torch.tensor([[1]]), "support_labels has shape"),
+        ("support", torch.tensor(1.0), "support has shape"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tip_adapter", "tip_adapter_f"])
+def test_images_kept_with_labels_of_no_class_are_refused(name, key, tensor, said, new_clip):
+    method = new(name, new_clip())
+    state = {n: t.detach().clone() for n, t in method.adapter_state().items()}
+    with pytest.raises(UserError, match=said):
+        method.load_adapter(state | {key: tensor})
+    assert all(torch.equal(t, state[n]) for n, t in method.adapter_state().items())

@@ -437,7 +437,7 @@ def test_a_run_that_does_not_fit_is_one_line(new_clip, tmp_path):
         with pytest.raises(UserError, match=said):
             load_into(method, tmp_path, fingerprint)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="not a config of a run"):
+    with pytest.raises(UserError, match="fingerprint is missing"):
         load_into(lora, tmp_path, "abc")
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="expected a run of train.py or a PEFT adapter"):
@@ -451,3 +451,68 @@ def test_a_lora_of_others_is_no_start_for_a_prompt_method(new_clip, tmp_path):
     coop = METHODS["coop"](new_clip(), NAMES, TEMPLATE, METHODS["coop"].Settings())
     with pytest.raises(UserError, match="is a LoRA adapter, and CoOp learns something else"):
         load_into(coop, tmp_path, weights.fingerprint(new_clip()))
+
+
+# ------------------------------------------------------------------------------------ hostile files
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora_alpha": math.nan}, "NaN is no finite number"),
+        ({"lora_alpha": "4"}, "lora_alpha is '4', expected a finite number or null"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\], expected an object"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern.q_proj is '4', expected a finite"),
+        ({"alpha_pattern": {"(((.*)*)*)*x": 4}}, "cannot be taken .* write the names"),
+        ({"alpha_pattern": {"(a|a)*(b|b)+$": 4}}, "cannot be taken .it repeats too much"),
+        ({"alpha_pattern": {".*.*.*.*x": 4}}, "cannot be taken .it repeats too much"),
+        ({"alpha_pattern": {"(": 4}}, "cannot be taken"),
+        ({"peft_type": {}}, "peft_type is {}, expected text or null"),
+        ({"use_rslora": 1}, "use_rslora is 1, expected true or false or null"),
+    ],
+)
+def test_a_peft_config_of_another_kind_is_one_line_at_once(change, said, new_clip, tmp_path):
+    write_peft(new_lora(new_clip()), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=f"adapter_config.json.*{said}"):
+        load_into(new_lora(new_clip()), tmp_path, "")
+
+
+def test_a_peft_pattern_that_is_a_plain_regular_expression_is_taken(new_clip, tmp_path):
+    lora = new_lora(new_clip(), text_rank=4)
+    write_peft(lora, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    pattern = {r"vision_model\..*_proj": 6.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": pattern}))
+    load_into(new_lora(new_clip(), text_rank=4), tmp_path, "")
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(1.0), torch.zeros(0, 4), torch.full((2, 2), 1.0)])
+def test_tensors_that_are_no_lora_matrices_are_named(tensor, new_clip, tmp_path):
+    lora = new_lora(new_clip())
+    write_peft(lora, tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in state if "lora_A" in name)
+    save_file(state | {name: tensor}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="is no matrix|differ in shape|has ranks"):
+        load_into(new_lora(new_clip()), tmp_path, "")
+    save_file(
+        {"visual.transformer.resblocks.0.attn.in_proj.lora_B": tensor}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(UserError, match="is no matrix|with other settings"):
+        load_into(new_lora(new_clip()), tmp_path / "a.safetensors", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"adapter_sha256": "0" * 64}, "is not the adapter that this training ended with"),
+        ({"settings": {"parts": 3}}, "config.json: settings.parts is 3, expected text"),
+        ({"settings": 3}, "config.json: settings is 3, expected an object"),
+    ],
+)
+def test_a_run_whose_config_does_not_vouch_for_it_is_refused(change, said, new_clip, tmp_path):
+    write_run(new_lora(new_clip()), tmp_path, **change)
+    with pytest.raises(UserError, match=said):
+        load_into(new_lora(new_clip()), tmp_path, "abc")

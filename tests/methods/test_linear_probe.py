@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from methods import linear_probe
 from methods.linear_probe import LinearProbe, LinearProbeSettings, logistic_regression
 
 SHAPES = [(60, 5, 3), (40, 30, 4), (12, 20, 5)]  # N, E, K; the last is separable
@@ -49,6 +50,33 @@ def test_weights_bias_predictions_and_objective_are_scikit_learns(shape, c):
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-8)
     assert values[0] < objective(x, labels, 0 * w, 0 * b, c)
+
+
+@pytest.mark.parametrize("c", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_a_rough_solution_predicts_as_scikit_learns_does(shape, c):
+    x, labels = samples(*shape)
+    w, b = logistic_regression(x, labels, shape[2], c, rough=True)
+    assert w.dtype == b.dtype == torch.float64
+    new, _ = samples(200, *shape[1:], seed=1)
+    predicted = scikit(x, labels, c).predict(new.double().numpy())
+    assert ((new.double() @ w.T + b).argmax(dim=1).numpy() == predicted).mean() > 0.99
+
+
+def test_c_is_searched_roughly_and_what_is_kept_is_exact(new_clip, pictures, monkeypatch):
+    asked = []
+    real = linear_probe.logistic_regression
+
+    def solve(*arguments):
+        asked.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(linear_probe, "logistic_regression", solve)
+    train, val = samples(60, 32, 3), samples(30, 32, 3, seed=1)
+    probe(new_clip(), 3).fit(pictures(*train), pictures(*val), descend=None)
+    assert asked[:7] == [False] * 3 + [True] * 4  # of the sweep, C over 10^-2
+    assert len(asked) == 24
+    assert not asked[-1]
 
 
 def test_a_far_middle_of_all_features_moves_b_alone():

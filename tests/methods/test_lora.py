@@ -376,3 +376,11 @@ def test_a_setting_out_of_range_is_an_error_that_names_its_flag(field, value):
     flag = field.replace("_", "-")
     with pytest.raises(UserError, match=f"--{flag} {value}: expected"):
         LoRASettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "blocks", ["0-9999999999", f"0-{'9' * 5000}", "99999999999", "3-1", "1-2-3"]
+)
+def test_blocks_that_no_tower_has_are_refused_at_once(blocks):
+    with pytest.raises(UserError, match="expected all, or numbers below 12"):
+        block_numbers(blocks, 12)

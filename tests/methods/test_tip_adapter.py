@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from clip_min import normalize
+from methods import tip_adapter
 from methods.tip_adapter import (
     ALPHAS,
     BETAS,
     TipAdapter,
     TipAdapterF,
+    winning,
 )
 from methods.zero_shot import ZeroShot
 
@@ -72,8 +74,12 @@ def naive_search(method, train, val, alphas=ALPHAS, betas=BETAS):
 
 
 @pytest.mark.parametrize("fixed", [{}, {"alpha": 2.0}, {"beta": 3.0}])
+@pytest.mark.parametrize("few", [3 * 16, 2**24])  # validation images at once x training images
 @pytest.mark.parametrize("seed", [1, 2])
-def test_alpha_and_beta_are_those_of_a_double_loop_over_validation(seed, fixed, new_clip, pictures):
+def test_alpha_and_beta_are_those_of_a_double_loop_over_validation(
+    seed, few, fixed, new_clip, pictures, monkeypatch
+):
+    monkeypatch.setattr(tip_adapter, "ROOM", few)
     train, val = draw(16, seed), draw(40, seed + 10)
     method = tip(new_clip(), **fixed)
     method.fit(pictures(*train), pictures(*val), descend=None)
@@ -83,6 +89,32 @@ def test_alpha_and_beta_are_those_of_a_double_loop_over_validation(seed, fixed, 
     assert method.alpha > 0  # the votes do help here
     zero_shot = ZeroShot.plain(method.clip, NAMES, TEMPLATE)(val[0]).argmax(dim=1)
     assert right > (zero_shot == val[1]).double().mean()
+
+
+@pytest.mark.parametrize("beta", [0.0, 5.0])
+def test_where_the_right_class_wins_is_where_it_has_the_largest_logit(beta, new_clip, pictures):
+    """β = 0: as many votes for all images of a class, and many classes with as many."""
+    method, (queries, labels) = tip(new_clip()), draw(200, 2)
+    method.remember(pictures(*draw(16, 1)))
+    with torch.no_grad():
+        zero_shot = ZeroShot.forward(method, queries).double()
+        votes = method.cache_logits(queries, beta).double()
+    low, high = winning(zero_shot, votes, labels)
+    for alpha in ALPHAS:
+        logits = zero_shot + alpha * votes
+        others = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+        right = logits.gather(1, labels[:, None])[:, 0] > others
+        assert torch.equal((low < alpha) & (alpha < high), right)
+
+
+def test_votes_are_counted_as_by_the_matrix_of_them(new_clip, pictures):
+    """Of classes asked for that have images, none, or the name of another; and of no images."""
+    method, x = tip(new_clip()), torch.rand(9, 5)
+    method.remember(pictures(*draw(9, 1)))
+    for names in (NAMES, ["sweet pea", "dahlia", "rose", "dahlia"]):
+        asked = method.for_classes(names)
+        torch.testing.assert_close(asked.count_votes(x), asked.votes().T @ x)
+    assert tip(new_clip()).count_votes(torch.rand(0, 5)).tolist() == [[0] * 5] * 4
 
 
 def test_votes_that_do_not_help_get_no_weight(new_clip, pictures):

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip_min
+import eval as eval_script
+from fewshot import datasets
 from methods import METHODS
 
 BASE = ["amber lily", "blue bell", "cyan lotus"]
@@ -64,7 +66,8 @@ def test_every_method_trains_and_is_tested_again_with_the_same_numbers(
     common = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
     short = ("--epochs", 1) if hasattr(METHODS[method].Settings, "epochs") else ()
     if method.startswith("disef"):
-        short += ("--synthetic", synthetic(classes))
+        short += ("--synthetic", synthetic(classes), "--per-class", 2)
+        short += ("--plan", "uniform", "--filter", "zero_shot")
     trained = script("train", "--method", method, *common, *short, "--classes", classes)
     assert trained.code == 0, trained.err
     (path,) = tmp_path.glob("*/*/*")
@@ -101,9 +104,17 @@ def test_the_table_needs_the_adapter_and_config_alone(script, run, trained):
     assert table_lines(result.out) == table_lines(trained.out)
 
 
+def no_longer_vouched_for(run: Path) -> None:
+    """As an adapter of a run that has not ended, or of an old one."""
+    config = json.loads((run / "config.json").read_text())
+    del config["adapter_sha256"]
+    (run / "config.json").write_text(json.dumps(config))
+
+
 def test_an_adapter_of_zeros_is_zero_shot(script, run):
     adapter = load_file(run / "adapter.safetensors")
     save_file({n: torch.zeros_like(t) for n, t in adapter.items()}, run / "adapter.safetensors")
+    no_longer_vouched_for(run)
     _, zero_shot, lora = table_lines(script("eval", "--run", run).out)
     assert lora.split()[1:] == zero_shot.split()[1:]
 
@@ -194,11 +205,62 @@ def test_a_picture_that_cannot_be_read_is_one_line(
         bad.mkdir()
     elif kind == "cut short":
         bad.write_bytes((data / "test/blue-bell/0.png").read_bytes()[:300])
-    good = data / "test/blue-bell/0.png"
-    result = script("eval", "--run", trained.path, "--image", good, bad)
-    assert is_one_line(result, f"{bad}: cannot be read as an image")
-    assert "--skip-bad-images" not in result.err  # which reads no single pictures
-    assert result.out == ""  # all or none
+    if kind == "folder":
+        said = f"--image {bad}: is a folder without pictures"
+        assert is_one_line(script("eval", "--run", trained.path, "--image", bad), said)
+        return
+    said = f"{bad}: cannot be read as an image"
+    assert is_one_line(script("eval", "--run", trained.path, "--image", bad), said)
+    result = script("eval", "--run", trained.path, "--image", bad, bad)
+    assert is_one_line(result, said, "(and 1 more, which are all)")
+    good = data / "test/blue-bell/0.png"  # one picture does not cost the others
+    result = script("eval", "--run", trained.path, "--image", bad, good)
+    assert (result.code, result.err) == (0, "")
+    *answers, note = result.out.splitlines()
+    assert note.startswith(f"note: skipped, {said}")
+    assert list(top("\n".join(answers))) == [str(good)]
+
+
+def test_pictures_of_a_folder_are_classified_a_batch_at_a_time(
+    script, trained, data, tmp_path, monkeypatch
+):
+    alone = script("eval", "--run", trained.path, "--image", *sorted(data.rglob("test/*/*.png")))
+    monkeypatch.setattr(eval_script, "BATCH", 3)
+    sizes = []
+    real = eval_script.normalize
+    monkeypatch.setattr(eval_script, "normalize", lambda x: sizes.append(len(x)) or real(x))
+    whole = script("eval", "--run", trained.path, "--image", data / "test")
+    assert whole.code == 0, whole.err
+    assert sizes == [3] * 6 + [2]
+    found, expected = top(whole.out), top(alone.out)
+    assert list(found) == list(expected)
+    for file, lines in expected.items():
+        percents = [float(percent) for percent, _ in lines]
+        assert [float(percent) for percent, _ in found[file]] == pytest.approx(percents, abs=0.02)
+
+
+def test_a_transductive_method_labels_all_pictures_jointly(
+    script, data, model, tmp_path, monkeypatch
+):
+    where = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
+    assert script("train", "--method", "em_dirichlet", *where).code == 0
+    (run,) = tmp_path.glob("*/*/*")
+    once = script("eval", "--run", run, "--image", data / "test")
+    assert "note: em_dirichlet labels these 20 pictures jointly" in once.out
+    monkeypatch.setattr(eval_script, "BATCH", 3)
+    assert script("eval", "--run", run, "--image", data / "test").out == once.out
+
+
+def test_names_to_choose_from_may_be_a_file(script, model, data, tmp_path, is_one_line):
+    (tmp_path / "names.txt").write_text("red, or nearly\n\nsea\nstone\n")
+    common = ("eval", "--method", "zero_shot", "--model", model)
+    common += ("--image", data / "test/blue-bell/0.png", "--classes", tmp_path / "names.txt")
+    result = script(*common)
+    assert result.code == 0, result.err
+    ((_, found),) = top(result.out).items()
+    assert {name for _, name in found} == {"red, or nearly", "sea", "stone"}
+    (tmp_path / "names.txt").write_text("\n")
+    assert is_one_line(script(*common), "names.txt: names no class")
 
 
 # ------------------------------------------------------------------------------- what does not fit
@@ -208,6 +270,65 @@ def test_a_picture_that_cannot_be_read_is_one_line(
 def test_a_run_of_another_model_is_refused(task, script, trained, new_model, is_one_line):
     result = script("eval", "--run", trained.path, "--model", new_model(1), *task)
     assert is_one_line(result, str(trained.path), "fingerprint", "--model")
+
+
+@pytest.fixture
+def tree(draw, tmp_path) -> Path:
+    """One tree of classes, which the seed splits."""
+    draw(tmp_path / "tree", 20, seed=4)
+    return tmp_path / "tree"
+
+
+def test_after_pictures_have_come_the_run_is_tested_on_the_same(
+    script, train, tree, draw, tmp_path
+):
+    path = train(tmp_path / "runs", "--data-root", tree)
+    table = table_lines(script("eval", "--run", path).out)
+    draw(tmp_path / "more", 3, seed=9)
+    for file in sorted((tmp_path / "more").glob("*/*")):
+        file.rename(tree / file.parent.name / f"more-{file.name}")
+    result = script("eval", "--run", path)
+    assert result.code == 0, result.err
+    assert table_lines(result.out) == table
+    assert "test images are not those of the run, and are not tested on" in result.out
+    seen = json.loads((path / "data.json").read_text())
+    assert all((tree / file).is_file() for part in seen.values() for file, *_ in part)
+
+
+def test_as_another_data_set_the_runs_own_pictures_are_left_out(script, train, tree, tmp_path):
+    path = train(
+        tmp_path / "runs", "--data-root", tree, "--seed", 2
+    )  # where --dataset draws by seed 1
+    result = script("eval", "--run", path, "--dataset", "folder", "--data-root", tree)
+    assert result.code == 0, result.err
+    assert "test images are left out: the run learned from them or validated on them" in result.out
+    learned = {
+        file
+        for part in ("train", "val")
+        for file, *_ in json.loads((path / "data.json").read_text())[part]
+    }
+    there = datasets.load("folder", tree, 1).test.source
+    left = [file for file in there if str(file.relative_to(tree)) not in learned]
+    assert f"5 classes, {len(left)} test images" in result.out
+
+
+def test_without_its_data_json_a_run_is_tested_where_nothing_has_changed(
+    script, train, tree, tmp_path, is_one_line
+):
+    path = train(tmp_path / "runs", "--data-root", tree)
+    table = table_lines(script("eval", "--run", path).out)
+    (path / "data.json").unlink()
+    assert table_lines(script("eval", "--run", path).out) == table
+    next(tree.glob("*/0.png")).unlink()
+    assert is_one_line(script("eval", "--run", path), str(path), "without its data.json")
+
+
+def test_a_run_of_an_earlier_version_is_tested_as_it_was(script, run, trained):
+    config = json.loads((run / "config.json").read_text())
+    del config["data"]
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "data.json").unlink()
+    assert table_lines(script("eval", "--run", run).out) == table_lines(trained.out)
 
 
 def test_a_data_set_with_other_classes_is_refused(script, trained, data, tmp_path, is_one_line):
@@ -236,18 +357,21 @@ def with_(name: str, value):
         (lambda config: None, "there is no such file"),
         (lambda config: json.dumps(config)[:200], "cannot be read as JSON"),
         (lambda config: "", "cannot be read as JSON"),
-        (lambda config: "[]", "holds a list"),
+        (lambda config: "[]", "is [], expected an object"),
         (lambda config: "{}", "is missing"),
         (without("experiment"), "experiment is missing"),
         (without("fingerprint"), "fingerprint is missing"),
         (without("classnames"), "classnames is missing"),
-        (with_("experiment", {"planet": "Mars"}), "planet"),
-        (with_("experiment", 3), "not a config of a run"),
+        (with_("experiment", {"planet": "Mars"}), "experiment.seed is missing"),
+        (with_("experiment", {"planet": 4, "seed": 1, "template": "", "model": ""}), "planet"),
+        (with_("experiment", {"shots": "x", "seed": 1, "template": "", "model": ""}), "--shots x"),
+        (with_("experiment", 3), "experiment is 3, expected an object"),
         (with_("settings", {"lr": 0.1, "colour": "red"}), "colour"),
-        (with_("settings", None), "not a config of a run"),
+        (with_("settings", None), "settings is None, expected an object"),
+        (with_("settings", {"scaling": "x"}), "settings: --scaling x: expected rank or sqrt"),
         (with_("method", "lorra"), "lorra: unknown; did you mean lora"),
-        (with_("method", ["lora"]), "not a config of a run, method is ['lora']"),
-        (with_("classnames", BASE), "not a config of a run, classnames is ['amber lily'"),
+        (with_("method", ["lora"]), "method is ['lora'], expected text"),
+        (with_("classnames", BASE), "classnames is ['amber lily'"),
         (with_("classnames", {"novel": NOVEL}), "classnames has neither base nor all"),
     ],
 )
@@ -289,6 +413,10 @@ def reshape(file: Path):
     save_file({n: t[:1].clone() for n, t in load_file(file).items()}, file)
 
 
+def not_finite(file: Path):
+    save_file({n: t / 0 for n, t in load_file(file).items()}, file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -297,10 +425,15 @@ def reshape(file: Path):
         (garble, "adapter.safetensors: not a whole safetensors file"),
         (rename, "lora_A is missing"),
         (reshape, "has shape (1, 64), expected (8, 64)"),
+        (not_finite, "lora_A has NaN or infinity"),
     ],
 )
 def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_one_line):
     spoil(run / "adapter.safetensors")
+    result = script("eval", "--run", run)
+    vouched = "is not the adapter that this training ended with"
+    assert is_one_line(result, vouched if spoil in (rename, reshape, not_finite) else said)
+    no_longer_vouched_for(run)
     assert is_one_line(script("eval", "--run", run), said)
 
 
@@ -311,12 +444,22 @@ def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_o
         (["--run", "x", "--method", "zero_shot"], "give either --run DIR or --method zero_shot"),
         (["--run", "x", "--shots", "3"], "--shots: a run knows its own; leave it out"),
         (["--run", "x", "--classes", "all"], "--classes: a run knows its own; leave it out"),
+        (["--run", "x", "--image", "a.png", "--data-root", "."], "--data-root: is not read with"),
+        (["--run", "x", "--image", "a.png", "--precision", "bf16"], "a run knows its own"),
+        (
+            ["--run", "x", "--image", "a.png", "--cache", "none"],
+            "--cache: is not read with --image",
+        ),
+        (["--method", "zero_shot", "--image", "a.png", "--shots", "3"], "--shots: is not read"),
+        (["--method", "zero_shot", "--image", "a.png", "--seed", "3"], "--seed: is not read"),
+        (["--method", "zero_shot", "--image", "a.png", "--split", "coop"], "--split: is not read"),
+        (["--method", "zero_shot", "--image", "a", "--dataset", "demo"], "--dataset: is not read"),
         (["--run", "x", "--imgae", "a.png"], "unknown argument --imgae; did you mean --image"),
         (["--run", "x", "--lr", "3"], "unknown argument --lr"),
         (["--method", "lora"], "--method lora: unknown; known are zero_shot"),
         (["--method", "zero_shot", "--classes", "al"], "--classes al: unknown; did you mean all"),
         (["--method", "zero_shot", "--image", "a.png"], "say which classes to choose from"),
-        (["--method", "zero_shot", "--image", "a.png", "--classes", " , "], "say which classes"),
+        (["--method", "zero_shot", "--image", "a.png", "--classes", " , "], "names no class"),
         (["--method", "zero_shot", "--image", "a.png", "--classes", "a,A"], "one class to CLIP"),
     ],
 )

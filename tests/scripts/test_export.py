@@ -13,6 +13,7 @@ import clip_min
 from clip_min import CLIP, CLIPConfig
 from fewshot.run import Run
 from methods import METHODS, Method
+from methods.zero_shot import ENSEMBLE
 
 BASE = ["amber lily", "blue bell", "cyan lotus"]
 NOVEL = ["dark iris", "egg flower"]
@@ -54,6 +55,9 @@ RUNS = {
     "cocoop": ("--method", "cocoop"),
     "coop of its classes": ("--method", "coop", "--class-specific"),
     "zero_shot": ("--method", "zero_shot"),
+    "templates": ("--method", "zero_shot", "--templates", "ensemble"),
+    "linear_probe": ("--method", "linear_probe"),
+    "cross_modal": ("--method", "cross_modal"),
 }
 
 
@@ -64,8 +68,10 @@ def runs(script, data, model64, tmp_path_factory) -> dict[str, Path]:
     for name, flags in RUNS.items():
         out = tmp_path_factory.mktemp("runs")
         common = ("--dataset", "folder", "--data-root", data, "--model", model64, "--shots", 2)
-        short = () if name == "zero_shot" else ("--epochs", 2, "--lr", 0.02)
-        ranks = ("--image-rank", 4, "--text-rank", 3, "--dropout", 0) if name[0] in "lw" else ()
+        closed = name in ("zero_shot", "templates", "linear_probe")  # forms, without epochs
+        short = () if closed else ("--epochs", 2, "--lr", 0.02)
+        tuned = name.startswith("lora") or name == "whole"
+        ranks = ("--image-rank", 4, "--text-rank", 3, "--dropout", 0) if tuned else ()
         method = ("--method", "lora") if name.startswith("lora") else ()
         flags = (*method, *common, *short, *ranks, *flags, "--out", out)
         result = script("train", *flags)
@@ -204,7 +210,9 @@ def test_a_peft_adapter_gives_our_logits_on_the_untuned_clip(name, script, runs,
     [
         ("coop", None, BASE + NOVEL),
         ("coop", "sea, a red {} thing", ["sea", "a red {} thing"]),
+        ("coop", "a file", ["sea, or lake", "rose"]),
         ("coop of its classes", None, BASE),
+        ("cross_modal", None, BASE),
         ("zero_shot", None, BASE + NOVEL),
         ("lora", "egg flower,rose", ["egg flower", "rose"]),
         ("whole", None, BASE + NOVEL),
@@ -215,6 +223,8 @@ def test_a_classifier_is_one_product_with_the_image_features(
     name, classes, expected, script, runs, tmp_path, model64
 ):
     out = tmp_path / "out.safetensors"
+    (tmp_path / "names.txt").write_text("sea, or lake\nrose\n")
+    classes = tmp_path / "names.txt" if classes == "a file" else classes
     flags = ("--classes", classes) if classes else ()
     result = script("export", "--run", runs[name], "--format", "classifier", *flags, out)
     assert (result.code, result.err) == (0, "")
@@ -222,6 +232,7 @@ def test_a_classifier_is_one_product_with_the_image_features(
         header = json.loads(file.metadata()["clip_min"])
         weight, scale = file.get_tensor("weight"), file.get_tensor("logit_scale")
     assert header["classnames"] == expected
+    assert header["template"] == "a photo of a {}."
     assert weight.shape == (len(expected), 32)
     tuned = name in ("lora", "whole")
     assert header["image_tower"] == ("tuned" if tuned else "as it is")
@@ -234,6 +245,50 @@ def test_a_classifier_is_one_product_with_the_image_features(
     torch.testing.assert_close(
         scale * features @ weight.T, our_logits(runs[name], expected), atol=1e-4, rtol=0
     )
+
+
+@torch.no_grad()
+def test_a_linear_probe_is_a_product_with_the_features_as_they_are_and_a_bias(
+    script, runs, tmp_path, model64
+):
+    out = tmp_path / "out.safetensors"
+    result = script("export", "--run", runs["linear_probe"], "--format", "classifier", out)
+    assert (result.code, result.err) == (0, "")
+    tensors, features = load_file(out), clip_min.load(model64).encode_image(IMAGES)
+    found = nn.functional.linear(features, **tensors)  # weight and bias, and no scale
+    torch.testing.assert_close(found, our_logits(runs["linear_probe"], BASE), atol=1e-4, rtol=0)
+    names = {"file": safe_open(out, "pt"), "image_features": features}
+    (shown,) = [line for line in result.out.splitlines() if line.startswith("logits = ")]
+    torch.testing.assert_close(eval(shown.removeprefix("logits = "), names), found)
+
+
+def header(file: Path) -> dict:
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["clip_min"])
+
+
+def test_every_form_tells_the_names_and_the_template(script, runs, tmp_path):
+    import transformers
+
+    names, template = BASE + NOVEL, "a photo of a {}."
+    for form, out in [(form, out) for form, (_, out) in FORMATS.items()] + [("peft", "out")]:
+        folder = tmp_path / form
+        folder.mkdir()
+        assert script("export", "--run", runs["lora"], "--format", form, folder / out).code == 0
+    for told in (
+        header(tmp_path / "safetensors/out.safetensors"),
+        header(tmp_path / "openai/out.safetensors"),
+        header(tmp_path / "peft/out/adapter_model.safetensors"),
+        json.loads((tmp_path / "open_clip/out/open_clip_config.json").read_text()),
+    ):
+        assert (told["classnames"], told["template"]) == (names, template)
+    config = transformers.CLIPModel.from_pretrained(tmp_path / "huggingface/out").config
+    assert config.id2label == dict(enumerate(names))
+    assert config.label2id == {name: label for label, name in enumerate(names)}
+    assert config.template == template
+    several = tmp_path / "several.safetensors"
+    script("export", "--run", runs["templates"], "--format", "safetensors", several)
+    assert header(several)["template"] == "|".join(ENSEMBLE)
 
 
 # -------------------------------------------------------------------------------- what cannot be
@@ -385,8 +440,8 @@ def test_vit_b_16_of_full_size_in_every_library(tmp_path):
     import open_clip
     import transformers
 
-    formats.save_openai(merged, tmp_path / "openai.safetensors")
-    state = load_file(tmp_path / "openai.safetensors")
+    formats.save_openai(merged, tmp_path / "openai/out.safetensors")
+    state = load_file(tmp_path / "openai/out.safetensors")
     model = clip.model.build_model(dict(state)).float()
     model.load_state_dict(state)
     torch.testing.assert_close(model(images, ids)[0], expected, **close)

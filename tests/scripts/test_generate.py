@@ -23,7 +23,9 @@ from clip_min import UserError
 from fewshot import demo
 from gen import diffuse
 from gen.manifest import Manifest, slugs
+from methods import METHODS
 
+TWO = ("--per-class", 2)  # as `synthetic` has them
 SMALL = ["--shots", 2, "--per-class", 2, "--captions", 2, "--reject-limit", 3, "--batch-size", 16]
 
 
@@ -293,8 +295,8 @@ def test_killed_at_ten_random_points_it_ends_in_the_same_bytes(whole, tmp_path):
 def test_killed_before_the_settings_were_written_it_starts_anew(script, tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
-    (folder / "plan.json").write_text("{}")
-    (folder / ".settings.abcdefgh.json").write_text("{")
+    (folder / "plan.json").write_text('{"quotas": {}}')
+    (folder / ".clip_min-settings.json-abcdefgh").mkdir()
     result = script("generate", *SMALL, "--synthetic", folder, "--stage", "caption")
     assert result.code == 0, result.err
     assert sorted(os.listdir(folder)) == ["captions.jsonl", "plan.json", "seconds.json"] + [
@@ -305,15 +307,43 @@ def test_killed_before_the_settings_were_written_it_starts_anew(script, tmp_path
 def test_what_a_kill_leaves_is_swept_and_what_is_lost_is_named(whole, script, tmp_path):
     folder = Path(shutil.copytree(whole[0], tmp_path / "a"))
     kept = next(folder.glob("kept/*/*.png"))
-    for name in (".00000.abcdefgh.png", "77777.png"):
-        shutil.copy(kept, kept.with_name(name))
-    (folder / ".manifest.abcdefgh.jsonl").write_text("half")
+    for name in (kept.parent / ".clip_min-00000.png-abcdefgh", folder / ".clip_min-a-abcdefgh"):
+        name.mkdir()
+        (name / "half").write_text("")
+    moved = folder / "undecided" / kept.parent.name / kept.name
+    moved.parent.mkdir(parents=True)
+    shutil.copy(kept, moved)  # killed between listing it as kept and removing it here
     assert script("generate", *SMALL, "--synthetic", folder).code == 0
     assert tree(folder) == tree(whole[0])
     kept.unlink()
     result = script("generate", *SMALL, "--synthetic", folder)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert str(kept) in result.err
+
+
+def test_what_is_not_on_the_books_is_left_alone(whole, script, tmp_path):
+    folder = Path(shutil.copytree(whole[0], tmp_path / "a"))
+    kept = next(folder.glob("kept/*/*.png"))
+    mine = [kept.with_name(name) for name in ("2024-mine.png", "77777.png", ".00000.abcdefgh.png")]
+    mine += [folder / ".notes.20240131.md", folder / ".tmpnRT2eS"]
+    for path in mine:
+        path.write_text("mine")
+    assert script("generate", *SMALL, "--synthetic", folder).code == 0
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+
+
+@pytest.mark.parametrize("link", ["rejected", "undecided", "kept/{}"])
+def test_a_link_among_the_folders_of_images_is_refused(whole, script, is_one_line, tmp_path, link):
+    folder, victim = Path(shutil.copytree(whole[0], tmp_path / "a")), tmp_path / "victim"
+    victim.mkdir()
+    (victim / "00000.png").write_text("mine")
+    link = folder / link.format(next(folder.glob("kept/*")).name)
+    if link.exists():
+        link.rename(tmp_path / "aside")
+    link.symlink_to(victim)
+    result = script("generate", *SMALL, "--synthetic", folder)
+    assert is_one_line(result, f"{link}: is a link")
+    assert os.listdir(victim) == ["00000.png"]
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -403,7 +433,7 @@ def test_class_names_become_names_of_folders():
 
 
 def test_at_lambda_1_the_adapter_is_loras_to_the_byte(script, flags, trained, synthetic, tmp_path):
-    disef = [*flags, "--lam", 1, "--synthetic", synthetic(shots=4), "--out", tmp_path]
+    disef = [*flags, "--lam", 1, "--synthetic", synthetic(shots=4), *TWO, "--out", tmp_path]
     disef[1] = "disef"
     result = script("train", *disef)
     assert result.code == 0, result.err
@@ -420,7 +450,16 @@ def test_at_lambda_1_the_adapter_is_loras_to_the_byte(script, flags, trained, sy
 
 
 def test_disef_resumed_is_disef(script, flags, synthetic, tmp_path):
-    disef = ["--method", "disef", *flags[2:], "--synthetic", synthetic(shots=4), "--out", tmp_path]
+    disef = [
+        "--method",
+        "disef",
+        *flags[2:],
+        "--synthetic",
+        synthetic(shots=4),
+        *TWO,
+        "--out",
+        tmp_path,
+    ]
     assert script("train", *disef).code == 0
     run = tmp_path / "noise/tiny/disef-s4-seed1"
     before = (run / "adapter.safetensors").read_bytes()
@@ -440,9 +479,36 @@ def test_images_that_are_missing_unfinished_or_anothers_are_refused(
     unfinished = Path(shutil.copytree(synthetic(shots=4), tmp_path / "images"))
     rows = (unfinished / "manifest.jsonl").read_text().splitlines()
     (unfinished / "manifest.jsonl").write_text("\n".join(rows[:-1]) + "\n")
-    result = script("train", *disef, "--synthetic", unfinished)
+    result = script("train", *disef, "--synthetic", unfinished, *TWO)
     assert is_one_line(result, "1 images are still to be made", "python generate.py")
     assert not (tmp_path / "noise").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "has 2 images a class, not 32; add --per-class 2"),
+        ((*TWO, "--plan", "f1"), "its images were made with plan uniform, not f1"),
+        ((*TWO, "--filter", "lora"), "its images were made with filter zero_shot, not lora"),
+    ],
+)
+def test_images_made_otherwise_than_the_run_would_record_are_refused(
+    more, said, script, flags, synthetic, is_one_line, tmp_path
+):
+    disef = ["--method", "disef", *flags[2:], "--synthetic", synthetic(shots=4), "--out", tmp_path]
+    assert is_one_line(script("train", *disef, *more), said)
+
+
+@pytest.mark.parametrize("plan", ["uniform", "f1"])
+def test_on_the_demo_both_scripts_go_on_with_each_others_images(plan, script, tmp_path):
+    common = ["--plan", plan, "--shots", 1, "--per-class", 1, "--out", tmp_path]
+    disef = ["train", "--method", "disef", "--epochs", 1, *common]
+    for first, second in ((["generate", *common], disef), (disef, ["generate", *common])):
+        assert script(*first).code == 0
+        again = script(*second)
+        assert again.code == 0, again.err
+        assert "0 images to make" in again.out
+        shutil.rmtree(tmp_path / "demo")
 
 
 def test_on_the_demo_missing_images_are_made(script, tmp_path):
@@ -461,17 +527,24 @@ def test_on_the_demo_missing_images_are_made(script, tmp_path):
     assert tree(folder) == before
 
 
-def test_the_f1_variant_trains_its_filter_first(script, tmp_path):
+def test_the_f1_variant_trains_its_filter_first(script, tmp_path, monkeypatch, is_one_line):
     short = ["--shots", 1, "--epochs", 1, "--per-class", 1, "--out", tmp_path]
-    lora = script("train", "--method", "lora", "--shots", 1, "--epochs", 1, "--out", tmp_path)
-    assert lora.code == 0, lora.err
-    result = script("train", "--method", "disef_f1", *short)
+    monkeypatch.setitem(METHODS["lora"].recipes["demo"], "epochs", 1)
+    monkeypatch.setenv("CLIP_MIN_CACHE", str(tmp_path / "cache"))
+    result = script("train", "--method", "disef_f1", *short, "--cache", "none")
     assert result.code == 0, result.err
+    assert not (tmp_path / "cache").exists()  # the filter's run takes the flag over
     manifest = Manifest.open(tmp_path / "demo/demo/synthetic_f1_lora-s1-seed1")
     f1, quotas = manifest.plan["f1"], manifest.plan["quotas"]
     assert quotas == {name: int(value < 0.7) for name, value in f1.items()}
     assert 0 < sum(quotas.values()) < 51
     assert {a.filter for a in manifest.attempts} == {"lora"}
+    again = script("train", "--method", "disef_f1", *short, "--cache", "none")  # with that run
+    assert again.code == 0, again.err
+    assert "trained first" not in again.out
+    monkeypatch.setitem(METHODS["lora"].recipes["demo"], "epochs", 3)
+    other = script("train", "--method", "disef_f1", *short)
+    assert is_one_line(other, "lora-s1-seed1: is the run that filters", "epochs 1, not 3")
 
 
 def test_offloading_without_a_gpu_is_refused_before_any_work(script, tmp_path):
@@ -488,6 +561,25 @@ def test_where_no_class_is_weak_nothing_is_made(script, tmp_path):
     assert result.code == 0, result.err
     assert "0 images to make" in result.out
     assert sorted(os.listdir(tmp_path / "images")) == ["plan.json", "settings.json"]
+
+
+@pytest.mark.parametrize("name", ["settings.json", "plan.json"])
+def test_anothers_settings_and_plan_are_not_overwritten(script, is_one_line, tmp_path, name):
+    (tmp_path / "settings.json").write_text('{"classnames": [], "editor.tabSize": 4}')
+    (tmp_path / "plan.json").write_text('{"quotas": {}}')
+    if name == "plan.json":
+        (tmp_path / "settings.json").unlink()
+        (tmp_path / "plan.json").write_text('{"steps": ["mine"]}')
+    before = tree(tmp_path)
+    result = script("generate", *SMALL, "--synthetic", tmp_path)
+    assert is_one_line(result, f"{tmp_path / name}: ")
+    assert tree(tmp_path) == before
+
+
+def test_a_file_where_the_folder_belongs_is_one_line(script, is_one_line, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = script("generate", *SMALL, "--synthetic", tmp_path / "file")
+    assert is_one_line(result, "is a file, expected a folder")
 
 
 def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):

@@ -107,6 +107,22 @@ def test_resuming_a_grid_with_another_setting_is_an_error(whole, script, flags, 
     assert is_one_line(result, "--resume", "lr 0.01, not 0.02")
 
 
+def test_a_grid_with_other_settings_keeps_the_earlier_ones_table(script, flags, tmp_path):
+    grid = ("--shots", 1, "--seeds", "1,2", "--epochs", 1, "--out", tmp_path)
+    file = tmp_path / BASE / "lora-grid-s1-seed1-2.json"
+    assert script("train", *flags, *grid).code == 0
+    first = file.read_bytes()
+    assert script("train", *flags, *grid, "--resume").code == 0  # the same: nothing is set aside
+    assert len(list(file.parent.glob("*grid*"))) == 2
+    result = script("train", *flags, *grid, "--lr", 0.02)
+    assert result.code == 0, result.err
+    kept = file.with_name(f"{file.name}.old1")
+    assert f"an earlier grid is kept as {kept}" in result.out
+    assert kept.read_bytes() == first
+    assert json.loads(file.read_text())["settings"]["lr"] == 0.02
+    assert len(list(file.parent.glob("*grid*"))) == 4
+
+
 def test_one_number_each_is_a_run_and_no_grid(script, flags, tmp_path, trained):
     result = script("train", *flags, "--out", tmp_path, "--shots", "4", "--seeds", "1")
     assert [path.name for path in (tmp_path / BASE).iterdir()] == ["lora-s4-seed1"]
@@ -122,6 +138,7 @@ def test_one_number_each_is_a_run_and_no_grid(script, flags, tmp_path, trained):
     ("more", "said"),
     [
         (("--seed", "1", "--seeds", "1,2"), "--seed and --seeds: give one of them"),
+        (("--seeds", "1,all"), "--seeds: invalid value: '1,all'; expected a number, or several"),
         (("--shots", "1,x"), "--shots: invalid value: '1,x'; expected a number, or several"),
         (("--shots", "4,0"), "--shots 0: expected 1 or more"),
         (("--seeds", "1,-2"), "--seed -2: expected 0 to"),
@@ -138,5 +155,7 @@ def test_the_experiments_of_a_plan_are_every_pair():
     plan = train_script.parse(["--method", "lora", "--shots", "1,16", "--seeds", "3,4"])
     pairs = [(experiment.shots, experiment.seed) for experiment in plan.experiments]
     assert pairs == [(1, 3), (1, 4), (16, 3), (16, 4)]
+    plan = train_script.parse(["--method", "lora", "--shots", "1,2,all"])
+    assert [experiment.shots for experiment in plan.experiments] == [1, 2, "all"]
     (alone,) = train_script.parse(["--method", "lora", "--seed", "7"]).experiments
     assert (alone.shots, alone.seed) == (10, 7)

@@ -103,7 +103,9 @@ FEW = {  # what keeps a paper recipe short
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "paper" in METHODS[m].recipes])
 def test_every_paper_recipe_trains(method, run, synthetic):
-    more = ("--synthetic", synthetic(shots=4)) if method == "disef" else FEW.get(method, ())
+    more = FEW.get(method, ())
+    if method == "disef":
+        more = ("--synthetic", synthetic(shots=4), "--per-class", 2)
     config = json.loads((run(method, "--recipe", "paper", *more).path / "config.json").read_text())
     assert config["recipe"] == "paper"
 

@@ -92,7 +92,7 @@ def test_prompts_without_a_template_name_other_classes_and_classwise_ones_cannot
         (("--dataset", "flower102"), "--dataset flower102: unknown; did you mean flowers102"),
         (("--dataset", "folder"), "say where your pictures are with --data-root"),
         (("--dataset", "demo", "--shots", "3"), "--shots: a run knows its own; leave it out"),
-        (("--dataset", "demo", "--image", "a.png"), "--dataset: a run knows its own"),
+        (("--dataset", "demo", "--image", "a.png"), "--dataset: is not read with --image"),
         (("--split", "coop"), "--split: a run knows its own; leave it out"),
         (("--dataset", "demo", "--template", "flower"), "has no {} for the class name"),
     ],
@@ -164,11 +164,11 @@ def test_the_cache_lies_where_the_flag_says_or_nowhere(script, flags, tmp_path, 
     monkeypatch.setenv("CLIP_MIN_CACHE", str(tmp_path / "env"))
     run = ("train", *flags, "--epochs", 1, "--out")
     assert script(*run, tmp_path / "a", "--cache", tmp_path / "here").code == 0
-    assert kept(tmp_path / "here") == ["features", "pixels"]
+    assert kept(tmp_path / "here") == ["features", "odd", "pixels"]
     assert script(*run, tmp_path / "b", "--cache", "none").code == 0
     assert not (tmp_path / "env").exists()
     assert script(*run, tmp_path / "c").code == 0
-    assert kept(tmp_path / "env") == ["features", "pixels"]
+    assert kept(tmp_path / "env") == ["features", "odd", "pixels"]
     monkeypatch.setenv("CLIP_MIN_CACHE", "none")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     result = script("eval", "--run", tmp_path / "c" / RUN)

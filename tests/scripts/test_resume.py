@@ -23,7 +23,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         *("--augment", augment),
     ]
     if name.startswith("disef"):
-        flags += ["--synthetic", synthetic(shots=2)]
+        flags += ["--synthetic", synthetic(shots=2), "--per-class", 2]
+        flags += ["--plan", "uniform", "--filter", "zero_shot"]
     assert script("train", *flags, "--out", tmp_path / "whole").code == 0
 
     saved = []

@@ -22,6 +22,7 @@ import train as train_script
 from clip_min import UserError
 from fewshot import demo
 from fewshot.loop import Length
+from fewshot.run import Run
 from methods import METHODS, TrainingSettings
 from methods.base import Augment
 
@@ -31,6 +32,7 @@ FILES = [
     "adapter.safetensors",
     "config.json",
     "curves.png",
+    "data.json",
     "log.jsonl",
     "results.json",
     "resume.json",
@@ -260,7 +262,7 @@ def test_a_process_killed_in_mid_epoch_resumes_to_the_same_bytes(
     assert process.wait() == -signal.SIGKILL
     assert 1 <= len(epochs(killed)) < 60
     assert not (killed / "results.json").exists()
-    (killed / ".tmpnRT2eS").touch()  # safetensors' own, where the kill came while it wrote
+    (killed / ".clip_min-resume.json-abcdefgh").mkdir()  # as where the kill came while it wrote
 
     result = script("train", *flags, "--out", tmp_path / "killed", *long, "--resume")
     assert result.code == 0, result.err
@@ -315,6 +317,41 @@ def test_resuming_with_other_flags_is_an_error_that_names_one(
     assert is_one_line(result, "--resume", said)
 
 
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_resuming_on_changed_pictures_is_an_error(
+    part, script, flags, train, own_data, tmp_path, is_one_line
+):
+    path = train(tmp_path / "runs", "--data-root", own_data)
+    file, *_ = json.loads((path / "data.json").read_text())[part][0]
+    stat = (own_data / file).stat()
+    Image.new("RGB", (40, 36), "red").save(own_data / file)
+    os.utime(own_data / file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    before = (path / "data.json").read_bytes()
+    more = ("--data-root", own_data, "--out", tmp_path / "runs", "--resume")
+    assert is_one_line(script("train", *flags, *more), f"was started with {part} ", "pictures (")
+    assert (path / "data.json").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(script, flags, train, tmp_path):
+    path = train(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    del config["data"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "data.json").unlink()
+    assert script("train", *flags, "--out", tmp_path, "--resume").code == 0
+    assert not (path / "data.json").exists()  # nobody knows what it was begun on
+
+
+def test_all_shots_are_all_pictures_and_the_folder_says_so(script, train, tmp_path):
+    path = train(tmp_path, "--shots", "all", "--epochs", 1)
+    assert path.name == "lora-sall-seed1"
+    record = json.loads((path / "data.json").read_text())
+    assert [len(record[part]) for part in ("train", "val", "test")] == [21, 3, 20]
+    assert json.loads((path / "config.json").read_text())["experiment"]["shots"] == "all"
+    result = script("eval", "--run", path)
+    assert (result.code, result.err) == (0, "")
+
+
 def test_resuming_where_there_is_nothing_is_an_error(script, flags, tmp_path, is_one_line):
     result = script("train", *flags, "--out", tmp_path, "--resume")
     assert is_one_line(result, str(tmp_path / HERE), "there is no such file")
@@ -337,6 +374,8 @@ def test_an_earlier_run_is_kept_under_another_name(train, script, flags, tmp_pat
     assert f"an earlier run is kept as {old}" in result.out
     assert adapter(old) == before
     assert adapter(first) != before
+    assert json.loads((first / "config.json").read_text())["earlier_run"] == old.name
+    assert script("train", *flags, "--out", tmp_path, "--lr", 0.001, "--resume").code == 0
 
 
 # ---------------------------------------------------------------------------------- what is wrong
@@ -581,17 +620,64 @@ def test_whatever_augments_can_do_it_in_every_way(method):
 
 def test_the_lora_run_that_filters_is_the_same_experiment(tmp_path, monkeypatch):
     other = ("--seed", "3", "--shots", "2", "--precision", "bf16", "--template", "one {}")
-    (own,) = train_script.parse(
-        ["--method", "disef_f1", *other, "--base-classes", str(tmp_path / "base.txt")]
-    ).experiments
+    other += ("--base-classes", str(tmp_path / "base.txt"), "--threads", "1", "--cache", "none")
+    plan = train_script.parse(["--method", "disef_f1", *other, "--out", str(tmp_path)])
+    (own,) = plan.experiments
     asked = []
     monkeypatch.setattr(train_script, "main", asked.append)
-    path = train_script.lora_run(own, tmp_path)
+    path = train_script.lora_run(plan, own)
     plan = train_script.parse(asked[0])
     assert plan.experiments == [own]
+    assert plan.cache is None
     assert plan.out / plan.experiments[0].folder(plan.method) == path
 
 
 def test_a_recipe_that_a_method_lacks_is_an_error():
     with pytest.raises(UserError, match="--recipe paper: unknown; known are default"):
         train_script.parse(["--method", "zero_shot", "--recipe", "paper"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--out", "{file}"], "{file}"),
+        (["--out", "{file}/deep"], "{file}/deep"),
+        (["--out", "n" * 300], "File name too long"),
+        (["--model", f"{'n' * 300}.pt"], "File name too long"),
+        (["--data-root", "n" * 5000], "File name too long"),
+        (["--init-from", "n" * 300], "File name too long"),
+        (["--template", "a {} \udcff"], "--template"),
+        (["--lr", "inf"], "--lr inf: expected a finite number"),
+        (["--image-alpha", "nan"], "--image-alpha nan: expected a finite number"),
+        (["--blocks", "0-9999999999"], "numbers below 2"),
+    ],
+)
+def test_what_the_system_does_not_take_is_one_line(
+    more, said, script, flags, tmp_path, is_one_line, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    more = [part.format(file=file) if "{file}" in part else part for part in more]
+    result = script("train", *flags, *more)
+    assert is_one_line(result, said.format(file=file))
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "mine"
+
+
+def test_a_run_whose_folder_is_removed_ends_with_a_line_and_keeps_what_was_learned(
+    script, flags, tmp_path, is_one_line, monkeypatch
+):
+    real = Run.save_resume
+
+    def remove(run, *arguments):
+        real(run, *arguments)
+        if run.log[-1]["epoch"] == 2:
+            shutil.rmtree(run.path)
+
+    monkeypatch.setattr(Run, "save_resume", remove)
+    result = script("train", *flags, "--out", tmp_path)
+    beside = tmp_path / f"{HERE}.rescued.safetensors"
+    assert is_one_line(result, "is no longer there", str(beside))
+    assert load_file(beside)
+    assert list(beside.parent.iterdir()) == [beside]
