@@ -39,7 +39,7 @@ class CrossModalSettings(TrainingSettings, TemplateSettings):
 class CrossModal(ZeroShot):
     title = "a linear head on images and class names as samples"
     Settings = CrossModalSettings
-    recipes = {"default": {**DEFAULT, "min_steps": 1500}, "paper": {"batch_size": 16}, "demo": {}}
+    recipes = {"default": {**DEFAULT, "min_steps": 3000}, "paper": {"batch_size": 16}, "demo": {}}
     demo_model = {"lr": 1e-2}
     names_unseen = False
 
