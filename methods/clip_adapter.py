@@ -70,7 +70,7 @@ class ClipAdapter(ZeroShot):
     title = "a small network after the image tower (CLIP-Adapter)"
     Settings = ClipAdapterSettings
     recipes = {
-        "default": {**DEFAULT, "min_steps": 1500},
+        "default": {**DEFAULT, "min_steps": 3000},
         "paper": {**PUBLISHED, "epochs": 200},
         "jclip": {"adapters": "both"},
         "demo": {"lr": 3e-3, "ratio": 0.6},

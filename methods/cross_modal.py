@@ -44,7 +44,7 @@ class CrossModal(ZeroShot):
     title = "a linear head on images and class names as samples"
     Settings = CrossModalSettings
     recipes = {
-        "default": {**DEFAULT, "min_steps": 1500},
+        "default": {**DEFAULT, "min_steps": 3000},
         "paper": {
             "epochs": 0,  # its length is in steps
             "min_steps": 12_800,

@@ -36,7 +36,7 @@ class ProjectionSettings(TrainingSettings, TemplateSettings):
 class Projection(ZeroShot):
     title = "two square layers after each frozen tower"
     Settings = ProjectionSettings
-    recipes = {"default": {**DEFAULT, "min_steps": 1500}, "demo": {"lr": 1e-2}}
+    recipes = {"default": {**DEFAULT, "min_steps": 3000}, "demo": {"lr": 1e-2}}
     demo_model = {"lr": 1e-2}
 
     def __init__(self, clip, classnames, template, settings: ProjectionSettings):

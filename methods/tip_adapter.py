@@ -134,7 +134,7 @@ class TipAdapterF(TipAdapter):
     title = "the same memory, its keys trained"
     Settings = TipAdapterFSettings
     recipes = {
-        "default": {**DEFAULT, "min_steps": 1500},
+        "default": {**DEFAULT, "min_steps": 3000},
         "paper": {"augment": "crop-flip", "patience": 0},
         "demo": {},
     }
