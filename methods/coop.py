@@ -70,7 +70,7 @@ class CoOp(LearnedContext):
     title = "learned prompt vectors, shared by all classes"
     Settings = CoOpSettings
     recipes = {
-        "default": {**DEFAULT, "min_steps": 1500},
+        "default": {**DEFAULT, "min_steps": 3000},
         "notebook": {},
         # 8 or 16 shots; with fewer, the paper trains 50 epochs (1 shot) or 100 (2 and 4), and 50
         # on ImageNet.

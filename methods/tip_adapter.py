@@ -18,7 +18,7 @@ code's 50-100 %; its keys are trained under an α and a β that are constants of
 """
 
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 from typing import Annotated, Literal
 
 import torch
@@ -31,6 +31,9 @@ from methods.zero_shot import TemplateSettings
 
 ALPHAS = [0.0] + [2.0 ** (i / 2) for i in range(-6, 21)]  # 0, 1/8 … 1024
 BETAS = [2.0 ** (i / 2) for i in range(-4, 15)]  # 1/4 … 128
+# Images of validation that both are chosen on, at most. Each meets every key, so that with as many
+# of each class the cost would grow with the square of the classes.
+SEARCHED = 5_000
 ROOM = 2**24  # numbers in a matrix of the search: 64 MB
 
 
@@ -76,7 +79,8 @@ class TipAdapter(WithSupport):
     @torch.no_grad()
     def search(self, val) -> None:
         """Set α and β to the best on validation; of equally good ones, to the smallest."""
-        features = val.features(self.clip)
+        every = ceil(len(val.labels) / SEARCHED)
+        features, labels = val.features(self.clip)[::every], val.labels[::every]
         alphas = ALPHAS if self.settings.alpha < 0 else [self.settings.alpha]
         betas = BETAS if self.settings.beta < 0 else [self.settings.beta]
         weights = torch.tensor(alphas, device=features.device)
@@ -87,7 +91,7 @@ class TipAdapter(WithSupport):
             distances = self.distances(features[part])  # (N, V)
             for row, beta in zip(right, betas, strict=True):
                 votes = self.count_votes((-beta * distances).exp()).T  # (V, K)
-                low, high = winning(zero_shot, votes, val.labels[part])
+                low, high = winning(zero_shot, votes, labels[part])
                 row += ((low[:, None] < weights) & (weights < high[:, None])).sum(dim=0)
         share = (right.double() / len(features)).tolist()
         best = max(

@@ -91,6 +91,16 @@ def test_alpha_and_beta_are_those_of_a_double_loop_over_validation(
     assert right > (zero_shot == val[1]).double().mean()
 
 
+def test_the_search_looks_at_a_bounded_number_of_validation_images(new_clip, pictures, monkeypatch):
+    """Every third of 40, where 14 are the most that are looked at."""
+    monkeypatch.setattr(tip_adapter, "SEARCHED", 14)
+    train, val = draw(16, 1), draw(40, 11)
+    method = tip(new_clip())
+    method.fit(pictures(*train), pictures(*val), descend=None)
+    _, alpha, beta = naive_search(method, train, (val[0][::3], val[1][::3]))
+    assert (method.alpha.item(), method.beta.item()) == pytest.approx((alpha, beta))
+
+
 @pytest.mark.parametrize("beta", [0.0, 5.0])
 def test_where_the_right_class_wins_is_where_it_has_the_largest_logit(beta, new_clip, pictures):
     """β = 0: as many votes for all images of a class, and many classes with as many."""
