@@ -234,7 +234,8 @@ def announce(s, train: Batches, val: Batches, length: Length, done: int) -> str:
     left = length.total - done
     sizes = [len(part) for part in train.drawn]
     text = f"{left} gradient steps of {sum(min(s.batch_size, size) for size in sizes)} images, "
-    text += f"{left / length.epoch:.3g} passes over {min(sizes)}"
+    passes = left / length.epoch
+    text += f"{passes:,.{1 if passes < 10 else 0}f} passes over {min(sizes)}"
     if length.chooses:
         text += f"; {math.ceil(left / length.round)} validations on {len(val)} images"
     return text

@@ -97,7 +97,9 @@ def make_task(
     seen = (task.train.pictures, task.val.pictures)
     for which in (seen, [test.batches.pictures for test in task.tests.values()]):
         if found := copies(*which):
-            notes.append(f"{len(found)} images are copies of others, byte for byte: {few(found)}")
+            notes.append(
+                f"images that are copies of others, byte for byte: {len(found)} ({few(found)})"
+            )
     return task
 
 
