@@ -114,8 +114,8 @@ class Experiment:
         """Compute on as many threads as `threads` says; fills it in if it was left open.
 
         Threads wait for one another at every product. Those of a small model are done within
-        microseconds, so two threads are hardly faster than one; and on a machine whose other core
-        is busy, ten times slower. The number is part of a run, since sums are rounded by it.
+        microseconds, so more threads gain little; and where another process keeps a core busy,
+        they lose much. The number is part of a run, since sums are rounded by it.
         """
         small = sum(parameter.numel() for parameter in clip.parameters()) < SMALL
         self.threads = self.threads or (1 if small else torch.get_num_threads())

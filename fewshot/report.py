@@ -22,8 +22,8 @@ def doubts(steps: int, train: float) -> list[str]:
     found = []
     if steps < 100:
         found.append(
-            f"only {steps} gradient steps; for more, add --min-steps 500 --patience 0, or take "
-            "--recipe default"
+            f"only {steps} gradient steps, expected 100 or more; for longer training, add "
+            "--min-steps 500 --patience 0"
         )
     if train < 70:
         found.append(
