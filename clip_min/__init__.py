@@ -9,7 +9,7 @@ logits = clip(clip_min.normalize(pixels)[None], clip_min.tokenize(["a cat", "a d
 import os
 
 # Threads that wait for others sleep. Left alone they spin, and where another process keeps a core
-# busy, one that spins keeps from its core the one it waits for: products take several times as long.
+# busy, one that spins keeps the one it waits for from its core: products take much longer.
 # Read when torch is imported, so that this package has to be imported before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
