@@ -29,7 +29,7 @@ from fewshot.run import Run
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS, Method
-from methods.load import described, trained
+from methods.interop.load import described, trained
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
@@ -69,7 +69,7 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
     clip, task = experiment.load(cache.chosen(given), record=record)
     for note in task.notes:
         print(f"note: {note}")
-    run.check_model(clip)
+    run.check_model(weights.fingerprint(clip))
     if not (run.path / "results.json").exists():
         print("note: no results.json; if this training has not ended, its best epoch yet is tested")
     if run.config["classnames"] != {part: t.classnames for part, t in task.tests.items()}:
@@ -95,7 +95,7 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     other.use_threads(clip)
     dataset = other.load_dataset()
     template = other.template or dataset.template
-    run.check_model(clip)
+    run.check_model(weights.fingerprint(clip))
     folder, record = cache.chosen(given), kept(run.path, run.config)
     size, device = clip.config.image_size, torch.device(other.device)
     more = (other.skip_bad_images, folder, experiment.precision)

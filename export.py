@@ -20,8 +20,9 @@ from fewshot.experiment import named, run_script
 from fewshot.flags import Parser
 from fewshot.run import Run
 from methods import Method
-from methods.export import classifier, merged_clip, to_peft
-from methods.load import trained
+from methods.interop.load import trained
+from methods.interop.peft import to_peft
+from methods.interop.plain_weights import classifier, merged_clip
 
 MERGED = {
     "safetensors": lambda clip, out, about: weights.save(clip, out, about=about),

@@ -33,7 +33,7 @@ from gen.studio import Studio
 from gen.training import finished, join, made_from
 from methods import METHODS
 from methods.disef import DISEFSettings
-from methods.load import trained
+from methods.interop.load import trained
 
 STAGES = ["all", "caption", "diffuse", "filter"]
 

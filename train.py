@@ -32,7 +32,7 @@ from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method, Settings
 from methods.disef import DISEFSettings
-from methods.init_from import load_into
+from methods.interop.init_from import load_into
 
 # The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
 MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_min import CLIP, UserError, weights
+from clip_min import UserError
 from clip_min.files import (
     parse_json,
     read_adapter,
@@ -157,9 +157,9 @@ class Run:
         parts = self.config["classnames"]
         return parts.get("base") or parts["all"]
 
-    def check_model(self, clip: CLIP) -> None:
-        """UserError, if this is not the CLIP it was trained on."""
-        found, made = weights.fingerprint(clip), self.config["fingerprint"]
+    def check_model(self, found: str) -> None:
+        """UserError, if this is not the fingerprint of the CLIP it was trained on."""
+        made = self.config["fingerprint"]
         if found != made:
             raise UserError(
                 f"{self.path}: was trained on {self.config['model']} with fingerprint {made}, but "

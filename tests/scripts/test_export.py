@@ -423,7 +423,7 @@ def test_a_run_from_an_adapter_goes_on_with_the_same_flag(
 @torch.no_grad()
 def test_vit_b_16_of_full_size_in_every_library(tmp_path):
     from clip_min import CONFIGS, formats
-    from methods.export import merged_clip
+    from methods.interop.plain_weights import merged_clip
 
     torch.manual_seed(0)
     clip = CLIP(CONFIGS["ViT-B/16"]).eval()

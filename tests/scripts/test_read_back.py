@@ -20,9 +20,9 @@ from fewshot.run import Run
 from gen.manifest import Manifest
 from gen.report import table
 from methods import METHODS
-from methods.init_from import load_into
-from methods.load import described
-from methods.load import trained as method_of
+from methods.interop.init_from import load_into
+from methods.interop.load import described
+from methods.interop.load import trained as method_of
 
 DEEP = '{"a":' * 3000 + "1" + "}" * 3000
 ODD = [None, True, -1, 0, 10**30, 1.5, "", "x", "\ud800", "\0", "../x", [], [1], {}, {"x": 1}]
@@ -155,7 +155,7 @@ def test_the_books_of_synthetic_images(synthetic, tmp_path):
 
 
 def test_a_peft_adapter_and_descriptions_beside_weights(clip, tmp_path):
-    from methods.export import to_peft
+    from methods.interop.peft import to_peft
 
     settings = METHODS["lora"].Settings(image_rank=4, text_rank=3)
     lora = METHODS["lora"](clip, ["a"], "a {}", settings)

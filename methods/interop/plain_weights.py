@@ -1,15 +1,12 @@
-"""What was learned, in forms that other software applies: weights, a PEFT adapter, a classifier.
+"""What was learned as plain weights, which need no method: of a whole CLIP, or of a classifier.
 
     merged_clip    a CLIP with the corrections added to its weights (LoRA), or simply with its new
                    weights (full fine-tuning); clip_min/formats.py writes it for other libraries
-    to_peft        LoRA's thin matrices, for `peft` on `transformers.CLIPModel`
     classifier     one row for each class name: all that prompts come to, once they are learned,
                    or a linear head
 
 Each refuses, and says why, where the form cannot hold what the method does.
 """
-
-import re
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +18,6 @@ from methods.base import Method
 from methods.cross_modal import CrossModal
 from methods.grouped_lora import GroupedLoRA
 from methods.linear_probe import LinearProbe
-from methods.lora import LoRA
-
-TO_HUGGING_FACE = {
-    "clip.visual.transformer": "vision_model",
-    "clip.transformer": "text_model",
-}
 
 
 def merged_clip(method: Method) -> CLIP:
@@ -46,47 +37,6 @@ def merged_clip(method: Method) -> CLIP:
             f"{(outside or ['parts of its own'])[0]}; --format classifier may hold it"
         )
     return clip
-
-
-def to_peft(method: Method) -> tuple[dict[str, Tensor], dict]:
-    """A LoRA -> the tensors of adapter_model.safetensors, and adapter_config.json.
-
-    Our one fused projection is three there, so a stack A (G·R, D), B (G·D, R) becomes G pairs
-    A (R, D), B (D, R). The second tower's rank and α stand in patterns. Every module is named in
-    full, so that no other one is meant by accident.
-    """
-    if not isinstance(method, LoRA):
-        raise UserError(f"PEFT's adapter is a LoRA's, and {type(method).__name__} is none")
-    tensors, ranks, alphas = {}, {}, {}
-    for name, layer in method.named_modules():
-        if not isinstance(layer, GroupedLoRA):
-            continue
-        path = r"(clip.*transformer)\.resblocks\.(\d+)\.attn\.(in|out)_proj"
-        tower, block, projection = re.fullmatch(path, name).groups()
-        letters = ["qkv"[part] for part in layer.parts] if projection == "in" else ["out"]
-        pairs = zip(layer.lora_A.split(layer.rank), layer.lora_B.chunk(len(letters)), strict=True)
-        for letter, (a, b) in zip(letters, pairs, strict=True):
-            module = f"{TO_HUGGING_FACE[tower]}.encoder.layers.{block}.self_attn.{letter}_proj"
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a  # (R, D)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b  # (D, R)
-            s = method.settings
-            ranks[module] = layer.rank
-            alphas[module] = s.image_alpha if "visual" in tower else s.text_alpha
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": method.settings.scaling == "sqrt",  # α/√R
-        "lora_dropout": method.settings.dropout,
-        "bias": "none",
-        "target_modules": list(ranks),
-        "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
-        "inference_mode": True,
-    }
-    return tensors, config
 
 
 @torch.no_grad()

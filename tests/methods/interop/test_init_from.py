@@ -5,6 +5,7 @@ Each library computes with its own file; ours must compute the same.
 
 import json
 import math
+from dataclasses import asdict
 
 import loralib
 import pytest
@@ -16,8 +17,9 @@ from torch import nn
 from clip_min import UserError, formats, tokenize, weights
 from clip_min.files import write_safetensors
 from methods import METHODS
-from methods.export import to_peft
-from methods.init_from import _clip_lora_places, load_into
+from methods.interop.clip_lora import _clip_lora_places
+from methods.interop.init_from import load_into
+from methods.interop.peft import to_peft
 from methods.lora import LoRA, LoRASettings
 
 NAMES = ["rose", "red tulip", "ox-eye daisy"]
@@ -384,9 +386,10 @@ def test_a_file_of_something_else_is_one_line_and_runs_nothing(
 
 
 def write_run(method, folder, **more) -> None:
-    from dataclasses import asdict
-
-    config = {"settings": asdict(method.settings), "fingerprint": "abc", "model": "tiny"} | more
+    name = next(name for name, kind in METHODS.items() if type(method) is kind)
+    config = {"method": name, "recipe": "default", "settings": asdict(method.settings)}
+    config |= {"experiment": {"seed": 1, "template": TEMPLATE, "model": "tiny"}, "model": "tiny"}
+    config |= {"fingerprint": "abc", "classnames": {"all": NAMES}} | more
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder / "adapter.safetensors", method.adapter_state())
 
@@ -437,7 +440,7 @@ def test_a_run_that_does_not_fit_is_one_line(new_clip, tmp_path):
         with pytest.raises(UserError, match=said):
             load_into(method, tmp_path, fingerprint)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="fingerprint is missing"):
+    with pytest.raises(UserError, match="method is missing"):
         load_into(lora, tmp_path, "abc")
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="expected a run of train.py or a PEFT adapter"):
@@ -508,7 +511,7 @@ def test_tensors_that_are_no_lora_matrices_are_named(tensor, new_clip, tmp_path)
     ("change", "said"),
     [
         ({"adapter_sha256": "0" * 64}, "is not the adapter that this training ended with"),
-        ({"settings": {"parts": 3}}, "config.json: settings.parts is 3, expected text"),
+        ({"settings": {"parts": 3}}, "config.json: settings: --parts 3: expected text"),
         ({"settings": 3}, "config.json: settings is 3, expected an object"),
     ],
 )
