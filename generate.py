@@ -21,15 +21,15 @@ from fewshot.images import Batches
 from fewshot.metrics import per_class, predict
 from fewshot.run import Run
 from fewshot.task import Task
+from gen.books import Manifest
 from gen.caption import Llava
 from gen.diffuse import Diffusion
 from gen.filter import Filter
-from gen.manifest import Manifest
 from gen.painter import DemoCaptioner, DemoPainter
 from gen.plan import plan
-from gen.report import contact_sheet, table
 from gen.settings import Generation
 from gen.studio import Studio
+from gen.summary import contact_sheet, table
 from gen.training import finished, join, made_from
 from methods import METHODS
 from methods.disef import DISEFSettings

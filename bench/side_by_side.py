@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# The repository before this folder, whose methods.py is a benchmark and not the package.
+# The clone, whose packages but clip_min are not installed: benches import this file before them.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 

@@ -15,7 +15,7 @@ import torch
 
 from clip_min.errors import UserError, nearest
 from clip_min.tokenizer import tokenizer
-from fewshot import coop, demo
+from fewshot import coop_split, demo
 from fewshot.folder import Parts, read_folder
 from fewshot.images import Pictures
 from fewshot.manifest import is_manifest, read_manifest
@@ -208,7 +208,7 @@ def _read_coop(name: str, root: Path | None, file: Path | None) -> Parts:
         have = ", ".join(key for key, entry in DATASETS.items() if entry.coop_file)
         raise UserError(f"--split coop: CoOp has none for {name}; it has for {have}")
     root = _own(root if name == "folder" else root or Path("data"))
-    return coop.read_split(file or coop.find_split(root, pattern), root)
+    return coop_split.read_split(file or coop_split.find_split(root, pattern), root)
 
 
 def _own(root: Path | None) -> Path:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
-from fewshot import cache, coop
-from fewshot.coop import FEW_VAL  # validation pictures a class, where they have to be few
+from fewshot import cache, coop_split
+from fewshot.coop_split import FEW_VAL  # validation pictures a class, where they have to be few
 from fewshot.datasets import Dataset
 from fewshot.images import Batches, Pictures, check_memory, few, read
 from fewshot.record import Record, rows, unseen
@@ -211,7 +211,7 @@ def draw(
     A class with fewer gives what it has. Without a validation part, min(shots, 4) of a class are
     set aside for validation first, but never more than half of it; of a class that training takes
     whole, a fifth if that is more. One's own pictures give more, of those that training leaves,
-    and at most as many as `VAL` says. CoOp's split has a rule of its own: fewshot/coop.py.
+    and at most as many as `VAL` says. CoOp's split has a rule of its own: fewshot/coop_split.py.
     """
     if dataset.split == "coop" and shots != "all":
         return draw_coop(dataset, classes, shots, seed)
@@ -266,7 +266,7 @@ def draw_coop(
     """The same by CoOp's rule: all classes are drawn, and these are kept."""
     if dataset.val is None:
         raise UserError("--split coop: the split has no validation part, and CoOp's rule needs one")
-    train, val = coop.draw(dataset.train, dataset.val, shots, seed)
+    train, val = coop_split.draw(dataset.train, dataset.val, shots, seed)
     counts = dataset.train.labels.bincount(minlength=len(dataset.classnames)).tolist()
     short = {dataset.classnames[k]: counts[k] for k in classes if counts[k] < shots}
     train, val = (

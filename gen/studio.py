@@ -16,8 +16,8 @@ from tqdm import tqdm
 from clip_min import UserError
 from fewshot.images import Pictures, open_image
 from gen.batching import Batcher
+from gen.books import DONE, Attempt, Caption, Manifest
 from gen.filter import Filter
-from gen.manifest import DONE, Attempt, Caption, Manifest
 from gen.plan import draw, seed_of
 from gen.settings import Generation
 

@@ -8,7 +8,7 @@ from clip_min import UserError
 from fewshot.experiment import Experiment
 from fewshot.images import Batches, Pictures, read
 from fewshot.task import Task
-from gen.manifest import Manifest, fingerprint
+from gen.books import Manifest, fingerprint
 
 
 def finished(folder: Path, experiment: Experiment, task: Task, settings, filter) -> Manifest:

@@ -82,6 +82,16 @@ def test_no_import_goes_up(root):
     assert not upward(root)
 
 
+@pytest.mark.parametrize("place", ["bench", "tools"])
+def test_benches_and_tools_find_the_clone_before_they_import_what_is_not_installed(root, place):
+    for path in (root / place).glob("*.py"):
+        found = False
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            found |= ast.unparse(node).startswith(("from side_by_side", "sys.path.insert"))
+            wanted = {name for name, at_top, _ in imports(ast.Module([node], [])) if at_top}
+            assert found or not wanted & {*FOLDERS, "train"} - {"clip_min"}, path
+
+
 def test_no_heavy_library_is_imported_at_top_level(root):
     assert not heavy(root)
 

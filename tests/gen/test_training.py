@@ -8,7 +8,7 @@ from torch import nn
 from fewshot.images import Batches, Pictures, read
 from fewshot.loop import Length, descend, shuffled
 from fewshot.run import Run
-from gen.manifest import fingerprint
+from gen.books import fingerprint
 from methods import Method, TrainingSettings
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ import generate
 from clip_min import UserError
 from fewshot import demo
 from gen import diffuse
-from gen.manifest import Manifest, slugs
+from gen.books import Manifest, slugs
 from methods import METHODS
 
 TWO = ("--per-class", 2)  # as `synthetic` has them

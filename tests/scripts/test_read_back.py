@@ -17,8 +17,8 @@ from clip_min import UserError, formats, weights
 from clip_min.pickled import read_pickled
 from fewshot.experiment import Experiment
 from fewshot.run import Run
-from gen.manifest import Manifest
-from gen.report import table
+from gen.books import Manifest
+from gen.summary import table
 from methods import METHODS
 from methods.interop.init_from import load_into
 from methods.interop.load import described

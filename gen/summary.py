@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from clip_min.files import replacing
 from fewshot.images import Pictures, open_image
-from gen.manifest import DONE, Attempt, Manifest
+from gen.books import DONE, Attempt, Manifest
 
 CELL, LABEL = 96, 16  # pixels: a picture's side, the height of a line of text
 CLASSES, KEPT, REJECTED = 8, 6, 3  # on the sheet: classes, and of each so many images

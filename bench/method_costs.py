@@ -1,6 +1,6 @@
 """What every method costs at ViT-B/16: a training step, and 1,000 images tested.
 
-    python bench/methods.py [--methods lora,vpt] [--batch 16] [--classes 51]
+    python bench/method_costs.py [--methods lora,vpt] [--batch 16] [--classes 51]
 
 Random weights; each method in a fresh process, with the settings of its default recipe. A step is
 loss, backward and optimizer on one batch: of cached features where the method learns on features,
