@@ -72,12 +72,12 @@ def load(
         )
     if entry.classes and len(names) != entry.classes:
         raise UserError(f"{name}: has {len(names)} classes, expected {entry.classes}")
-    told_apart(str(root or name), names)
+    check_names(str(root or name), names)
     own = name == "folder" and split == "official"
     return Dataset(names, entry.template, *parts, split, own, read.notes)
 
 
-def told_apart(where: str, names: list[str]) -> None:
+def check_names(where: str, names: list[str]) -> None:
     """UserError, if two names are one to CLIP, since they would always tie, or one is none.
 
     It reads tokens: case, HTML, Unicode's ways to write one letter and spaces make no difference.

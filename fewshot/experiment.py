@@ -167,7 +167,7 @@ def named(classes: str) -> list[str]:
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UserError(f'--classes {classes}: names no class; give some, as "rose,tulip"')
-    datasets.told_apart("--classes", names)
+    datasets.check_names("--classes", names)
     return names
 
 

@@ -167,12 +167,12 @@ class Run:
             )
 
     def write_json(self, name: str, value: dict) -> None:
-        self._stands()
+        self._check_folder()
         write_json(self.path / name, value)
 
     def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
-        self._stands()
+        self._check_folder()
         self.log = [line for line in self.log if line["step"] < entry["step"]] + [entry]
         write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
@@ -188,7 +188,7 @@ class Run:
                     "not kept; lower --lr, or what else makes them grow"
                 )
         self.learned_last = state
-        self._stands()
+        self._check_folder()
         if self.config.pop("adapter_sha256", None):  # of an earlier one: for now, none is vouched
             self.write_json("config.json", self.config)
         self._write_adapter(self.path / "adapter.safetensors")
@@ -201,7 +201,7 @@ class Run:
         # One entry: safetensors writes several in any order, and equal runs leave equal bytes.
         write_safetensors(file, self.learned_last, {"clip_min": json.dumps(made)})
 
-    def _stands(self) -> None:
+    def _check_folder(self) -> None:
         """UserError if the folder is no longer there; what was learned is then kept beside it."""
         if (self.path / "config.json").exists():
             return
@@ -223,8 +223,8 @@ class Run:
 
     def save_resume(self, tensors: dict[str, Tensor], position: dict) -> None:
         """One atomic file holds both, so that tensors and position cannot disagree."""
-        self._stands()
-        text = json.dumps({**position, "check": _check(tensors, position)})
+        self._check_folder()
+        text = json.dumps({**position, "check": _checksum(tensors, position)})
         write_safetensors(self.path / "resume.safetensors", tensors, {"position": text})
         self.write_json("resume.json", position)
 
@@ -240,7 +240,7 @@ class Run:
         where = f"{file}: its position"
         position = parse_json(header.get("position", "{}"), dict, where)
         check = position.pop("check", None)  # none in those of before it was written
-        if check is not None and check != _check(tensors, position):
+        if check is not None and check != _checksum(tensors, position):
             raise UserError(
                 f"{file}: is damaged: its checksum is not that of its content; start the run anew, "
                 "without --resume"
@@ -249,7 +249,7 @@ class Run:
         return tensors, position
 
 
-def _check(tensors: dict[str, Tensor], position: dict) -> str:
+def _checksum(tensors: dict[str, Tensor], position: dict) -> str:
     """A checksum of all that a run goes on from."""
     parts = [(n, str(tensors[n].dtype), tensors[n]) for n in sorted(tensors)]
     return cache.key(json.dumps(position, sort_keys=True), *(x for part in parts for x in part))

@@ -28,7 +28,7 @@ def finished(folder: Path, experiment: Experiment, task: Task, settings, filter)
         raise UserError(f"{folder}: there are no synthetic images yet; make them first: {command}")
     manifest = Manifest.open(folder)
     wanted = {"plan": settings.plan, "filter": settings.filter}
-    manifest.check({**made_from(experiment, task), **wanted})
+    manifest.check_settings({**made_from(experiment, task), **wanted})
     quotas = manifest.plan["quotas"].values()
     each = sum(quotas) // len(quotas) if settings.plan == "deficit" else max(quotas)
     if each not in (0, settings.per_class):  # 0: no class is weak

@@ -145,7 +145,7 @@ def test_the_books_of_synthetic_images(synthetic, tmp_path):
 
     def read():
         manifest = Manifest.open(folder)
-        manifest.check({"seed": 1, "shots": 10})
+        manifest.check_settings({"seed": 1, "shots": 10})
         assert all(folder in (folder / a.image).resolve().parents for a in manifest.attempts)
         table(manifest), manifest.missing(), manifest.chosen()
         manifest._sweep()
