@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from clip_min.tokenizer import MERGES, byte_alphabet
-from gen.hub import quiet
+from gen.pretrained import quiet
 
 # The format of llava-hf/llava-1.5-7b-hf: "USER: <image>\n… ASSISTANT:".
 CHAT_TEMPLATE = (
