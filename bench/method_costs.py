@@ -17,7 +17,7 @@ import time
 from types import SimpleNamespace
 
 import torch
-from cocoop import classnames
+from cocoop_step import classnames
 from side_by_side import first_step_mb, seconds, show
 
 from clip_min import CLIP, CONFIGS

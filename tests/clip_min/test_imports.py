@@ -1,4 +1,4 @@
-"""Imports run downward only, and none that is slow or optional runs before it is needed."""
+"""Imports run downward only, none that is slow or optional runs early, and names are told apart."""
 
 import ast
 import subprocess
@@ -80,6 +80,14 @@ def heavy(root: Path) -> list[str]:
 def test_no_import_goes_up(root):
     assert list((root / "clip_min").glob("*.py"))  # this is the place
     assert not upward(root)
+
+
+def test_no_two_files_share_a_name(root):
+    """And none has a package's, so that a name in a sentence or an import says which."""
+    files = {*root.glob("*.py"), *(path for f in FOLDERS for path in (root / f).rglob("*.py"))}
+    names = [path.stem for path in files if path.name not in ("__init__.py", "conftest.py")]
+    names += [Path(folder).name for folder in FOLDERS]
+    assert {name for name in names if names.count(name) > 1} == set()
 
 
 @pytest.mark.parametrize("place", ["bench", "tools"])
