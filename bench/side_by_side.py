@@ -26,8 +26,9 @@ def hardware() -> str:
     if cpuinfo.exists():
         models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0].split(":")[1].strip() if models else name
-    if any(processor()):
-        name += " ({}, family {}, model {})".format(*processor())
+    vendor, family, model = processor()
+    if vendor:
+        name += f" ({vendor}, family {family}, model {model})"
     if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()} / {name}"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -72,7 +72,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not convolves(x, weight):
         return F.linear(x, weight, bias)
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    y = (_convolution if learns else _FrozenConvolution.apply)(_image(x), weight, bias)
+    convolution = _convolution if learns else _FrozenConvolution.apply
+    y = convolution(_image(x), weight, bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)  # (1, O, T, 1) -> (..., O)
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min import fast
-from clip_min.prompts import PromptTree
+from clip_min.prompts import Chunk, PromptTree
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,18 @@ class TextTower(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
-    def forward(self, prompts, context: Tensor | None = None) -> Tensor:
-        """Prompts laid out as one sequence (prompts.py) -> features of each (1, K, E).
+    def forward(self, prompts: Chunk, context: Tensor | None = None) -> Tensor:
+        """K prompts, laid out as one sequence of T tokens -> features (1, K, E), not normalised.
 
-        context (B, M, D): learned vectors, which stand where `prompts` says so -> (B, K, E).
+        Each token knows its position in its own prompt, and the mask lets it see that prompt's
+        tokens before it alone (see prompts.py). Of learned vectors, context (B, M, D), any may
+        stand in place of tokens; the features are then (B, K, E).
         """
         x = self.token_embedding(prompts.tokens).unsqueeze(0)  # (1, T, D)
         if context is not None:
-            x = torch.cat([x.expand(len(context), -1, -1), context.to(x.dtype)], dim=1)
-            x = x.index_select(1, prompts.rows)  # (B, T + M, D) -> (B, T, D)
+            x = x.expand(len(context), -1, -1)  # (B, T, D)
+            x = torch.cat([x, context.to(x.dtype)], dim=1)  # (B, T + M, D)
+            x = x.index_select(1, prompts.rows)  # (B, T, D)
         x = x + self.positional_embedding[prompts.positions].to(x.dtype)
         x = self.transformer(x, prompts.mask.to(x.dtype), read=prompts.ends)  # (B, K, D)
         return self.ln_final(x) @ self.text_projection

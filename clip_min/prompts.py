@@ -61,12 +61,12 @@ class PromptTree(nn.Module):
         for prompt in (prompts[i] for i in order):
             path = [prompt[: n + 1] for n in range(len(prompt))]
             if nodes and len(nodes) + sum(node not in nodes for node in path) > chunk_tokens:
-                self.chunks.append(_Chunk(nodes, reads))
+                self.chunks.append(Chunk(nodes, reads))
                 nodes, reads = {}, []
             for node in path:
                 nodes.setdefault(node, len(nodes))
             reads.append(nodes[prompt])
-        self.chunks.append(_Chunk(nodes, reads))
+        self.chunks.append(Chunk(nodes, reads))
         self.longest = max(len(chunk.tokens) for chunk in self.chunks)
 
     def __len__(self) -> int:
@@ -91,6 +91,7 @@ class PromptTree(nn.Module):
             context = context.unsqueeze(0)  # (1, M, D)
         pieces, encode = [context], clip.encode_prompts
         if max_tokens is not None and (len(context) if per_image else 1) * len(self) > max_tokens:
+            # Keeps nothing for the backward pass but the inputs.
             encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
             if per_image:
                 pieces = context.split(max(1, max_tokens // self.longest))
@@ -99,8 +100,8 @@ class PromptTree(nn.Module):
         return features if per_image else features[0]
 
 
-class _Chunk(nn.Module):
-    """One tree as one sequence of T nodes, ready for the text tower (TextTower.forward)."""
+class Chunk(nn.Module):
+    """One tree as a sequence of T nodes: what the text tower reads (TextTower.forward)."""
 
     def __init__(self, nodes: dict[tuple, int], ends: list[int]):
         super().__init__()
@@ -112,7 +113,7 @@ class _Chunk(nn.Module):
                 sees[place] |= sees[nodes[node[:-1]]]
         for name, value in {
             "tokens": torch.tensor(tokens),  # (T,)
-            # (T,) where a node's embedding stands, when the context's rows follow the tokens'
+            # (T,) which row a node takes of [the T embeddings, the M rows of the context]
             "rows": torch.where(slots < 0, torch.arange(len(nodes)), len(nodes) + slots),
             "positions": torch.tensor([len(node) - 1 for node in nodes]),  # (T,) in its own prompt
             # (T, T) row: who looks; column: at whom; 0 where it may, else -inf

@@ -173,6 +173,19 @@ def test_reading_some_tokens_equals_computing_all_and_indexing(module, read, mas
         assert far(some, full) < CLOSE
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_blocks_from_first_on_continue_where_those_before_end(first):
+    tower, x, mask = (
+        Transformer(64, 3, 4),
+        torch.randn(2, 9, 64),
+        torch.full((9, 9), -torch.inf).triu(1),
+    )
+    whole = x
+    for block in tower.resblocks[:first]:
+        x = block(x, mask)
+    assert torch.equal(tower(x, mask, [0, 4], first=first), tower(whole, mask, [0, 4]))
+
+
 def test_bfloat16_autocast_runs_both_towers_and_stays_near():
     ours = same_in_ours(openai_clip(SMALL), SMALL)
     images, tokens = torch.randn(3, 3, 32, 32), random_tokens(4, SMALL)
