@@ -103,6 +103,15 @@ def test_under_a_frozen_weight_nothing_is_kept_and_the_gradient_is_equal(
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("library", ["MKL", "oneDNN"])
+def test_a_frozen_block_keeps_ten_widths_a_token(library, request):
+    """The inputs of its layer norms, q, k, v and what attention gathers, and QuickGELU's input."""
+    if library == "oneDNN":
+        request.getfixturevalue("zen5")
+    block, x = Block(256, 4).requires_grad_(False), torch.randn(1, 150, 256, requires_grad=True)
+    assert 10 * x.nbytes <= kept(lambda: block(x)) < 10.1 * x.nbytes
+
+
 def test_a_bias_that_learns_alone_gets_its_gradient(zen5):
     x, weight, bias = large(197, 256)
     linear(x, weight.detach(), bias).sum().backward()
