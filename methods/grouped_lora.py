@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from clip_min.linear import linear
+from clip_min.fast import linear
 
 
 class GroupedLoRA(nn.Module):

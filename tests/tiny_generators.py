@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from clip_min.tokenizer import MERGES, byte_alphabet
+from clip_min.tokenizer import ALPHABET, MERGES
 from gen.pretrained import quiet
 
 # The format of llava-hf/llava-1.5-7b-hf: "USER: <image>\n… ASSISTANT:".
@@ -97,7 +97,7 @@ def save_diffusion(folder: Path, sizes: dict = TINY_SD, dtype: torch.dtype = tor
     quiet()
     with gzip.open(MERGES, "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1:2001]
-    symbols = list(byte_alphabet().values())
+    symbols = list(ALPHABET.values())
     words = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges)]
     vocabulary = {w: i for i, w in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     pairs = [tuple(merge.split()) for merge in merges]
