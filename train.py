@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(plan: Plan, experiment: Experiment) -> dict:
     """One run, to its folder -> its results.json."""
     clip, task = experiment.load(plan.cache)
+    experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
     tested = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
@@ -79,7 +80,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     fingerprint = weights.fingerprint(clip)
     with torch.device("meta"):  # a CLIP without weights: settings it cannot have are told at once
         empty = CLIP(clip.config)
-    new_method(plan, empty, task.classnames, experiment.template, plan.settings, fingerprint)
+    new_method(plan, empty, task.classnames, task.template, plan.settings, fingerprint)
     settings, synthetic = plan.settings, {}
     if isinstance(settings, DISEFSettings):
         filter = lora_run(plan, experiment) if settings.filter == "lora" else settings.filter
@@ -88,11 +89,12 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         synthetic = {"synthetic": made}
 
     record = task.record(experiment.data_root)
+    filled = {"template": task.template, "threads": torch.get_num_threads()}  # if left open
     config = {
         "method": plan.method,
         "recipe": plan.recipe,
         "settings": asdict(settings),
-        "experiment": asdict(experiment),
+        "experiment": asdict(experiment) | filled,
         "model": experiment.model,
         "fingerprint": fingerprint,
         "init_from": str(plan.init_from) if plan.init_from else None,
@@ -110,11 +112,11 @@ def train(plan: Plan, experiment: Experiment) -> dict:
             return read_json(path / "results.json", hint, grid.RESULTS)
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
-    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
+    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
     zero_shot = evaluate(unadapted, task, queries)  # first: some methods add parts to this CLIP
 
     torch.manual_seed(experiment.seed)
-    method = new_method(plan, clip, task.classnames, experiment.template, settings, fingerprint)
+    method = new_method(plan, clip, task.classnames, task.template, settings, fingerprint)
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     if "data" in run.config:

@@ -20,7 +20,7 @@ from side_by_side import seconds, show
 from tiny_generators import LLAVA_7B, SD_21, save_diffusion, save_llava
 from torchvision.transforms import functional as tv
 
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
 from gen.batching import Batcher
 from gen.caption import Llava
 from gen.diffuse import Diffusion

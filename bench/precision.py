@@ -14,7 +14,7 @@ import time
 import torch
 
 from clip_min import CLIP, CONFIGS
-from fewshot.images import PRECISIONS, autocast
+from fewshot.batches import PRECISIONS, autocast
 from methods import METHODS
 
 

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from clip_min import UserError
 from fewshot.folder import Parts, read_text, spoken
-from fewshot.images import Pictures, few
 from fewshot.manifest import Row, exist, listed_once
+from fewshot.pictures import Pictures, few
 
 FEW_VAL = 4  # validation pictures a class, at most
 

@@ -17,8 +17,8 @@ from clip_min.errors import UserError, nearest
 from clip_min.tokenizer import tokenizer
 from fewshot import coop, demo
 from fewshot.folder import Parts, read_folder
-from fewshot.images import Pictures
 from fewshot.manifest import is_manifest, read_manifest
+from fewshot.pictures import Pictures
 
 
 @dataclass(frozen=True)

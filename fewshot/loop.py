@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from clip_min import UserError
 from clip_min.errors import first_line
-from fewshot.images import Batches
+from fewshot.batches import Batches
 from fewshot.metrics import accuracy, predict
 from fewshot.run import Run
 

@@ -29,7 +29,7 @@ from fewshot.folder import (
     read_text,
     same_classes,
 )
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
 
 
 class Row(NamedTuple):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from clip_min import UserError
 from fewshot import loop
-from fewshot.images import Batches, Pictures
+from fewshot.batches import Batches
 from fewshot.loop import cosine, descend, learning_rate
+from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
 from methods import METHODS, Method, TrainingSettings
 
@@ -53,7 +54,7 @@ def batches(count: int, seed: int) -> Batches:
     labels = torch.arange(count) % CLASSES
     noise = torch.randint(0, 100, (count, 3, 8, 8), generator=dice)
     pixels = (noise + 70 * labels[:, None, None, None]).to(torch.uint8)
-    return Batches(Pictures(pixels, labels), pixels, torch.device("cpu"), None)
+    return Batches(Pictures(pixels, labels), pixels, Reader(pixels.shape[-1], folder=None))
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from fewshot import datasets
+from fewshot.pictures import Reader
 from fewshot.task import make_task
 
 SHOTS = 4
@@ -35,7 +35,7 @@ def roots(flowers12, tmp_path_factory) -> dict[str, Path]:
 
     # In CoOp's split, train and val are the very pictures that the others draw: so all are drawn.
     data = datasets.load("folder", made["folder"], 1)
-    task = make_task(data, SHOTS, 1, "all", 64, torch.device("cpu"), folder=None)
+    task = make_task(data, SHOTS, 1, "all", Reader(64, folder=None))
     parts = {"train": task.train.pictures, "val": task.val.pictures, "test": data.test}
     split = {
         part: [
