@@ -6,9 +6,10 @@ from PIL import Image
 from torch import nn
 
 from fewshot.batches import Batches
-from fewshot.loop import Length, descend, shuffled
+from fewshot.loop import descend, shuffled
 from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
+from fewshot.schedule import Length
 from gen.manifest import fingerprint
 from methods import Method, TrainingSettings
 
@@ -62,7 +63,7 @@ def test_drawn_apart_a_batch_has_as_many_of_each_and_an_epoch_ends_with_the_fewe
     s, seen = TrainingSettings(batch_size=2, drop_last=drop_last), set()
     assert Length.of(s, joined).epoch == len(sizes)
     for epoch in range(40):
-        order = shuffled(joined, 2, torch.Generator().manual_seed(epoch))[: len(sizes)]
+        order = shuffled(joined, 2, seed=1, epoch=epoch)[: len(sizes)]
         parts = [joined.targets(chosen)[1] for chosen in order]
         assert [(int((~p).sum()), int(p.sum())) for p in parts] == sizes
         chosen = torch.cat(order).tolist()
