@@ -54,7 +54,8 @@ class Batches:
     @property
     def shots(self) -> int:
         """Pictures in the largest class, synthetic ones not counted."""
-        return int(self.real().pictures.labels.bincount().max())
+        labels = self.labels if self.synthetic is None else self.labels[~self.synthetic]
+        return int(labels.cpu().bincount().max())
 
     @property
     def drawn(self) -> list[Tensor]:

@@ -147,16 +147,13 @@ class Experiment:
         data += "-coop" if self.split == "coop" else ""
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
-        return Path(data) / self._model_folder() / f"{method}-s{self.shots}-seed{self.seed}"
-
-    def _model_folder(self) -> str:
-        """ "ViT-B-16"; of a file its name, or its folder's where all files are called so."""
-        if self.model in ("demo", *weights.HUB):
-            return self.model.replace("/", "-")
-        path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
-        if path.is_dir():
-            return path.name
-        return path.parent.name if path.name in weights.IN_FOLDERS else path.stem
+        model = self.model.replace("/", "-")
+        if self.model not in ("demo", *weights.HUB):
+            path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
+            model = path.name if path.is_dir() else path.stem
+            if path.name in weights.IN_FOLDERS:  # all are called so
+                model = path.parent.name
+        return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
 
 
 def named(classes: str) -> list[str]:

@@ -10,6 +10,7 @@ for a check that none of them is learned from.
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,17 +133,12 @@ def copies(*parts: Pictures) -> list[str]:
 def shared(pixels: Tensor, *others: Tensor) -> int:
     """How many of these pictures (N, 3, n, n) are among others, (M, 3, n, n) each."""
 
-    def middle(picture: Tensor) -> bytes:
-        """One row of a picture: enough to tell most apart, and cheap."""
-        return picture[:, picture.shape[1] // 2].numpy().tobytes()
-
-    alike: dict[bytes, list[Tensor]] = {}
+    middle = pixels.shape[-1] // 2  # one row: enough to tell most apart, and cheap
+    alike: dict[bytes, list[Tensor]] = defaultdict(list)
     for picture in itertools.chain(*others):
-        alike.setdefault(middle(picture), []).append(picture)
-    return sum(
-        any(torch.equal(picture, other) for other in alike.get(middle(picture), []))
-        for picture in pixels
-    )
+        alike[picture[:, middle].numpy().tobytes()].append(picture)
+    candidates = ((picture, alike.get(picture[:, middle].numpy().tobytes())) for picture in pixels)
+    return sum(any(torch.equal(one, other) for other in some or ()) for one, some in candidates)
 
 
 def make_test(
