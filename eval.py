@@ -211,7 +211,7 @@ def inputs(
 
 
 def parse(argv: list[str]) -> dict:
-    parser = Parser(description=f"{__doc__}\ndata sets:\n{datasets.listed()}")
+    parser = Parser(description=f"{__doc__}\ndata sets:\n{datasets.LISTED}")
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")

@@ -247,7 +247,6 @@ DATASETS = {
     "folder": Entry(
         read_own,
         "your own pictures in --data-root: folders, or a CSV",
-        model="demo",
         coop_file="split_zhou_*.json",
     ),
     "flowers102": Entry(
@@ -296,9 +295,8 @@ DATASETS = {
 }
 
 
-def listed() -> str:
-    """The data sets, a line each, for --help."""
-    return "\n".join(f"  {name:<12}{entry.about}" for name, entry in DATASETS.items())
+# For --help.
+LISTED = "\n".join(f"  {name:<12}{entry.about}" for name, entry in DATASETS.items())
 
 
 def main() -> None:

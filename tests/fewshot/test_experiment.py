@@ -15,6 +15,7 @@ import torch
 
 from clip_min import UserError
 from clip_min.errors import Note
+from fewshot import demo
 from fewshot.batches import Batches
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.pictures import Reader
@@ -25,7 +26,7 @@ SMALL = SimpleNamespace(parameters=lambda: [torch.zeros(1)])  # a CLIP, as far a
 
 
 @pytest.mark.parametrize(
-    ("dataset", "model"), [("demo", "demo"), ("folder", "demo"), ("flowers102", "ViT-B/16")]
+    ("dataset", "model"), [("demo", "demo"), ("folder", "ViT-B/16"), ("flowers102", "ViT-B/16")]
 )
 def test_a_data_set_implies_a_model_unless_one_is_given(dataset, model):
     assert Experiment(dataset).model == model
@@ -75,7 +76,9 @@ def test_fp32_is_fp32_in_the_patch_embedding_of_a_gpu_too(monkeypatch):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_nothing_is_set_before_it_is_prepared_and_loading_changes_no_setting(request):
+def test_nothing_is_set_before_it_is_prepared_and_loading_changes_no_setting(request, monkeypatch):
+    black = torch.zeros(1020, 3, 64, 64, dtype=torch.uint8), torch.arange(1020) // 10
+    monkeypatch.setattr(demo, "split", lambda name: black)
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
     torch.backends.cudnn.allow_tf32 = True
@@ -106,9 +109,9 @@ def test_nothing_is_set_before_it_is_prepared_and_loading_changes_no_setting(req
         ({"model": "sub"}, "demo/sub/lora-s10-seed1"),
         ({"model": "../here/sub/pytorch_model.bin"}, "demo/sub/lora-s10-seed1"),
         ({"classes": "all"}, "demo-all/demo/lora-s10-seed1"),
-        ({"dataset": "folder", "data_root": "/x/birds/"}, "birds/demo/lora-s10-seed1"),
-        ({"dataset": "folder", "data_root": "."}, "here/demo/lora-s10-seed1"),
-        ({"dataset": "folder", "data_root": "sub/.."}, "here/demo/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "/x/birds/"}, "birds/ViT-B-16/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "."}, "here/ViT-B-16/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "sub/.."}, "here/ViT-B-16/lora-s10-seed1"),
     ],
 )
 def test_a_run_belongs_under_data_model_method_shots_and_seed(

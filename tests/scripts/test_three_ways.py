@@ -54,8 +54,9 @@ def tables(script, roots, tmp_path_factory) -> dict[str, tuple[Path, list[str]]]
     found = {}
     for way, root in roots.items():
         out = tmp_path_factory.mktemp("runs")
-        which = ("--dataset", "folder", "--data-root", root, "--shots", SHOTS, "--out", out)
+        which = ("--dataset", "folder", "--data-root", root, "--model", "demo", "--out", out)
         short = ("--method", "lora", "--epochs", 15, "--patience", 0, "--lr", 0.005)
+        short += ("--shots", SHOTS)
         short += ("--keep", "last")  # the folders validate on more pictures than CoOp's rule draws
         whole = ("--batch-size", 1000, "--dropout", 0)  # one batch: order does not matter
         split = ("--split", "coop") if way == "coop" else ()
