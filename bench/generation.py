@@ -19,7 +19,7 @@ from PIL import Image
 from side_by_side import seconds, show
 from torchvision.transforms import functional as tv
 
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
 from gen.batching import Batcher
 from gen.books import DONE, Manifest
 from gen.caption import Llava

@@ -15,7 +15,7 @@ import torch
 from side_by_side import hardware
 
 from clip_min import CLIP, CONFIGS
-from fewshot.images import PRECISIONS, autocast
+from fewshot.batches import PRECISIONS, autocast
 from methods import METHODS
 
 

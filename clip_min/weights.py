@@ -326,7 +326,10 @@ def _download(name: str) -> Path:
     from huggingface_hub.utils import HfHubHTTPError
 
     repo, revision, sha256 = HUB[name]
-    advice = f"or give a file: --model path/to/{re.sub('[/@]', '-', name)}.pt"
+    advice = (
+        f"or give a file: --model path/to/{re.sub('[/@]', '-', name)}.pt; --model demo, which has "
+        "never seen a photo, is there to try things"
+    )
     try:
         path = try_to_load_from_cache(repo, HUB_FILE, revision=revision)
         if not isinstance(path, str):

@@ -57,9 +57,12 @@ def key(*parts) -> str:
     """A name for what follows from `parts`: tensors, and anything whose repr is its value."""
     digest = hashlib.sha256()
     for part in parts:
-        is_tensor = isinstance(part, Tensor)
-        digest.update(_bytes(part) if is_tensor else repr(part).encode())
-        digest.update(repr(part.shape).encode() if is_tensor else b";")
+        if isinstance(part, Tensor):
+            flat = part.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(repr(part.shape).encode())
+        else:
+            digest.update(repr(part).encode() + b";")
     return digest.hexdigest()[:32]
 
 
@@ -109,8 +112,3 @@ def _prune(folder: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         size -= count
-
-
-def _bytes(tensor: Tensor):
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.view(-1).view(torch.uint8).numpy().data

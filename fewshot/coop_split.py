@@ -30,8 +30,8 @@ from torch import Tensor
 
 from clip_min import UserError
 from fewshot.folder import Parts, read_text, spoken
-from fewshot.images import Pictures, few
 from fewshot.manifest import Row, check_files, check_listed_once
+from fewshot.pictures import Pictures, few
 
 FEW_VAL = 4  # validation pictures a class, at most
 

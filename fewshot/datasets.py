@@ -17,8 +17,8 @@ from clip_min.errors import UserError, nearest
 from clip_min.tokenizer import tokenizer
 from fewshot import coop_split, demo
 from fewshot.folder import Parts, read_folder
-from fewshot.images import Pictures
 from fewshot.manifest import is_manifest, read_manifest
+from fewshot.pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,6 @@ DATASETS = {
     "folder": Entry(
         read_own,
         "your own pictures in --data-root: folders, or a CSV",
-        model="demo",
         coop_file="split_zhou_*.json",
     ),
     "flowers102": Entry(
@@ -296,9 +295,8 @@ DATASETS = {
 }
 
 
-def listed() -> str:
-    """The data sets, a line each, for --help."""
-    return "\n".join(f"  {name:<12}{entry.about}" for name, entry in DATASETS.items())
+# For --help.
+LISTED = "\n".join(f"  {name:<12}{entry.about}" for name, entry in DATASETS.items())
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from clip_min import UserError
-from fewshot.images import ENDINGS, Pictures, few
+from fewshot.pictures import ENDINGS, Pictures, few
 
 PARTS = ("train", "val", "test")
 CALLED = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}

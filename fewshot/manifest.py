@@ -29,7 +29,7 @@ from fewshot.folder import (
     read_classnames,
     read_text,
 )
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
 
 
 class Row(NamedTuple):

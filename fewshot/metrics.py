@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewshot.images import Batches
+from fewshot.batches import Batches
 
 
 def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:

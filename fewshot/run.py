@@ -28,6 +28,7 @@ from torch import Tensor
 
 from clip_min import UserError
 from clip_min.files import (
+    append_line,
     parse_json,
     read_adapter,
     read_json,
@@ -115,9 +116,11 @@ class Run:
         return run
 
     def _go_on(self) -> None:
-        """Clear what a kill left half written, and read the log."""
+        """Clear what a kill left half written, also of the log's last line, and read the log."""
         remove_half_written(self.path)
         log = self.path / "log.jsonl"
+        if log.exists() and (half := log.read_bytes().rpartition(b"\n")[2]):
+            os.truncate(log, log.stat().st_size - len(half))
         judged = {"val": float} if "val" in next(iter(read_json_lines(log)), {}) else {}
         self.log = read_json_lines(log, LOGGED | judged)
 
@@ -173,8 +176,13 @@ class Run:
     def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
         self._check_folder()
-        self.log = [line for line in self.log if line["step"] < entry["step"]] + [entry]
-        write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+        log, lines = self.path / "log.jsonl", len(self.log)
+        while self.log and self.log[-1]["step"] >= entry["step"]:
+            self.log.pop()
+        if len(self.log) < lines:
+            write_text(log, "".join(json.dumps(line) + "\n" for line in self.log))
+        append_line(log, json.dumps(entry))
+        self.log.append(entry)
 
     def save_adapter(self, state: dict[str, Tensor], last: bool = False) -> None:
         """Write what was learned, and in the header by which method, on which model.

@@ -35,7 +35,7 @@ from clip_min.files import (
     write_text,
 )
 from fewshot import cache
-from fewshot.images import Pictures, digests
+from fewshot.pictures import Pictures, digests
 
 DONE = ("kept", "waived")  # states of an image that is used in training
 SETTINGS = {"classnames": list[str]}  # what is read of settings.json, and of plan.json

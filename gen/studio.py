@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clip_min import UserError
-from fewshot.images import Pictures, open_image
+from fewshot.pictures import Pictures, open_image
 from gen.batching import Batcher
 from gen.books import DONE, Attempt, Caption, Manifest
 from gen.filter import Filter

@@ -1,12 +1,14 @@
 """Synthetic images as training pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from clip_min import UserError
+from fewshot.batches import Batches
 from fewshot.experiment import Experiment
-from fewshot.images import Batches, Pictures, read
+from fewshot.pictures import Pictures
 from fewshot.task import Task
 from gen.books import Manifest, fingerprint
 
@@ -60,5 +62,5 @@ def join(train: Batches, manifest: Manifest) -> Batches:
         return train
     labels = torch.tensor([manifest.classnames.index(a.classname) for a in chosen])
     pictures = Pictures([manifest.folder / attempt.image for attempt in chosen], labels)
-    pictures, pixels, _ = read(pictures, train.pixels.shape[-1], folder=train.folder)
-    return train.join(Batches(pictures, pixels, train.device, train.folder))
+    reader = replace(train.reader, skip_bad=False)
+    return train.join(Batches(*reader.read(pictures, []), reader))

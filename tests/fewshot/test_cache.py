@@ -8,7 +8,8 @@ import torch
 
 from clip_min import CLIP, CLIPConfig, UserError
 from fewshot import cache
-from fewshot.images import Batches, Pictures
+from fewshot.batches import Batches
+from fewshot.pictures import Pictures, Reader
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def new_batches(folder, seed: int = 0) -> Batches:
     dice = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=dice)
     pictures = Pictures(pixels, torch.arange(5))
-    return Batches(pictures, pixels, torch.device("cpu"), folder)
+    return Batches(pictures, pixels, Reader(pixels.shape[-1], folder=folder))
 
 
 class Refusing:

@@ -13,7 +13,7 @@ import torchvision.datasets
 
 from clip_min import UserError, tokenize
 from fewshot import datasets, demo
-from fewshot.images import ENDINGS
+from fewshot.pictures import ENDINGS
 
 
 @pytest.fixture

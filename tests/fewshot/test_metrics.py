@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from clip_min import normalize
-from fewshot.images import Batches
+from fewshot.batches import Batches
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
+from fewshot.pictures import Reader
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ class Brightness:
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
 def test_predict_gives_one_row_a_picture_in_order_whatever_the_batch_size(numbered, batch_size):
     pictures = numbered([0] * 10)
-    batches = Batches(pictures, pictures.source, torch.device("cpu"), None)
+    batches = Batches(pictures, pictures.source, Reader(4, folder=None))
     logits = predict(Brightness(), batches, batch_size)
     one_by_one = [normalize(image).mean(dim=(1, 2)) for image in pictures.source]
     assert logits.dtype == torch.float32

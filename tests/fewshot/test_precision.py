@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_min import CLIP, CLIPConfig, UserError
+from fewshot.batches import Batches
 from fewshot.experiment import Experiment
-from fewshot.images import Batches, Pictures
 from fewshot.loop import descend
 from fewshot.metrics import predict
+from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
 from methods import METHODS, TrainingSettings
 
@@ -25,7 +26,7 @@ def batches(count: int, seed: int, precision: str = "fp32", folder=None) -> Batc
     labels = torch.arange(count) % 3
     noise = torch.randint(0, 100, (count, 3, 32, 32), generator=dice)
     pixels = (noise + 70 * labels[:, None, None, None]).to(torch.uint8)
-    return Batches(Pictures(pixels, labels), pixels, CPU, folder, precision)
+    return Batches(Pictures(pixels, labels), pixels, Reader(32, folder=folder, precision=precision))
 
 
 def new_method(name: str, **changes):

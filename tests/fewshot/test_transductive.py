@@ -103,7 +103,7 @@ class Guesses:
 def task(parts) -> Task:
     batches = SimpleNamespace(labels=LABELS, inputs=lambda method, chosen: chosen)
     tests = {part: Part([str(k) for k in range(8)], batches) for part in parts}
-    return Task([], None, None, tests, [])
+    return Task([], "a {}", None, None, tests, [])
 
 
 def by_hand(method, queries: Queries) -> list[float]:

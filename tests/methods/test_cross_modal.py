@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fewshot.images import Batches, Pictures
+from fewshot.batches import Batches
 from fewshot.loop import descend
+from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
 from methods.cross_modal import CrossModal, CrossModalSettings
 from methods.zero_shot import ZeroShot
@@ -82,7 +83,7 @@ def test_the_loop_counts_the_steps_that_texts_follow(new_clip, tmp_path, monkeyp
     texts = method.texts
     monkeypatch.setattr(method, "texts", lambda: (seen.append(method.step), texts())[1])
     pixels = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
-    train = Batches(Pictures(pixels, torch.arange(5) % 4), pixels, torch.device("cpu"), None)
+    train = Batches(Pictures(pixels, torch.arange(5) % 4), pixels, Reader(32, folder=None))
     config = ["method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames"]
     descend(method, train, train, Run.start(tmp_path / "run", dict.fromkeys(config, "x")), 1)
     assert seen == list(range(12))
