@@ -15,6 +15,7 @@ import torch
 
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
+from clip_min.hub import HUB, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets
 from fewshot.folder import read_text, spoken
@@ -87,7 +88,7 @@ class Experiment:
 
         record: of a run, whose task is then to be tested again, on the pictures it names.
         """
-        weights.check(self.model)  # before the pictures, which take longer than a mistyped name
+        locate(self.model, download=False)  # first: to tell a mistyped name takes no time
         dataset = self.load_dataset()
         self.template = self.template or dataset.template
         clip = weights.load(self.model, self.device)
@@ -152,12 +153,12 @@ class Experiment:
 
     def _model_folder(self) -> str:
         """ "ViT-B-16"; of a file its name, or its folder's where all files are called so."""
-        if self.model in ("demo", *weights.HUB):
+        if self.model in ("demo", *HUB):
             return self.model.replace("/", "-")
         path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
         if path.is_dir():
             return path.name
-        return path.parent.name if path.name in weights.IN_FOLDERS else path.stem
+        return path.parent.name if path.name in IN_FOLDERS else path.stem
 
 
 def named(classes: str) -> list[str]:
