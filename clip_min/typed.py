@@ -37,14 +37,15 @@ def expect(value, kind, where: str, key: str = "") -> None:
     if not _fits(value, outer):
         at = f"{where}: {key} is" if key else f"{where}: is"
         raise UserError(f"{at} {_SHORT.repr(value)}, expected {words(outer)}")
+    dot = "." if key else ""
     if isinstance(kind, dict):
         for name, part in kind.items():
             if name not in value:
-                raise UserError(f"{where}: {_join(key, name)} is missing")
-            expect(value[name], part, where, _join(key, name))
+                raise UserError(f"{where}: {key}{dot}{name} is missing")
+            expect(value[name], part, where, f"{key}{dot}{name}")
     elif origin in (list, dict):
         for name, item in enumerate(value) if origin is list else value.items():
-            expect(item, inner[-1], where, _join(key, name))
+            expect(item, inner[-1], where, f"{key}{dot}{name}")
 
 
 def expect_fields(settings) -> None:
@@ -81,7 +82,3 @@ def _fits(value, kind) -> bool:
     ):  # half a surrogate pair can be neither shown nor kept
         return "\0" not in value and value.encode(errors="ignore").decode() == value
     return isinstance(value, kind)
-
-
-def _join(key: str, name) -> str:
-    return f"{key}.{name}" if key else str(name)

@@ -15,6 +15,7 @@ import torch
 
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
+from clip_min.hub import HUB, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets
 from fewshot.folder import read_text, spoken
@@ -83,7 +84,7 @@ class Experiment:
 
         record: of a run, whose task is then to be tested again, on the pictures it names.
         """
-        weights.check(self.model)  # before the pictures, which take longer than a mistyped name
+        locate(self.model, download=False)  # first: to tell a mistyped name takes no time
         dataset = self.load_dataset()
         clip = weights.load(self.model, self.device)
         base = self.base(dataset.classnames) if self.base_classes else None
@@ -148,10 +149,10 @@ class Experiment:
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
         model = self.model.replace("/", "-")
-        if self.model not in ("demo", *weights.HUB):
+        if self.model not in ("demo", *HUB):
             path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
             model = path.name if path.is_dir() else path.stem
-            if path.name in weights.IN_FOLDERS:  # all are called so
+            if path.name in IN_FOLDERS:  # all are called so
                 model = path.parent.name
         return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
 
