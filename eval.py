@@ -111,7 +111,7 @@ def compare(run: Run, clip: CLIP, task: Task) -> None:
     """Print the table of zero-shot CLIP and of the run on `task`."""
     queries = Queries.of(*described(run), run.config["experiment"]["seed"])
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
-    rows = {"zero-shot": evaluate(unadapted, task, queries)}  # first: some methods change this CLIP
+    rows = {"zero-shot": evaluate(unadapted, task, queries)}
     method = trained(run, clip, task.template)
     if task.classnames != run.learned:
         method = method.for_classes(task.classnames)
@@ -162,7 +162,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
             parts = list(batches)
             batches = [([f for part, _ in parts for f in part], torch.cat([x for _, x in parts]))]
         for read, x in batches:
-            for path, row in zip(read, method(x).softmax(-1), strict=True):  # x -> (B, K)
+            for path, row in zip(read, method.classify(x).softmax(-1), strict=True):  # x -> (B, K)
                 tqdm.write(str(path))  # above the progress bar
                 for probability, i in zip(*row.topk(min(5, len(row))), strict=True):
                     tqdm.write(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
@@ -186,7 +186,7 @@ def pictures_in(path: Path) -> list[Path]:
 def inputs(
     method: Method, files: list[Path], skipped: list[str]
 ) -> Iterator[tuple[list[Path], Tensor]]:
-    """The readable files, a batch at a time, and what `method` takes of them, (B, …).
+    """The readable files, a batch at a time, and them encoded for `method.classify`, (B, …).
 
     Why one could not be read is added to `skipped`; if none can, that is an error.
     """
@@ -202,7 +202,7 @@ def inputs(
                 skipped.append(str(error))
         if read:
             x = normalize(torch.stack(pixels).to(method.clip.device))  # (B, 3, n, n)
-            yield read, method.clip.encode_image(x) if method.input == "features" else x
+            yield read, method.encode(x)
         bar.update(len(batch))
     bar.close()
     if len(skipped) == len(files):

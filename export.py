@@ -77,8 +77,7 @@ def main() -> None:
         names = [name for part in run.config["classnames"].values() for name in part]
     else:
         names = method.classnames
-    template = getattr(method.settings, "templates", "") or run.template  # several, with | between
-    about, logits = {"classnames": names, "template": template}, SCALED
+    about, logits = {"classnames": names, "template": "|".join(method.templates)}, SCALED
     if name in MERGED:
         MERGED[name](merged_clip(method), out, about)
     elif name == "peft":

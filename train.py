@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 # Before torch, which takes from it how threads wait.
-from clip_min import CLIP, UserError, weights  # isort: skip
+from clip_min import UserError, weights  # isort: skip
 import torch
 
 from clip_min.errors import nearest
@@ -84,14 +84,18 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         f"{len(task.classnames)} classes to learn from {len(task.train)} images "
         f"({len(task.val)} for validation); test images: {tested}"
     )
-    fingerprint = weights.fingerprint(clip)
-    with torch.device("meta"):  # a CLIP without weights: settings it cannot have are told at once
-        empty = CLIP(clip.config)
-    new_method(plan, empty, task.classnames, task.template, plan.settings, fingerprint)
-    settings, synthetic = plan.settings, {}
+    torch.manual_seed(experiment.seed)
+    names, template, settings = task.classnames, task.template, plan.settings
+    method = METHODS[plan.method](clip, names, template, settings)
+    if plan.init_from:
+        load_into(method, plan.init_from)
+    synthetic = {}
     if isinstance(settings, DISEFSettings):
-        filter = lora_run(plan, experiment, task) if settings.filter == "lora" else settings.filter
-        settings, task.train, made = add_synthetic(settings, experiment, task, plan.out, filter)
+        with torch.random.fork_rng():  # what is random in training does not depend on it
+            if (filter := settings.filter) == "lora":
+                filter = lora_run(plan, experiment, task)
+            settings, task.train, made = add_synthetic(settings, experiment, task, plan.out, filter)
+        method.settings = settings  # which now say where these images lie
         print(f"{made['images']} synthetic images join them")
         synthetic = {"synthetic": made}
 
@@ -103,7 +107,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         "settings": asdict(settings),
         "experiment": asdict(experiment) | filled,
         "model": experiment.model,
-        "fingerprint": fingerprint,
+        "fingerprint": weights.fingerprint(clip),
         "init_from": str(plan.init_from) if plan.init_from else None,
         "classnames": {part: test.classnames for part, test in task.tests.items()},
         "data": summary(record),
@@ -118,12 +122,6 @@ def train(plan: Plan, experiment: Experiment) -> dict:
             hint = "remove the run's folder to run it again"
             return read_json(path / "results.json", hint, grid.RESULTS)
 
-    queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
-    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
-    zero_shot = evaluate(unadapted, task, queries)  # first: some methods add parts to this CLIP
-
-    torch.manual_seed(experiment.seed)
-    method = new_method(plan, clip, task.classnames, task.template, settings, fingerprint)
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     if "data" in run.config:
@@ -144,6 +142,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     if run.log:
         save_curves(run.log, run.path / "curves.png")
 
+    queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
+    zero_shot = evaluate(METHODS["zero_shot"].plain(clip, names, template), task, queries)
     scores = evaluate(method, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
@@ -158,14 +158,6 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")
     return results
-
-
-def new_method(plan: Plan, clip: CLIP, classnames, template, settings, fingerprint) -> Method:
-    """The method before its training, which starts at random or from the adapter of --init-from."""
-    method = METHODS[plan.method](clip, classnames, template, settings)
-    if plan.init_from:
-        load_into(method, plan.init_from, fingerprint)
-    return method
 
 
 def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:

@@ -157,7 +157,18 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, n, n), normalised -> features (B, E)."""
-        x = self.transformer(self.embed(images), read=slice(0, 1))  # (B, 1, D), the class token
+        return self.finish(self.embed(images))
+
+    def begin(self, images: Tensor, blocks: int) -> Tensor:
+        """images (B, 3, n, n), normalised -> the tokens (B, T, D) after the first `blocks`."""
+        x = self.embed(images.to(self.conv1.weight.dtype))
+        for block in self.transformer.resblocks[:blocks]:
+            x = block(x)
+        return x
+
+    def finish(self, x: Tensor, first: int = 0) -> Tensor:
+        """The tokens x (B, T, D) that block `first` reads -> features (B, E)."""
+        x = self.transformer(x, read=slice(0, 1), first=first)  # (B, 1, D), the class token
         return self.ln_post(x[:, 0]) @ self.proj
 
 

@@ -1,5 +1,6 @@
-"""Pictures in memory, as batches that a method reads: normalised, augmented, or as features."""
+"""Pictures in memory, as batches that a method reads: normalised, augmented, or encoded."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,9 +17,10 @@ from torchvision.transforms import (
 from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
-from clip_min import CLIP, normalize, weights
+from clip_min import normalize
+from clip_min.errors import Note
 from fewshot import cache
-from fewshot.pictures import READERS, Pictures, Reader
+from fewshot.pictures import READERS, Pictures, Reader, free_memory
 
 KEPT = 1e9  # bytes of whole pictures that are kept in memory where crops are drawn anew each time
 
@@ -40,11 +42,13 @@ class Batches:
 
     def __init__(self, pictures: Pictures, pixels: Tensor, reader: Reader):
         self.pictures, self.pixels, self.reader = pictures, pixels, reader
-        self.device, self.folder, self.precision = reader.device, reader.folder, reader.precision
+        self.device, self.precision = reader.device, reader.precision
         self.labels = pictures.labels.to(self.device)
         self.synthetic: Tensor | None = None
         self.apart = False
-        self._features = None
+        self.room = pixels.nbytes  # that encoded pictures may take in memory
+        self._encoded: dict[tuple, Tensor] = {}  # by what encodes them
+        self._fits: dict[tuple | None, bool] = {}
         self._originals: dict[int, Image.Image] = {}
         self._room = KEPT
 
@@ -74,8 +78,8 @@ class Batches:
     def part(self, chosen: Tensor) -> "Batches":
         """The pictures with the numbers `chosen` (B,), as real ones."""
         part = Batches(self.pictures[chosen], self.pixels[chosen], self.reader)
-        if self._features is not None:
-            part._features = self._features[chosen]
+        part._encoded = {encoder: x[chosen] for encoder, x in self._encoded.items()}
+        part._fits = dict(self._fits)
         return part
 
     def join(self, synthetic: "Batches") -> "Batches":
@@ -112,32 +116,59 @@ class Batches:
         return normalize(pixels.to(self.device))
 
     def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
-        """What this method takes: image features (B, E), or images, which augmented ones are."""
-        if method.input == "features" and augment == "none":
-            return self.features(method.clip)[chosen]
-        return self.images(chosen, augment)
-
-    def features(self, clip: CLIP, batch_size: int = 64) -> Tensor:
-        """Image features (N, E), not normalised, under the frozen image tower.
-
-        Computed once; kept for the next run under a name that follows from the pixels, the image
-        tower's weights, CLIP's config (its heads) and what computes (whose rounding may differ).
+        """The pictures with the numbers `chosen`, encoded for `method.classify` (B, …); augmented
+        ones each time anew.
         """
-        if self._features is None:
+        if augment == "none" and self.keeps(method):
+            return self.encoded(method)[chosen]
+        return method.encode(self.images(chosen, augment))
+
+    def keeps(self, method) -> bool:
+        """Whether encoded pictures are kept: not if nothing of the method is frozen, so that they
+        are the pictures themselves; nor if they take more than `room` bytes.
+        """
+        if (encoder := method.encoder) not in self._fits:
+            with torch.no_grad(), self.autocast():
+                one = encoder and method.encode(self.images(torch.tensor([0])))
+            size = len(self) * one.nbytes if encoder else 0
+            self._fits[encoder] = 0 < size <= self.room
+            if size > self.room > self.pixels.nbytes:
+                warnings.warn(
+                    f"encoded training or validation images take {size / 1e9:.1f} GB, more than "
+                    f"the {self.room / 1e9:.1f} GB they may (--cache-gb, or half of what is free): "
+                    "the frozen blocks compute them again in each step",
+                    Note,
+                    stacklevel=1,
+                )
+        return self._fits[encoder]
+
+    def encoded(self, method, batch_size: int = 64) -> Tensor:
+        """Every picture as `method.encode` gives it (N, …), computed once.
+
+        What takes no more room than the pixels (features) is kept on disk for the next run, too,
+        under a name that follows from the pixels, from what encodes them, from CLIP's config (its
+        heads) and from what computes (whose rounding may differ).
+        """
+        encoder = method.encoder
+        if encoder not in self._encoded:
             machine = (torch.__version__, torch.get_num_threads(), self.device.type)
             machine += () if self.precision == "fp32" else (self.precision,)
-            tower = weights.fingerprint(clip.visual) if self.folder else ""
-            name = cache.key(self.pixels, tower, clip.config, batch_size, machine)
-            features = cache.load(self.folder, "features", name)
-            if features is None or features.shape[:1] != (len(self),):
+            name = cache.key(self.pixels, encoder, method.clip.config, batch_size, machine)
+            found = cache.load(self.reader.folder, "features", name)
+            if found is None or found.shape[:1] != (len(self),):
                 parts = torch.arange(len(self)).split(batch_size)
-                parts = tqdm(parts, "image features", leave=False, disable=None)
+                parts = tqdm(parts, "encoding images", leave=False, disable=None)
+                found = None
                 with torch.no_grad(), self.autocast():
-                    features = torch.cat([clip.encode_image(self.images(p)) for p in parts])
-                features = features.float()
-                cache.save(self.folder, "features", name, features)
-            self._features = features.to(self.device)
-        return self._features
+                    for part in parts:
+                        x = method.encode(self.images(part))  # (B, …)
+                        if found is None:
+                            found = x.new_empty(len(self), *x.shape[1:])
+                        found[part] = x
+                if found.nbytes <= self.pixels.nbytes:
+                    cache.save(self.reader.folder, "features", name, found)
+            self._encoded[encoder] = found.to(self.device)
+        return self._encoded[encoder]
 
     def _views(self, chosen: Tensor, augment: str) -> Tensor:
         """A fresh random view of each picture, uint8 (B, 3, n, n), from torch's global generator.
@@ -171,3 +202,10 @@ class Batches:
             else:
                 self._room += needed
         return [self._originals.get(i) or opened[i] for i in numbers]
+
+
+def room(device: torch.device) -> float:
+    """Bytes that encoded training images may take in memory, and as many those of validation."""
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
+    return min(cache.most(), free / 3)

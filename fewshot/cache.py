@@ -40,7 +40,10 @@ def add_flags(group) -> None:
         help="folder that keeps decoded pixels and image features, or none [~/.cache/clip_min]",
     )
     group.add_argument(
-        "--cache-gb", type=float, help="its largest size: what was not used for longest goes [10]"
+        "--cache-gb",
+        type=float,
+        help="its largest size: what was not used for longest goes; the most, too, that encoded "
+        "images take in memory [10]",
     )
 
 
@@ -51,6 +54,11 @@ def chosen(given: dict) -> Path | None:
         raise UserError(f"--cache-gb {gb}: expected 0 or more")
     _most = gb * 1e9
     return place(given.get("cache", ""))
+
+
+def most() -> float:
+    """The bytes that --cache-gb allows."""
+    return _most
 
 
 def key(*parts) -> str:

@@ -46,9 +46,13 @@ def add_flags(group, settings: type, shown: dict | None = None, only: Sequence |
     for field in (f for f in fields(settings) if only is None or f.name in only):
         kind, help = typing.get_args(hints[field.name])
         default = (shown or {}).get(field.name, field.default)
-        options = {"help": help + ("" if default is False or default == "" else f" [{default}]")}
+        options = {
+            "help": help + ("" if default is False or default in ("", ()) else f" [{default}]")
+        }
         if typing.get_origin(kind) is typing.Literal:
             options |= {"choices": typing.get_args(kind)}
+        elif typing.get_origin(kind) is tuple:  # one text, which the settings take apart
+            options |= {"metavar": "TEXTS"}
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         else:

@@ -93,6 +93,7 @@ class Run:
                 "give the flags it had, or start it without --resume"
             )
         run = cls(path, _read_config(path, dict.fromkeys(KEYS, object)))  # compared just below
+        config = json.loads(json.dumps(config))  # as it is read back: tuples are lists
         for key, value in config.items():
             told = key not in FREE and (key != "data" or key in run.config)  # none in old ones
             if told and run.config.get(key) != value:
@@ -295,7 +296,11 @@ def provenance() -> dict:
 
 
 def _read_config(path: Path, kind: dict) -> dict:
-    return read_json(path / "config.json", "a run folder has one", kind)
+    config = read_json(path / "config.json", "a run folder has one", kind)
+    settings = config.get("settings")
+    if isinstance(settings, dict) and isinstance(settings.get("templates"), str):
+        settings["templates"] = [t for t in settings["templates"].split("|") if t]  # older runs
+    return config
 
 
 def _claim(path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clip_min import UserError
 from fewshot import coop_split
-from fewshot.batches import Batches
+from fewshot.batches import Batches, room
 from fewshot.coop_split import FEW_VAL  # validation pictures a class, where they have to be few
 from fewshot.datasets import Dataset
 from fewshot.pictures import Pictures, Reader, check_memory, few
@@ -82,6 +82,7 @@ def make_task(
         tests=_tests(dataset, parts, reader, notes),
         notes=notes,
     )
+    task.train.room = task.val.room = room(reader.device)
     seen = (task.train.pixels, task.val.pixels)
     if twice := sum(shared(test.batches.pixels, *seen) for test in task.tests.values()):
         notes.append(f"{twice} test images are also learned from or validated on, pixel for pixel")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from clip_min import UserError
+from clip_min import UserError, weights
 from fewshot.run import Run
 from methods.base import Method
 from methods.interop.clip_lora import read_file
@@ -32,18 +32,15 @@ MEANING = ("image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "tow
 MEANING += ("scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation")
 
 
-def load_into(method: Method, path: Path, fingerprint: str) -> None:
-    """Put the adapter at `path` into `method`, as if it had been learned here.
-
-    fingerprint: that of the CLIP under `method`, before it was given new parts.
-    """
+def load_into(method: Method, path: Path) -> None:
+    """Put the adapter at `path` into `method`, as if it had been learned here."""
     try:
         if isinstance(method, LinearProbe | WithSupport):
             raise UserError(
                 f"{path}: {type(method).__name__} takes all it learns from the training images, "
                 "wherever it starts; drop the flag, or test that run with eval.py"
             )
-        state, settings = read(path, method, fingerprint)
+        state, settings = read(path, method)
         differ = [k for k in MEANING if k in settings and not _same(method, k, settings[k])]
         if differ:
             flags = " ".join(_flag(key, settings[key]) for key in differ)
@@ -64,13 +61,13 @@ def _flag(key: str, value) -> str:
     return f"--{key} {value}"
 
 
-def read(path: Path, method: Method, fingerprint: str) -> tuple[dict[str, Tensor], dict]:
+def read(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
     """Whichever of the four kinds it is -> tensors under our names, settings as far as known."""
     if path.is_file() or (path / "adapter_config.json").is_file():
         check_lora(method, path)
         return (read_file if path.is_file() else read_peft)(path, method)
     if (path / "config.json").exists():
-        return read_run(path, fingerprint)
+        return read_run(path, method)
     neither = "is neither, expected a run of train.py or a PEFT adapter"
     raise UserError(f"{path}: {neither if path.is_dir() else 'there is no such folder or file'}")
 
@@ -100,10 +97,10 @@ def _same(method: Method, key: str, value) -> bool:
     return mine == value
 
 
-def read_run(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict]:
+def read_run(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
     """A folder that train.py left -> its learned tensors and settings."""
     run = Run.open(path)
-    run.check_model(fingerprint)
+    run.check_model(weights.fingerprint(method.lent[0]))
     settings = asdict(described(run)[1])
     unused = {"image": "text_", "text": "image_"}.get(settings.get("towers"), "no such setting")
     settings = {key: value for key, value in settings.items() if not key.startswith(unused)}

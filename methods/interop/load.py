@@ -23,7 +23,7 @@ def described(run: Run) -> tuple[type[Method], Settings]:
 def trained(run: Run, clip: CLIP, template: str = "") -> Method:
     """The method as it was after its training, for the classes it learned from.
 
-    clip: the one it was trained on, which may get new parts. template: if not the run's own.
+    clip: the one it was trained on. template: if not the run's own.
     """
     run.check_model(weights.fingerprint(clip))
     method_class, settings = described(run)

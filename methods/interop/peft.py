@@ -13,9 +13,8 @@ from clip_min import UserError
 from clip_min.files import read_json, read_safetensors
 from clip_min.typed import expect
 from methods.base import Method
-from methods.grouped_lora import GroupedLoRA
 from methods.interop.fused import fuse
-from methods.lora import LoRA
+from methods.lora import GroupedLoRA, LoRA
 
 TO_HUGGING_FACE = {
     "clip.visual.transformer": "vision_model",

@@ -16,8 +16,8 @@ from clip_min import CLIP, UserError
 from clip_min.weights import mismatches
 from methods.base import Method
 from methods.cross_modal import CrossModal
-from methods.grouped_lora import GroupedLoRA
 from methods.linear_probe import LinearProbe
+from methods.lora import GroupedLoRA
 
 
 def merged_clip(method: Method) -> CLIP:
@@ -49,10 +49,7 @@ def classifier(method: Method) -> dict[str, Tensor]:
     That this is so for any image is not taken for granted but tried, on random ones.
     """
     clip, dice = method.clip, torch.Generator().manual_seed(0)
-    if method.input == "features":
-        x = features = torch.randn(4, clip.config.embed_dim, generator=dice)
-    else:
-        x = torch.randn(4, 3, *2 * [clip.config.image_size], generator=dice)
+    images = torch.randn(4, 3, *2 * [clip.config.image_size], generator=dice)
     with method.inference():
         if isinstance(method, LinearProbe):
             tensors = {"weight": method.head.weight, "bias": method.head.bias}
@@ -60,10 +57,8 @@ def classifier(method: Method) -> dict[str, Tensor]:
             learned = isinstance(method, CrossModal)
             rows = method.head if learned else F.normalize(method.class_features(), dim=-1)
             tensors = {"weight": rows, "logit_scale": clip.logit_scale.exp()}
-        if method.input != "features":
-            features = clip.encode_image(x)
         fits = tensors["weight"].dim() == 2 and torch.allclose(
-            method(x), _logits(features, **tensors), rtol=1e-3, atol=1e-3
+            method(images), _logits(clip.encode_image(images), **tensors), rtol=1e-3, atol=1e-3
         )
     if not fits:
         raise UserError(

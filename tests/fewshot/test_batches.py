@@ -1,5 +1,6 @@
 """What a method reads is what its settings say: crops, features, views after augmentation."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -31,18 +32,17 @@ def test_shots_are_the_pictures_of_the_largest_class(pictures):
 
 def test_features_are_encoded_images_and_computed_once(pictures):
     class Encoder:
-        calls = 0
-        visual, config = torch.nn.Linear(1, 1), None
+        calls, encoder, clip = 0, ("mean of the pixels",), SimpleNamespace(config=None)
 
-        def encode_image(self, images):
+        def encode(self, images):
             self.calls += 1
             return images.mean(dim=(2, 3))
 
     batches, encoder = batches_of(pictures, 32), Encoder()
     expected = normalize(batches.pixels).mean(dim=(2, 3))
-    torch.testing.assert_close(batches.features(encoder, batch_size=3), expected)
+    torch.testing.assert_close(batches.encoded(encoder, batch_size=3), expected)
     assert encoder.calls == 3  # 3 + 3 + 1 pictures
-    assert batches.features(encoder) is batches.features(encoder)
+    assert batches.encoded(encoder) is batches.encoded(encoder)
     assert encoder.calls == 3
 
 
@@ -173,10 +173,54 @@ def test_views_are_those_of_torchvisions_transforms_under_one_seed(
     assert torch.equal(seen, normalize(torch.stack(expected)))
 
 
-@pytest.mark.parametrize(("augment", "shape"), [("none", (3, 16)), ("crop-flip", (3, 3, 8, 8))])
-def test_a_method_on_features_is_given_images_where_they_are_augmented(augment, shape):
-    pixels = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
-    few = Batches(Pictures(pixels, torch.zeros(5, dtype=torch.int64)), pixels, Reader(8))
-    few.features = lambda clip: torch.zeros(5, 16)
-    method = SimpleNamespace(input="features", clip=None)
-    assert few.inputs(method, torch.tensor([0, 2, 4]), augment).shape == shape
+class Encoding:
+    """A method whose encoded images are each their pixels `times` over, as a row."""
+
+    encoder, clip = ("pixels",), SimpleNamespace(config=None)
+
+    def __init__(self, times: int = 1):
+        self.times, self.seen = times, 0
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += len(images)
+        return images.flatten(1).repeat(1, self.times)
+
+
+def six_pictures() -> Batches:
+    dice = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=dice)
+    return Batches(Pictures(pixels, torch.zeros(6, dtype=torch.int64)), pixels, Reader(8))
+
+
+@pytest.mark.parametrize("room", [6 * 2 * 192 * 4, 6 * 2 * 192 * 4 - 1])
+def test_encoded_images_are_kept_as_long_as_there_is_room(room):
+    """And are the same in both cases; beyond the room they are computed again, and that is said."""
+    few, method, chosen = six_pictures(), Encoding(times=2), torch.tensor([4, 1])
+    few.room, enough = room, room == 6 * 2 * 192 * 4
+    expected = few.images(chosen).flatten(1).repeat(1, 2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert torch.equal(few.inputs(method, chosen), expected)
+    assert method.seen == 1 + (6 if enough else 3 * 2)  # one image to know their size
+    assert ["--cache-gb" in str(w.message) for w in said] == ([] if enough else [True])
+
+
+def test_of_test_images_what_is_larger_than_their_pixels_is_not_kept():
+    few, method = six_pictures(), Encoding()
+    assert not few.keeps(method)
+    assert few.inputs(method, torch.tensor([3])).shape == (1, 192)
+
+
+def test_augmented_images_are_encoded_each_time():
+    few, method = six_pictures(), Encoding()
+    few.room = 1e9
+    first, second = (few.inputs(method, torch.tensor([0, 2, 4]), "crop-flip") for _ in range(2))
+    assert first.shape == (3, 192)
+    assert not torch.equal(first, second)
+
+
+def test_a_method_of_which_nothing_is_frozen_is_given_images():
+    few, method = six_pictures(), Encoding()
+    few.room, method.encoder, method.encode = 1e9, None, lambda images: images
+    assert few.inputs(method, torch.tensor([0, 2])).shape == (2, 3, 8, 8)

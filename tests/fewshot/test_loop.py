@@ -29,6 +29,8 @@ CONFIG = dict.fromkeys(
 class Toy(Method):
     """The smallest method: dropout and a linear layer on pixels. Remembers what it was given."""
 
+    first_block = 0  # nothing is frozen
+
     def __init__(self, settings: TrainingSettings, dropout: float = 0.0):
         nn.Module.__init__(self)  # it has no CLIP
         torch.manual_seed(0)
@@ -38,7 +40,7 @@ class Toy(Method):
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
         self.given: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, images: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
         return self.linear(self.dropout(images.flatten(1)))
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_logits_are_float32_and_near_those_of_fp32(name, precision):
     assert not torch.equal(found, expected)  # so it did run in 16 bits
     assert (found - expected).abs().max() < 0.2  # of logits up to 14
     with half.autocast():
-        assert method(half.inputs(method, torch.arange(9))).dtype == torch.float32
+        assert method.classify(half.inputs(method, torch.arange(9))).dtype == torch.float32
 
 
 def test_logits_are_the_exact_product_of_the_features_under_autocast():
@@ -155,11 +155,11 @@ def test_logits_are_the_exact_product_of_the_features_under_autocast():
 
 
 def test_features_are_kept_apart_by_precision(tmp_path):
-    clip = new_method("zero_shot").clip
-    found = {p: batches(5, 1, p, tmp_path).features(clip) for p in ("fp32", "bf16", "fp16")}
+    method = new_method("zero_shot")
+    found = {p: batches(5, 1, p, tmp_path).encoded(method) for p in ("fp32", "bf16", "fp16")}
     assert {f.dtype for f in found.values()} == {torch.float32}
     assert len(list((tmp_path / "features").iterdir())) == 3
-    again = {p: batches(5, 1, p, tmp_path).features(clip) for p in found}
+    again = {p: batches(5, 1, p, tmp_path).encoded(method) for p in found}
     assert all(torch.equal(found[p], again[p]) for p in found)
     assert not torch.equal(found["fp32"], found["bf16"])
     assert not torch.equal(found["bf16"], found["fp16"])

@@ -74,12 +74,14 @@ def test_drawn_apart_a_batch_has_as_many_of_each_and_an_epoch_ends_with_the_fewe
 
 def test_the_loop_tells_the_loss_which_are_synthetic(joined, tmp_path):
     class Toy(Method):
+        first_block = 0  # nothing is frozen
+
         def __init__(self):
             nn.Module.__init__(self)
             self.settings = TrainingSettings(epochs=2, batch_size=3)
             self.linear, self.given = nn.Linear(48, 2), []
 
-        def forward(self, images):
+        def classify(self, images):
             return self.linear(images.flatten(1))
 
         def loss(self, images, labels, synthetic=None):
