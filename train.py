@@ -8,6 +8,7 @@ python train.py --method lora --help                          that method's sett
 """
 
 import functools
+import itertools
 import json
 import sys
 import time
@@ -79,16 +80,20 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
-    tested = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
+    counts = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
     print(
         f"{len(task.classnames)} classes to learn from {len(task.train)} images "
-        f"({len(task.val)} for validation); test images: {tested}"
+        f"({len(task.val)} for validation); test images: {counts}"
     )
     torch.manual_seed(experiment.seed)
     names, template, settings = task.classnames, task.template, plan.settings
     method = METHODS[plan.method](clip, names, template, settings)
     if plan.init_from:
         load_into(method, plan.init_from)
+    unadapted = METHODS["zero_shot"].plain(clip, names, template)
+    for tested, test in itertools.product((unadapted, method), task.tests.values()):
+        if tested.names_unseen:
+            tested.for_classes(test.classnames)  # a name too long for a prompt is told now
     synthetic = {}
     if isinstance(settings, DISEFSettings):
         with torch.random.fork_rng():  # what is random in training does not depend on it
@@ -143,7 +148,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         save_curves(run.log, run.path / "curves.png")
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
-    zero_shot = evaluate(METHODS["zero_shot"].plain(clip, names, template), task, queries)
+    zero_shot = evaluate(unadapted, task, queries)
     scores = evaluate(method, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
