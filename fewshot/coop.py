@@ -33,23 +33,26 @@ from fewshot.folder import Parts, read_text, spoken
 from fewshot.images import Pictures, few
 from fewshot.manifest import Row, exist, listed_once
 
+DATASETS_MD = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 FEW_VAL = 4  # validation pictures a class, at most
 
 
-def find_split(root: Path, name: str) -> Path:
-    """The one file called `name` (a pattern) in or below root."""
+def find_split(root: Path, name: str, todo: str = "") -> Path:
+    """The one file called `name` (a pattern) in root or else below; `todo`: for the message."""
+    if (root / name).is_file():
+        return root / name
     found = [file for folder in _folders(root) for file in sorted(folder.glob(name))]
     if len(found) != 1:
         many = f"{len(found)} files {name}" if found else f"no {name}"
         raise UserError(
             f"--split coop: {root} has {many}; say which to read with --split-file (CoOp's "
-            "DATASETS.md links to them: https://github.com/KaiyangZhou/CoOp)"
+            f"DATASETS.md links to them: {DATASETS_MD}){todo and '; '}{todo}"
         )
     return found[0]
 
 
-def read_split(file: Path, root: Path) -> Parts:
-    """The split of `file`, whose pictures lie somewhere below root."""
+def read_split(file: Path, root: Path, todo: str = "") -> Parts:
+    """The split of `file`, whose pictures lie somewhere below root; `todo`: if they do not."""
     try:
         split = json.loads(read_text(file))
     except ValueError as error:
@@ -75,7 +78,7 @@ def read_split(file: Path, root: Path) -> Parts:
     if len(set(names.values())) < len(names):
         raise UserError(f"{file}: two labels have one class name; expected a name for each")
 
-    base = _image_folder(file, root, [path for _, path, *_ in entries])
+    base = _image_folder(file, root, [path for _, path, *_ in entries], todo)
     rows = [Row(base / path, name, part, str(file)) for part, path, _, name in entries]
     listed_once(rows)
     exist([row.path for row in rows], [row.where for row in rows])
@@ -122,7 +125,7 @@ def _is_entry(entry) -> bool:
     return isinstance(entry, list) and [type(value) for value in entry] == kinds
 
 
-def _image_folder(file: Path, root: Path, paths: list[str]) -> Path:
+def _image_folder(file: Path, root: Path, paths: list[str], todo: str) -> Path:
     """The folder in or below root that the paths start from: where the first of them is."""
     first = Path(paths[0])
     for path in map(Path, paths):
@@ -133,7 +136,7 @@ def _image_folder(file: Path, root: Path, paths: list[str]) -> Path:
             return place
     raise UserError(
         f"{file}: its first picture, {first}, is nowhere below {root}; unpack the images there, or "
-        "give the folder that holds them as --data-root"
+        f"give the folder that holds them as --data-root{todo and '; '}{todo}"
     )
 
 
