@@ -2,6 +2,7 @@
 
 python eval.py --run runs/demo/demo/lora-s10-seed1            the table training printed
 python eval.py --run DIR --dataset other                      the run on another data set
+python eval.py --run DIR --dataset coop-11                    on several, and their mean
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
 python eval.py --method zero_shot --dataset demo              CLIP as it is
@@ -18,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_min.errors import nearest
-from fewshot import cache, datasets
+from fewshot import cache, datasets, grid
+from fewshot.catalogue import chosen, implied
 from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.folder import find_pictures
@@ -86,7 +88,23 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
 
 
 def transfer(run: Run, experiment: Experiment, given: dict) -> None:
-    """Print the table of a run on all classes of a data set that it has not learned from.
+    """Print the tables of a run on data sets that it has not learned from, and their mean.
+
+    Of several, the one that it learned from is left out, as in the published protocols.
+    """
+    names = chosen(given["dataset"])
+    others = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
+    more, source, summaries = implied(given["dataset"]), run.config["experiment"], {}
+    for name in others:
+        zero_shot, scores = on_other(run, experiment, more | given | {"dataset": name}).values()
+        one = {(source["shots"], source["seed"]): {**scores, "zero_shot": zero_shot}}
+        summaries[name] = grid.summarise(one)
+    if len(summaries) > 1:
+        print(f"\n{grid.table_of_data_sets(run.config['method'], summaries)}")
+
+
+def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
+    """Print and return the table of a run on all classes of another data set.
 
     The names and the template are that data set's; what was learned is the run's.
     """
@@ -104,11 +122,11 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
         print(f"note: {note}")
     images = len(task.tests["all"].batches)
     print(f"{other.dataset}: {len(task.classnames)} classes, {images} test images; {template!r}")
-    compare(run, clip, task, template)
+    return compare(run, clip, task, template)
 
 
-def compare(run: Run, clip: CLIP, task: Task, template: str) -> None:
-    """Print the table of zero-shot CLIP and of the run on `task`."""
+def compare(run: Run, clip: CLIP, task: Task, template: str) -> dict[str, dict]:
+    """Print and return the table of zero-shot CLIP and of the run on `task`."""
     queries = Queries.of(*described(run), run.config["experiment"]["seed"])
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, template)
     rows = {"zero-shot": evaluate(unadapted, task, queries)}  # first: some methods change this CLIP
@@ -119,6 +137,7 @@ def compare(run: Run, clip: CLIP, task: Task, template: str) -> None:
     if queries:
         print(queries.describe(rows[run.config["method"]]))
     print(table(rows))
+    return rows
 
 
 def test_zero_shot(experiment: Experiment, given: dict) -> None:

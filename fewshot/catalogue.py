@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from clip_min.errors import nearest
 from fewshot import demo, readers
 from fewshot.coop import DATASETS_MD
 from fewshot.folder import Parts
@@ -285,3 +286,24 @@ DATASETS = {
         licence="see URL",
     ),
 }
+
+GROUPS = {  # what --dataset takes besides: all of these, one after another
+    "coop-11": (
+        *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "flowers102", "food101"),
+        *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
+    ),
+    "imagenet-variants": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
+}
+
+
+def chosen(text: str) -> list[str]:
+    """The data sets that --dataset names: "dtd" is one, "dtd,eurosat" two, "coop-11" eleven."""
+    parts = [part.strip() for part in text.split(",")]
+    names = [name for part in parts for name in GROUPS.get(part, (part,))]
+    known = [*DATASETS, *GROUPS]
+    return list(dict.fromkeys(nearest("--dataset", name, known) for name in names))
+
+
+def implied(text: str) -> dict[str, str]:
+    """The flags that --dataset stands for besides: the 11 are always measured in CoOp's split."""
+    return {"split": "coop"} if text == "coop-11" else {}

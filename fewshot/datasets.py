@@ -14,7 +14,7 @@ from pathlib import Path
 from clip_min.errors import UserError, nearest
 from clip_min.tokenizer import tokenizer
 from fewshot import coop, readers
-from fewshot.catalogue import DATASETS, Entry
+from fewshot.catalogue import DATASETS, GROUPS, Entry
 from fewshot.folder import Parts
 from fewshot.images import Pictures
 
@@ -108,7 +108,9 @@ def _to_fetch(entry: Entry, root: Path) -> str:
 
 def listed() -> str:
     """The data sets, a line each, for --help."""
-    return "\n".join(f"  {name:<17}{entry.about}" for name, entry in DATASETS.items())
+    rows = [(name, entry.about) for name, entry in DATASETS.items()]
+    rows += [(name, f"all of {', '.join(names)}") for name, names in GROUPS.items()]
+    return "\n".join(f"  {name:<18}{about}" for name, about in rows)
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""A grid of runs: every number of shots with every seed. Its table, file and plot.
+"""A grid of runs: every data set with every number of shots and seed. Its tables, file and plot.
 
     --shots 1,2,4 --seeds 1,2,3      nine runs, each in a folder of its own, and their mean ± std
+    --dataset dtd,eurosat            the same on each of them, and the mean over data sets
 
-The spread is the sample standard deviation over the seeds (n - 1); one seed has none.
+The spread is the sample standard deviation over the seeds (n - 1); one seed has none. The mean over
+data sets is of what they are each: HM is that of the means of base and novel, as it is published.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import statistics
 from pathlib import Path
 
 from clip_min.files import replacing
+from fewshot.metrics import harmonic_mean
 
 SCORES = dict.fromkeys(("base", "novel", "hm", "all"), float | None)
 RESULTS = {**SCORES, "zero_shot": SCORES}  # what is read of a run's results.json
@@ -51,17 +54,60 @@ def _spread(runs: list[dict]) -> dict[str, dict]:
     return spread
 
 
+def over_data_sets(summaries: dict[str, dict]) -> dict:
+    """Data set -> its summary  =>  the means over data sets, as a summary."""
+    shots = next(iter(summaries.values()))["shots"]
+    return {
+        "zero_shot": _mean([summary["zero_shot"] for summary in summaries.values()]),
+        "shots": {n: _mean([summary["shots"][n] for summary in summaries.values()]) for n in shots},
+    }
+
+
+def _mean(spreads: list[dict]) -> dict[str, dict]:
+    means = {}
+    for part in ("base", "novel", "all"):
+        values = [spread[part]["mean"] for spread in spreads if part in spread]
+        if len(values) == len(spreads):
+            means[part] = statistics.mean(values)
+    if "novel" in means:
+        means["hm"] = harmonic_mean(means["base"], means["novel"])
+    return {part: {"mean": mean, "std": None} for part, mean in means.items()}
+
+
 def table(method: str, summary: dict) -> str:
     """One line of zero-shot CLIP, one for each number of shots."""
+    return _lines(_rows(method, summary), list(summary["zero_shot"]))
+
+
+def table_of_data_sets(method: str, summaries: dict[str, dict]) -> str:
+    """A line for each data set, and their mean: in one table where a run has one number, else in
+    one for zero-shot CLIP and each number of shots.
+    """
+    whole = {**summaries, "mean": over_data_sets(summaries)}
+    rows = {name: _rows(method, summary) for name, summary in whole.items()}
+    labels, parts = list(rows["mean"]), list(whole["mean"]["zero_shot"])
+    if parts == ["all"]:
+        scores = {n: {k: of[k].get("all") for k in labels} for n, of in rows.items()}
+        return _lines(scores, labels)
+    tables = (_lines({name: of[label] for name, of in rows.items()}, parts) for label in labels)
+    return "\n\n".join(f"{k}\n{lines}" for k, lines in zip(labels, tables, strict=True))
+
+
+def _rows(method: str, summary: dict) -> dict[str, dict]:
     rows = {"zero-shot": summary["zero_shot"]}
     for shots, spread in summary["shots"].items():
         rows[f"{method}, {shots} shot{'s' if shots != '1' else ''}"] = spread
-    columns = list(summary["zero_shot"])
-    width = max(len(name) for name in rows) + 2
-    lines = [" " * width + "".join(f"{_title(column):>16}" for column in columns)]
+    return rows
+
+
+def _lines(rows: dict[str, dict], columns: list[str]) -> str:
+    """name -> column -> score, laid out; n/a where there is none."""
+    first = max(len(name) for name in rows) + 2
+    width = max(16, *(len(column) + 2 for column in columns))
+    lines = [" " * first + "".join(f"{_title(column):>{width}}" for column in columns)]
     for name, spread in rows.items():
         cells = (_cell(spread.get(column)) for column in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import byhand
@@ -10,6 +11,10 @@ import torch
 from PIL import Image
 
 import clip_min
+from fewshot import datasets
+from fewshot.catalogue import DATASETS, GROUPS
+from fewshot.datasets import Dataset
+from fewshot.images import Pictures
 
 RUN = "noise/tiny/lora-s4-seed1"
 OTHERS = {"amber_lily": (200, 150, 60), "night": (10, 10, 30), "moss-green": (70, 120, 40)}
@@ -101,6 +106,77 @@ def test_flags_that_do_not_fit_another_data_set_are_one_line(
     more, said, script, trained, is_one_line
 ):
     assert is_one_line(script("eval", "--run", trained.path, *more), said)
+
+
+# ------------------------------------------------------------------------------- several data sets
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> Path:
+    """$DATA with look-alikes of DTD and Food-101, of three classes with 5 test pictures each."""
+    dice = torch.Generator().manual_seed(7)
+    for name, folder, files, val in (
+        ("dtd", "dtd", ("labels/train1.txt", "labels/val1.txt", "labels/test1.txt"), 6),
+        ("food101", "food-101", ("meta/train.txt", "meta/test.txt"), 0),
+    ):
+        base = tmp_path / "published" / folder
+        for file, count in zip(files, (2, 2, 5) if val else (2, 5), strict=True):
+            lines = []
+            for kind, colour in OTHERS.items():
+                for i in range(count):
+                    picture = base / f"images/{kind}/{Path(file).stem}_{i}.jpg"
+                    picture.parent.mkdir(parents=True, exist_ok=True)
+                    noise = torch.randint(-60, 61, (36, 40, 3), generator=dice)
+                    pixels = (noise + torch.tensor(colour)).clamp(0, 255).to(torch.uint8)
+                    Image.fromarray(pixels.numpy()).save(picture)
+                    lines.append(f"{kind}/{picture.stem}")
+            (base / file).parent.mkdir(exist_ok=True)
+            (base / file).write_text("\n".join(lines))
+        entry = replace(DATASETS[name], classes=3, images=(6, val, 15))
+        monkeypatch.setitem(DATASETS, name, entry)
+    return tmp_path / "published"
+
+
+def test_a_run_on_several_data_sets_is_the_run_on_each_and_their_mean(script, trained, published):
+    where = ("--data-root", published)
+    result = script("eval", "--run", trained.path, "--dataset", "dtd,food101", *where)
+    assert (result.code, result.err) == (0, "")
+    alone = []
+    for name in ("dtd", "food101"):
+        out = script("eval", "--run", trained.path, "--dataset", name, *where).out
+        assert out in result.out
+        alone.append([float(line.split()[1]) for line in last_lines(out, 2)])
+    lines = [line.split() for line in last_lines(result.out, 4)]
+    assert lines[0] == ["zero-shot", "lora,", "4", "shots"]
+    for name, line, scores in zip(("dtd", "food101"), lines[1:], alone, strict=False):
+        assert line == [name, *(f"{score:.2f}" for score in scores)]
+    assert lines[3][0] == "mean"
+    for shown, values in zip(lines[3][1:], zip(*alone, strict=True), strict=True):
+        assert float(shown) == pytest.approx(sum(values) / 2, abs=0.01)
+
+
+def test_coop_11_is_the_11_in_coops_split_without_what_was_learned_from(
+    script, trained, tmp_path, monkeypatch
+):
+    asked = []
+
+    def load(name, root, seed, split, file):
+        asked.append((name, split))
+        picture = Pictures(torch.zeros(3, 3, 40, 40, dtype=torch.uint8), torch.arange(3))
+        return Dataset(list(OTHERS), "a {}", picture, None, picture)
+
+    monkeypatch.setattr(datasets, "load", load)
+    assert script("eval", "--run", trained.path, "--dataset", "coop-11").code == 0
+    assert asked == [(name, "coop") for name in GROUPS["coop-11"]]
+    asked.clear()
+    run = Path(shutil.copytree(trained.path, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["experiment"]["dataset"] = "imagenet"
+    (run / "config.json").write_text(json.dumps(config))
+    for group in ("imagenet,imagenet-variants", "coop-11"):
+        assert script("eval", "--run", run, "--dataset", group).code == 0
+    assert asked[:4] == [(name, "official") for name in GROUPS["imagenet-variants"]]
+    assert asked[4:] == [(name, "coop") for name in GROUPS["coop-11"][1:]]
 
 
 # ---------------------------------------------------------------------------- base classes by name
