@@ -96,9 +96,9 @@ def _read_coop(name: str, root: Path | None, seed: int, file: Path | None) -> Pa
     if not entry.coop_file and not file:
         return entry.read(root, seed)
     root = readers.own(root) if name == "folder" else root
-    base = next((root / f for f in entry.folders if (root / f).is_dir()), root)
+    places = [*(root / f for f in entry.folders if (root / f).is_dir()), root]
     todo = _to_fetch(entry, root)
-    return coop.read_split(file or coop.find_split(base, entry.coop_file, todo), base, todo)
+    return coop.read_split(file or coop.find_split(places, entry.coop_file, todo), places, todo)
 
 
 def _to_fetch(entry: Entry, root: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clip_min import UserError
-from fewshot import datasets
+from fewshot import coop, datasets
 from fewshot.task import make_task
 
 NAMES = ["rose", "tiger lily", "blue bell", "daisy", "iris"]
@@ -218,6 +218,15 @@ def test_a_split_without_validation_is_read_but_not_drawn_from(root, split):
     assert data.val is None
     with pytest.raises(UserError, match="no validation part"):
         make_task(data, 2, 1, "all", 4, torch.device("cpu"), folder=None)
+
+
+def test_without_validation_pictures_they_are_drawn_from_what_training_leaves(numbered):
+    train = numbered([0, 1, 2] * 6)
+    for shots in (1, 4):
+        chosen, few = coop.draw(train, None, shots, 1)
+        assert chosen.tolist() == coop.draw(train, train, shots, 1)[0].tolist()
+        assert train.labels[few].bincount().tolist() == [min(shots, 2)] * 3
+        assert {*chosen.tolist()}.isdisjoint(few.tolist())
 
 
 def test_two_splits_or_none_are_an_error_that_names_the_flag(root):

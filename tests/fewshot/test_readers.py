@@ -175,6 +175,16 @@ def test_the_folder_itself_may_be_the_data_root(coop, name):
     assert values(itself) == values(load(name, root, "coop"))
 
 
+def test_split_and_images_may_lie_apart_below_the_data_root(coop):
+    root = coop("flowers102")
+    folder = root / "oxford_flowers"
+    (root / "flowers-102").mkdir()  # torchvision's, which has no split
+    (folder / "jpg").rename(root / "flowers-102/jpg")
+    assert load("flowers102", root, "coop").train.source[0].parts[-3] == "flowers-102"
+    (folder / "split_zhou_OxfordFlowers.json").rename(root / "split_zhou_OxfordFlowers.json")
+    assert len(load("flowers102", root, "coop").train) == 4
+
+
 @pytest.mark.parametrize("name", COOP)
 def test_a_missing_split_or_missing_images_are_one_line_that_says_what_goes_where(coop, name):
     root, (folder, split, images, where, *_) = coop(name), COOP[name]
