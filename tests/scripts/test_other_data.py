@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import byhand
@@ -12,7 +11,7 @@ from PIL import Image
 
 import clip_min
 from fewshot import datasets
-from fewshot.catalogue import DATASETS, GROUPS
+from fewshot.catalogue import GROUPS
 from fewshot.datasets import Dataset
 from fewshot.images import Pictures
 
@@ -109,32 +108,6 @@ def test_flags_that_do_not_fit_another_data_set_are_one_line(
 
 
 # ------------------------------------------------------------------------------- several data sets
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch) -> Path:
-    """$DATA with look-alikes of DTD and Food-101, of three classes with 5 test pictures each."""
-    dice = torch.Generator().manual_seed(7)
-    for name, folder, files, val in (
-        ("dtd", "dtd", ("labels/train1.txt", "labels/val1.txt", "labels/test1.txt"), 6),
-        ("food101", "food-101", ("meta/train.txt", "meta/test.txt"), 0),
-    ):
-        base = tmp_path / "published" / folder
-        for file, count in zip(files, (2, 2, 5) if val else (2, 5), strict=True):
-            lines = []
-            for kind, colour in OTHERS.items():
-                for i in range(count):
-                    picture = base / f"images/{kind}/{Path(file).stem}_{i}.jpg"
-                    picture.parent.mkdir(parents=True, exist_ok=True)
-                    noise = torch.randint(-60, 61, (36, 40, 3), generator=dice)
-                    pixels = (noise + torch.tensor(colour)).clamp(0, 255).to(torch.uint8)
-                    Image.fromarray(pixels.numpy()).save(picture)
-                    lines.append(f"{kind}/{picture.stem}")
-            (base / file).parent.mkdir(exist_ok=True)
-            (base / file).write_text("\n".join(lines))
-        entry = replace(DATASETS[name], classes=3, images=(6, val, 15))
-        monkeypatch.setitem(DATASETS, name, entry)
-    return tmp_path / "published"
 
 
 def test_a_run_on_several_data_sets_is_the_run_on_each_and_their_mean(script, trained, published):
