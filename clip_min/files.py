@@ -25,15 +25,6 @@ from clip_min.typed import expect
 HALF_WRITTEN = re.compile(r"\.clip_min-(.*)-[a-z0-9_]{8}", re.DOTALL)
 
 
-@contextlib.contextmanager
-def _place_for(path: Path) -> Iterator[Path]:
-    """A folder for what is to become `path`, removed at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = {"dir": path.parent, "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(prefix=f".clip_min-{path.name[:40]}-", **beside) as folder:
-        yield Path(folder)
-
-
 def remove_half_written(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left in `folder`, of every file or of the one of this name."""
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -43,27 +34,35 @@ def remove_half_written(folder: Path, name: str | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _unwritten(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: could not be written ({error}); free space or choose another place; any earlier "
+        "file is intact"
+    )
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
-    """Write to the temporary name this yields; on success it becomes `path`, synced to disk.
+    """Write a file to the temporary name this yields, or make a folder there; on success it becomes
+    `path`, a file synced to disk.
 
     On any failure (a full disk, a kill) the earlier file stays as it was.
     """
     path = Path(path)
+    beside = {"dir": path.parent, "prefix": f".clip_min-{path.name[:40]}-"}
     try:
-        with _place_for(path) as folder:
-            temporary = folder / path.name  # its ending tells savers of pictures the format
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as place:
+            temporary = Path(place) / path.name  # its ending tells savers of pictures the format
             yield str(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.umask(umask := os.umask(0))
-            os.chmod(temporary, 0o666 & ~umask)  # as any new file: mkstemp's is its owner's alone
+            if temporary.is_file():
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.umask(umask := os.umask(0))
+                os.chmod(temporary, 0o666 & ~umask)  # as any new file: some savers' are private
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: could not be written ({error}); free space or choose another place; "
-            "any earlier file is intact"
-        ) from None
+        raise _unwritten(path, error) from None
 
 
 @contextlib.contextmanager
@@ -72,19 +71,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     On any failure nothing of it remains.
     """
-    path = Path(path)
-    if path.exists():
+    if Path(path).exists():
         raise UserError(f"{path}: is there already; choose another place")
-    try:
-        with _place_for(path) as temporary:
-            folder = temporary / path.name
-            folder.mkdir()
-            yield folder
-            folder.rename(path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: could not be written ({error}); free space or choose another place"
-        ) from None
+    with replacing(path) as temporary:
+        folder = Path(temporary)
+        folder.mkdir()
+        yield folder
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -92,8 +84,26 @@ def write_text(path: str | Path, text: str) -> None:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file, synced to disk; where that fails, the file stays as it was.
+
+    A kill may leave half of the line, which then lacks its end.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise _unwritten(path, error) from None
+
+
 def write_json(path: str | Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(

@@ -37,14 +37,15 @@ def expect(value, kind, where: str, key: str = "") -> None:
     if not _fits(value, outer):
         at = f"{where}: {key} is" if key else f"{where}: is"
         raise UserError(f"{at} {_SHORT.repr(value)}, expected {words(outer)}")
+    dot = "." if key else ""
     if isinstance(kind, dict):
         for name, part in kind.items():
             if name not in value:
-                raise UserError(f"{where}: {_join(key, name)} is missing")
-            expect(value[name], part, where, _join(key, name))
+                raise UserError(f"{where}: {key}{dot}{name} is missing")
+            expect(value[name], part, where, f"{key}{dot}{name}")
     elif origin in (list, dict):
         for name, item in enumerate(value) if origin is list else value.items():
-            expect(item, inner[-1], where, _join(key, name))
+            expect(item, inner[-1], where, f"{key}{dot}{name}")
 
 
 def expect_fields(settings) -> None:
@@ -63,6 +64,8 @@ def words(kind) -> str:
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(str, inner))
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each {words(inner[0])}"
     return " or ".join(map(words, inner)) if inner else WORDS.get(kind, str(kind))
 
 
@@ -72,6 +75,8 @@ def _fits(value, kind) -> bool:
         return any(type(value) is type(one) and value == one for one in inner)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
+    if typing.get_origin(kind) is tuple:  # tuple[str, ...]
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
     if kind is float:
         return type(value) in (int, float) and abs(value) < 3e38  # float32's range; NaN is not <
     if kind is int:
@@ -81,7 +86,3 @@ def _fits(value, kind) -> bool:
     ):  # half a surrogate pair can be neither shown nor kept
         return "\0" not in value and value.encode(errors="ignore").decode() == value
     return isinstance(value, kind)
-
-
-def _join(key: str, name) -> str:
-    return f"{key}.{name}" if key else str(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clip_min.errors import nearest
 from fewshot import demo, readers
-from fewshot.coop import DATASETS_MD
+from fewshot.coop_split import DATASETS_MD
 from fewshot.folder import Parts
 from fewshot.readers import ImageNet, Lists
 
@@ -47,7 +47,6 @@ DATASETS = {
     "folder": Entry(
         readers.read_own,
         "your own pictures in --data-root: folders, or a CSV",
-        model="demo",
         coop_file="split_zhou_*.json",
     ),
     "flowers102": Entry(

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from clip_min.errors import UserError, nearest
 from clip_min.tokenizer import tokenizer
-from fewshot import coop, readers
+from fewshot import coop_split, readers
 from fewshot.catalogue import DATASETS, GROUPS, Entry
 from fewshot.folder import Parts
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def load(
     if entry.classes and len(names) != entry.classes:
         raise UserError(f"{name}: has {len(names)} classes, expected {entry.classes}")
     notes = [*read.notes]
-    told_apart(str(root or name), names, notes if entry.classes else None)
+    check_names(str(root or name), names, notes if entry.classes else None)
     own = name == "folder" and split == "official"
     return Dataset(names, entry.template, *parts, split, own, notes)
 
 
-def told_apart(where: str, names: list[str], notes: list[str] | None = None) -> None:
+def check_names(where: str, names: list[str], notes: list[str] | None = None) -> None:
     """UserError, if two names are one to CLIP, since they would always tie, or one is none.
 
     It reads tokens: case, HTML, Unicode's ways to write one letter and spaces make no difference.
@@ -98,7 +98,8 @@ def _read_coop(name: str, root: Path | None, seed: int, file: Path | None) -> Pa
     root = readers.own(root) if name == "folder" else root
     places = [*(root / f for f in entry.folders if (root / f).is_dir()), root]
     todo = _to_fetch(entry, root)
-    return coop.read_split(file or coop.find_split(places, entry.coop_file, todo), places, todo)
+    file = file or coop_split.find_split(places, entry.coop_file, todo)
+    return coop_split.read_split(file, places, todo)
 
 
 def _to_fetch(entry: Entry, root: Path) -> str:
@@ -106,11 +107,10 @@ def _to_fetch(entry: Entry, root: Path) -> str:
     return entry.fetch and f"put into {root / entry.folders[0]}: {entry.fetch}; see {entry.url}"
 
 
-def listed() -> str:
-    """The data sets, a line each, for --help."""
-    rows = [(name, entry.about) for name, entry in DATASETS.items()]
-    rows += [(name, f"all of {', '.join(names)}") for name, names in GROUPS.items()]
-    return "\n".join(f"  {name:<18}{about}" for name, about in rows)
+# For --help.
+_ABOUT = {name: entry.about for name, entry in DATASETS.items()}
+_ABOUT |= {name: f"all of {', '.join(names)}" for name, names in GROUPS.items()}
+LISTED = "\n".join(f"  {name:<18}{about}" for name, about in _ABOUT.items())
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 A reader takes --data-root and --seed and gives `Parts`. It may raise OSError or RuntimeError where
 files are missing or cannot be downloaded: fewshot/datasets.py, which lists the data sets, says what
-to do then. CoOp's splits are read by fewshot/coop.py.
+to do then. CoOp's splits are read by fewshot/coop_split.py.
 """
 
 import os
@@ -14,9 +14,9 @@ import torch
 
 from clip_min import UserError
 from fewshot import demo
-from fewshot.folder import Parts, read_folder, read_text, same_classes, spoken, visible
-from fewshot.images import ENDINGS, Pictures
-from fewshot.manifest import exist, is_manifest, read_manifest
+from fewshot.folder import Parts, check_classes, read_folder, read_text, spoken, visible
+from fewshot.manifest import check_files, is_manifest, read_manifest
+from fewshot.pictures import ENDINGS, Pictures
 
 
 def read_demo(root: Path | None, seed: int) -> Parts:
@@ -137,7 +137,7 @@ def read_cars(root: Path, seed: int) -> Parts:
     parts = [StanfordCars(root, name) for name in ("train", "test")]
     rows = [[(Path(file), int(label)) for file, label in part._samples] for part in parts]
     files = [file for part in rows for file, _ in part]
-    exist(files, [str(root)] * len(files))
+    check_files(files, [str(root)] * len(files))
     train, test = (
         Pictures([file for file, _ in part], torch.tensor([label for _, label in part]))
         for part in rows
@@ -176,7 +176,7 @@ class Lists:
         names = sorted(found, key=str.lower)
         if self.classes:
             names = [spoken(line) for line in read_text(base / self.classes).splitlines()]
-            same_classes(str(base), found, names, self.classes)
+            check_classes(str(base), found, names, self.classes)
         number = {name: k for k, name in enumerate(names)}
         train, val, test = (
             Pictures([file for file, _ in rows], torch.tensor([number[name] for _, name in rows]))
@@ -192,7 +192,7 @@ class Lists:
                 raise UserError(f"{base / file}: has a line that cannot be read: {line!r}")
             picture = base / "images" / f"{found['file'].removesuffix('.jpg')}.jpg"
             rows.append((picture, spoken(found["name"])))
-        exist([picture for picture, _ in rows], [str(base / file)] * len(rows))
+        check_files([picture for picture, _ in rows], [str(base / file)] * len(rows))
         return rows
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_min.errors import UserError, nearest
 from clip_min.files import read_json_lines
-from fewshot import coop
+from fewshot import coop_split
 from fewshot.datasets import Dataset
 from fewshot.folder import spoken
 
@@ -34,8 +34,8 @@ def fix(dataset: Dataset, file: Path, seed: int) -> Dataset:
         left = torch.ones(len(dataset.train), dtype=torch.bool)
         left[chosen] = False
         pool = dataset.train[left.nonzero().flatten()] if val is None else val
-        few = min(int(train.labels.bincount().max()), coop.FEW_VAL)
-        drawn = coop.sample(pool.labels.tolist(), few, random.Random(seed))
+        few = min(int(train.labels.bincount().max()), coop_split.FEW_VAL)
+        drawn = coop_split.sample(pool.labels.tolist(), few, random.Random(seed))
         val = pool[torch.tensor(drawn, dtype=torch.long)]
     return replace(dataset, train=train, val=val)
 

@@ -33,7 +33,18 @@ from oracle import SMALL, far, openai_clip, random_tokens, renamed, same_in_ours
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clip_min import CLIP, CONFIGS, UserError, formats, load, save, tokenize, weights
+from clip_min import (
+    CLIP,
+    CONFIGS,
+    UserError,
+    description,
+    formats,
+    hub,
+    load,
+    save,
+    tokenize,
+    weights,
+)
 from clip_min.errors import Note
 from clip_min.files import remove_half_written
 from clip_min.pickled import read_pickled
@@ -469,14 +480,14 @@ def test_what_a_lone_file_does_not_tell_is_said_once(theirs, tmp_path):
 
 def test_the_demo_model_ships_whole_and_small():
     assert load("demo").config == CONFIGS["demo"]
-    assert weights.DEMO.stat().st_size < 8_000_000
+    assert hub.DEMO.stat().st_size < 8_000_000
 
 
 def test_sizes_read_off_the_tensors_name_the_known_models():
     for name in ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"):
         with torch.device("meta"):
             state = CLIP(CONFIGS[name]).state_dict()
-        assert weights.infer_config(state) == CONFIGS[name]
+        assert description.infer_config(state) == CONFIGS[name]
         assert weights.model_name(CONFIGS[name]) == name
     assert weights.model_name(SMALL) == "custom"
 
@@ -490,6 +501,33 @@ def test_a_fingerprint_tells_weights_apart_and_nothing_else(theirs, tmp_path):
     with torch.no_grad():
         other.visual.transformer.resblocks[1].mlp.c_fc.weight[3, 4] += 1e-6
     assert weights.fingerprint(other) != before
+
+
+def test_a_fingerprint_is_computed_once_and_again_after_any_change(theirs, monkeypatch):
+    model, hashed = same_in_ours(copy.deepcopy(theirs), SMALL), []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda: hashed.append(1) or sha256())
+    seen = [weights.fingerprint(model) for _ in range(2)]
+    weights.fingerprint(copy.deepcopy(model, {id(t): t for t in model.parameters()}))
+    assert (seen[0], len(hashed)) == (seen[1], 1)  # a tree of its own over the same tensors, too
+    block = model.visual.transformer.resblocks[1]
+    with torch.no_grad():
+        block.ln_1.bias[3] += 1e-6  # in place
+        seen.append(weights.fingerprint(model))
+        block.ln_1.bias = torch.nn.Parameter(block.ln_1.bias + 1e-6)  # replaced
+        seen.append(weights.fingerprint(model))
+        block.ln_1.bias.data = block.ln_1.bias + 1e-6
+        seen.append(weights.fingerprint(model))
+    block.attn.heads, model.config = 4, dataclasses.replace(SMALL, vision_heads=4)
+    seen.append(weights.fingerprint(model))
+    assert len({*seen}) == len(hashed) == 5
+    fresh = copy.deepcopy(model)
+    assert weights.fingerprint(fresh) == seen[-1]
+    with torch.inference_mode():  # whose tensors count no changes, so that nothing can be kept
+        fresh.load_state_dict({n: t.clone() for n, t in fresh.state_dict().items()}, assign=True)
+        first = weights.fingerprint(fresh)
+        fresh.ln_final.bias += 1
+        assert seen[-1] == first != weights.fingerprint(fresh)
 
 
 @pytest.mark.slow
@@ -869,23 +907,23 @@ def test_an_archive_that_lies_about_its_tensors_is_refused(tmp_path, data):
 
 def test_openais_file_names_stand_for_openais_sha256(theirs, tmp_path, monkeypatch):
     published = {url.split("/")[-1]: url.split("/")[-2] for url in clip.clip._MODELS.values()}
-    assert weights.OPENAI_SHA256.items() <= published.items()
-    assert len(weights.OPENAI_SHA256) == 4
+    assert hub.OPENAI_SHA256.items() <= published.items()
+    assert len(hub.OPENAI_SHA256) == 4
     path = tmp_path / "ViT-B-16.pt"
     torch.save(theirs.state_dict(), path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     message = refusal(path)
     assert found[:16] in message
     assert published[path.name][:16] in message
-    monkeypatch.setitem(weights.OPENAI_SHA256, path.name, found)
+    monkeypatch.setitem(hub.OPENAI_SHA256, path.name, found)
     assert load(path).config == SMALL
 
 
 @pytest.mark.parametrize("name", ["ViT-B/99", "", "nowhere/model.safetensors", "RN50", "."])
 def test_an_unknown_name_is_told_the_known_ones(name):
     message = refusal(name)
-    assert all(known in message for known in ("demo", *weights.HUB))
-    assert set(weights.HUB) < set(CONFIGS)
+    assert all(known in message for known in ("demo", *hub.HUB))
+    assert set(hub.HUB) < set(CONFIGS)
 
 
 def test_an_unknown_ending_is_told_the_known_ones(tmp_path):
@@ -994,7 +1032,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next_to_the_same_place(tmp_
 # --------------------------------------------------------------------------------------- the hub
 
 
-REPO, REVISION, _ = weights.HUB["ViT-B/16"]
+REPO, REVISION, _ = hub.HUB["ViT-B/16"]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -1043,25 +1081,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch, theirs, tmp_path):
+def server(monkeypatch, theirs, tmp_path):
     """A server that has ViT-B/16's file, in which is the small CLIP."""
     save_file(theirs.state_dict(), tmp_path / "served.safetensors")
-    address = f"/{REPO}/resolve/{REVISION}/{weights.HUB_FILE}"
+    address = f"/{REPO}/resolve/{REVISION}/{hub.HUB_FILE}"
     content = (tmp_path / "served.safetensors").read_bytes()
     monkeypatch.setattr(Hub, "files", {address: content})
     for name, value in {"asked": [], "cuts": [], "refusal": None}.items():
         monkeypatch.setattr(Hub, name, value)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.sha256 = hashlib.sha256(content).hexdigest()
-    yield server
-    server.shutdown()
-    server.server_close()
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    serving.url = f"http://127.0.0.1:{serving.server_port}"
+    serving.sha256 = hashlib.sha256(content).hexdigest()
+    yield serving
+    serving.shutdown()
+    serving.server_close()
 
 
 @pytest.fixture
-def fetch(hub, monkeypatch, tmp_path, capsys):
+def fetch(server, monkeypatch, tmp_path, capsys):
     """(name, endpoint) -> the command on a name, against that server and a cache of its own.
 
     In this process, since each new one takes seconds: what the client reads from the environment
@@ -1069,10 +1107,10 @@ def fetch(hub, monkeypatch, tmp_path, capsys):
     """
     import huggingface_hub.constants as client
 
-    monkeypatch.setitem(weights.HUB, "ViT-B/16", (REPO, REVISION, hub.sha256))
+    monkeypatch.setitem(hub.HUB, "ViT-B/16", (REPO, REVISION, server.sha256))
     monkeypatch.setattr(client, "HF_HUB_CACHE", str(tmp_path / "home"))
 
-    def run(name: str = "ViT-B/16", endpoint: str = hub.url) -> SimpleNamespace:
+    def run(name: str = "ViT-B/16", endpoint: str = server.url) -> SimpleNamespace:
         monkeypatch.setattr(client, "ENDPOINT", endpoint)
         monkeypatch.setattr(
             client,
@@ -1088,7 +1126,7 @@ def fetch(hub, monkeypatch, tmp_path, capsys):
 
 
 def test_a_name_is_downloaded_once_with_progress_and_then_needs_no_network(
-    root, hub, state, tmp_path
+    root, server, state, tmp_path
 ):
     """In a process and a terminal of its own, as a user would."""
     import fcntl
@@ -1096,18 +1134,18 @@ def test_a_name_is_downloaded_once_with_progress_and_then_needs_no_network(
     import termios
 
     program = (
-        "import sys; from clip_min import weights; "
-        f"weights.HUB['ViT-B/16'] = {(REPO, REVISION, hub.sha256)}; "
+        "import sys; from clip_min import hub, weights; "
+        f"hub.HUB['ViT-B/16'] = {(REPO, REVISION, server.sha256)}; "
         "sys.exit(weights.main(['convert', 'ViT-B/16', sys.argv[1]]))"
     )
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     environment |= {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     out, (terminal, its_end) = tmp_path / "out.safetensors", pty.openpty()
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows, columns
     command = [sys.executable, "-c", program, str(out)]
     assert subprocess.run(command, cwd=root, env=environment, stderr=its_end).returncode == 0
     shown = os.read(terminal, 65536).decode()
-    assert weights.HUB_FILE in shown
+    assert hub.HUB_FILE in shown
     assert "100%" in shown
     assert_holds(load(out), state)
     assert len([line for line in Hub.asked if line.startswith(f"GET /{REPO}/")]) == 1
@@ -1158,11 +1196,11 @@ def test_a_hub_that_wants_to_know_who_asks_is_one_line(refusal, fetch, monkeypat
 def test_a_hub_that_does_not_answer_is_one_line_at_once(fetch, tmp_path):
     """Nothing listens there. That the client does not try again shows in its silence."""
     result = fetch(endpoint="http://127.0.0.1:9")
-    assert_one_line_error(result, "ViT-B/16", "cannot be reached", "--model path/to/ViT-B-16.pt")
+    assert_one_line_error(result, "ViT-B/16", "cannot be reached", "ViT-B-16.pt; --model demo, ")
 
 
 def test_a_file_that_is_not_the_published_one_is_one_line_and_never_used(
-    fetch, hub, state, tmp_path
+    fetch, server, state, tmp_path
 ):
     (address,) = Hub.files
     spoiled = bytearray(Hub.files[address])
@@ -1174,7 +1212,7 @@ def test_a_file_that_is_not_the_published_one_is_one_line_and_never_used(
         assert result.returncode == 2
         last = result.stderr.splitlines()[-1]
         assert last.startswith(f"error: {tmp_path / 'home'}")
-        assert f"sha256 is {found[:16]}…, but {REPO} has {hub.sha256[:16]}…; delete" in last
+        assert f"sha256 is {found[:16]}…, but {REPO} has {server.sha256[:16]}…; delete" in last
         assert not (tmp_path / "out.safetensors").exists()
     Path(last.removeprefix("error: ").split(": sha256")[0]).unlink()  # as it says
     Hub.files[address] = good
@@ -1189,7 +1227,7 @@ def test_offline_and_not_cached_is_one_line(root, tmp_path):
 
 
 def test_revisions_and_checksums_are_whole():
-    for name, (repo, revision, sha256) in weights.HUB.items():
+    for name, (repo, revision, sha256) in hub.HUB.items():
         assert name in CONFIGS
         assert repo.startswith("timm/vit_")
         assert len(bytes.fromhex(revision)) == 20

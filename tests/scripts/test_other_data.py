@@ -13,7 +13,7 @@ import clip_min
 from fewshot import datasets
 from fewshot.catalogue import GROUPS
 from fewshot.datasets import Dataset
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
 
 RUN = "noise/tiny/lora-s4-seed1"
 OTHERS = {"amber_lily": (200, 150, 60), "night": (10, 10, 30), "moss-green": (70, 120, 40)}
