@@ -54,12 +54,15 @@ def main() -> None:
         described(run)  # which says at once if it is not one
     else:
         nearest("--method", given["method"], ["zero_shot"])
-        names = {"classes": "all"} if "image" in given else {}  # there, --classes names them
-        run, experiment = None, Experiment(**pick(Experiment, given | names))
+        more = {"classes": "all"} if "image" in given else {}  # there, --classes names them
+        asked = given.get("dataset", Experiment.dataset)
+        each = [implied(asked) | given | more | {"dataset": name} for name in chosen(asked)]
+        run, experiments = None, [Experiment(**pick(Experiment, flags)) for flags in each]
+        experiment = experiments[0]
     if "image" in given:
         classify(run, experiment, given)
     elif run is None:
-        test_zero_shot(experiment, given)
+        show_mean({each.dataset: test_zero_shot(each, given) for each in experiments})
     elif "dataset" in given:
         transfer(run, experiment, given)
     else:
@@ -96,13 +99,15 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     """
     names = chosen(given["dataset"])
     others = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
-    more, source, summaries = implied(given["dataset"]), run.config["experiment"], {}
-    for name in others:
-        zero_shot, scores = on_other(run, experiment, more | given | {"dataset": name}).values()
-        one = {(source["shots"], source["seed"]): {**scores, "zero_shot": zero_shot}}
-        summaries[name] = grid.summarise(one)
-    if len(summaries) > 1:
-        print(f"\n{grid.table_of_data_sets(run.config['method'], summaries)}")
+    more = implied(given["dataset"]) | given
+    show_mean({name: on_other(run, experiment, more | {"dataset": name}) for name in others})
+
+
+def show_mean(tables: dict[str, dict[str, dict]]) -> None:
+    """Print the tables of several data sets as one, with their mean."""
+    if len(tables) > 1:
+        of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
+        print(f"\n{grid.table_of_data_sets(of)}")
 
 
 def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
@@ -131,7 +136,9 @@ def compare(run: Run, clip: CLIP, task: Task) -> dict[str, dict]:
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
     rows = {"zero-shot": evaluate(unadapted, task, queries)}
     method = trained(run, clip, task.template)
-    if task.classnames != run.learned:
+    if task.classnames != run.learned and (
+        method.names_unseen or not {*task.classnames} <= {*run.learned}
+    ):
         method = method.for_classes(task.classnames)
     rows[run.config["method"]] = evaluate(method, task, queries)
     if queries:
@@ -140,9 +147,9 @@ def compare(run: Run, clip: CLIP, task: Task) -> dict[str, dict]:
     return rows
 
 
-def test_zero_shot(experiment: Experiment, given: dict) -> None:
-    """Print the table of CLIP as it is and, if some are given, with several templates."""
-    clip, task = experiment.load(cache.chosen(given))
+def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
+    """Print and return the table of CLIP as it is and, if any are given, with templates."""
+    clip, task = experiment.load(cache.chosen(given), record={})  # nothing is learned
     experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
@@ -153,6 +160,7 @@ def test_zero_shot(experiment: Experiment, given: dict) -> None:
         settings = zero_shot.Settings(given["templates"])
         rows["zero-shot, templates"] = evaluate(zero_shot(clip, names, template, settings), task)
     print(table(rows))
+    return rows
 
 
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:

@@ -19,7 +19,7 @@ from clip_min.errors import UserError, nearest
 from clip_min.files import read_json_lines
 from fewshot import coop_split
 from fewshot.datasets import Dataset
-from fewshot.folder import spoken
+from fewshot.folder import readable, spoken
 
 
 def fix(dataset: Dataset, file: Path, seed: int) -> Dataset:
@@ -57,9 +57,12 @@ def read_shots(file: Path, dataset: Dataset) -> Tensor:
         if len(best) != 1:
             many = f"{len(best)} training pictures end like" if best else "no training picture is"
             raise UserError(f"{where}: {many} {path}; give a path that names one of them")
+        truth = int(dataset.train.labels[best[0]])
         if isinstance(label, str):
-            label = names.index(nearest(f"{where}: class", spoken(label), names))
-        if label != (truth := int(dataset.train.labels[best[0]])):
+            ways = (label, spoken(label), readable(label))
+            name = next((way for way in ways if way in names), spoken(label))
+            label = truth if nearest(f"{where}: class", name, names) == names[truth] else None
+        if label != truth:
             raise UserError(
                 f"{where}: {path} is of class {line['label']}, but the data set says {truth} "
                 f"({names[truth]})"

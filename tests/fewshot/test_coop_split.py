@@ -212,12 +212,16 @@ def test_all_shots_are_all_of_the_split(root, split):
         assert files == {path for path, *_ in split[part]}
 
 
-def test_a_split_without_validation_is_read_but_not_drawn_from(root, split):
+def test_a_split_without_validation_gives_it_from_its_training_part(root, split):
     (root / "split_zhou_Mine.json").write_text(without("val")(split))
     data = load(root)
     assert data.val is None
-    with pytest.raises(UserError, match="no validation part"):
-        make_task(data, 2, 1, "all", Reader(4, folder=None))
+    task = make_task(data, 2, 1, "all", Reader(4, folder=None))
+    assert [len(task.train), len(task.val)] == [10, 9]  # the last class has 3
+    everything = [part.pictures.source for part in (task.train, task.val)]
+    assert {*everything[0]}.isdisjoint(everything[1])
+    with pytest.raises(UserError, match="none is left for validation; lower --shots"):
+        make_task(data, 12, 1, "all", Reader(4, folder=None))
 
 
 def test_without_validation_pictures_they_are_drawn_from_what_training_leaves(numbered):

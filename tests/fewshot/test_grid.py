@@ -115,9 +115,8 @@ def test_the_mean_over_data_sets_is_the_published_one():
         name: grid.summarise({(16, 1): {**score(base + 1, novel), "zero_shot": score(base, novel)}})
         for name, (base, novel) in PUBLISHED.items()
     }
-    zero_shot, ours = (
-        t.splitlines() for t in grid.table_of_data_sets("lora", summaries).split("\n\n")
-    )
+    of = {name: grid.rows("lora", summary) for name, summary in summaries.items()}
+    zero_shot, ours = (t.splitlines() for t in grid.table_of_data_sets(of).split("\n\n"))
     assert zero_shot[:2] == ["zero-shot", f"{'base':>31}{'novel':>16}{'HM':>16}"]
     assert [line.split()[0] for line in zero_shot[2:]] == [*PUBLISHED, "mean"]
     assert zero_shot[3].split() == ["caltech101", "96.84", "94.00", "95.40"]
@@ -131,8 +130,8 @@ def test_one_number_a_run_is_one_table_of_data_sets():
         name: {(16, 1): {**score(None, None, top), "zero_shot": score(None, None, top - 9)}}
         for name, top in (("dtd", 50.0), ("eurosat", 60.0))
     }
-    summaries = {name: grid.summarise(results) for name, results in runs.items()}
-    lines = grid.table_of_data_sets("lora", summaries).splitlines()
+    of = {name: grid.rows("lora", grid.summarise(results)) for name, results in runs.items()}
+    lines = grid.table_of_data_sets(of).splitlines()
     assert [line.split() for line in lines] == [
         ["zero-shot", "lora,", "16", "shots"],
         ["dtd", "41.00", "50.00"],
@@ -144,5 +143,5 @@ def test_one_number_a_run_is_one_table_of_data_sets():
 def test_a_score_that_a_data_set_lacks_has_no_mean():
     probe = {"base": 90.0, "novel": None, "hm": None, "all": None}
     runs = {(4, 1): {**probe, "zero_shot": score(70.0, 60.0)}}
-    shown = grid.table_of_data_sets("linear_probe", {"dtd": grid.summarise(runs)})
+    shown = grid.table_of_data_sets({"dtd": grid.rows("linear_probe", grid.summarise(runs))})
     assert shown.splitlines()[-1].split() == ["mean", "90.00", "n/a", "n/a"]
