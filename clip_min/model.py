@@ -30,7 +30,10 @@ from clip_min.prompts import PromptTree
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The sizes of a CLIP. Every OpenAI ViT has heads 64 wide: heads = width / 64."""
+    """The sizes of a CLIP, and what no tensor tells: its activation, and how pictures are prepared.
+
+    Every OpenAI ViT has heads 64 wide: heads = width / 64.
+    """
 
     embed_dim: int  # E, the shared space
     image_size: int  # pixels, square
@@ -43,13 +46,19 @@ class CLIPConfig:
     text_heads: int
     context_length: int = 77  # tokens, start and end included
     vocab_size: int = 49408
+    activation: str = "quick_gelu"  # in every MLP; or "gelu"
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in [0, 1]
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    resize: str = "shortest"  # side to image_size, of which the centre is read; or "squash": both
+    interpolation: str = "bicubic"  # or "bilinear"
 
 
-CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), and the one the demo task runs on
+CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), a larger one, and the demo task's
     "ViT-B/32": CLIPConfig(512, 224, 32, 768, 12, 12, 512, 12, 8),
     "ViT-B/16": CLIPConfig(512, 224, 16, 768, 12, 12, 512, 12, 8),
     "ViT-L/14": CLIPConfig(768, 224, 14, 1024, 24, 16, 768, 12, 12),
     "ViT-L/14@336px": CLIPConfig(768, 336, 14, 1024, 24, 16, 768, 12, 12),
+    "ViT-H/14": CLIPConfig(1024, 224, 14, 1280, 32, 16, 1024, 24, 16),  # others'; heads 80 wide
     "demo": CLIPConfig(64, 64, 8, 128, 3, 4, 64, 3, 2),
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
-from clip_min.hub import HUB, IN_FOLDERS, locate
+from clip_min.hub import DEMO, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets
 from fewshot.folder import read_text, spoken
@@ -153,7 +153,7 @@ class Experiment:
 
     def _model_folder(self) -> str:
         """ "ViT-B-16"; of a file its name, or its folder's where all files are called so."""
-        if self.model in ("demo", *HUB):
+        if locate(self.model, download=False) in (None, DEMO):
             return self.model.replace("/", "-")
         path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
         if path.is_dir():
