@@ -26,6 +26,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min.description import UNTOLD, described, infer_config
@@ -43,30 +44,56 @@ def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
 ) -> CLIP:
-    """A CLIP with weights, in eval mode. `name_or_path`: see the top of this file."""
-    state, config = read(name_or_path)
+    """A CLIP with weights, in eval mode. `name_or_path`: see the top of this file.
+
+    image_size: pixels of the pictures it is to read, where not those it was trained with; a
+    multiple of its patches. Its positions are then resized.
+    """
+    state, config = read(name_or_path, device, dtype)
     if odd := [key for key in UNTOLD if getattr(config, key) != getattr(CLIPConfig, key)]:
         raise UserError(f"{name_or_path}: its {' and '.join(odd)} cannot be computed here yet")
     with torch.device("meta"):  # shapes only: no time or memory for an initialisation
         clip = CLIP(config)
-    expected = clip.state_dict()
-    problems = mismatches(state, expected)
+    problems = mismatches(state, clip.state_dict())
     problems += [
         f"{name} is {tensor.dtype}, expected floating point"  # quantised, say
         for name, tensor in state.items()
         if not tensor.is_floating_point()
     ]
-    if not problems:
-        state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
-        problems = [f"{n} has NaN or infinity" for n, t in state.items() if not t.isfinite().all()]
+    problems = problems or [
+        f"{name} has NaN or infinity"
+        for name, tensor in state.items()
+        if not torch.stack(tensor.aminmax()).isfinite().all()
+    ]
     if problems:
         shown = "; ".join(problems[:20]) + (
             f"; and {len(problems) - 20} more" * (len(problems) > 20)
         )
         raise UserError(f"{name_or_path}: not the weights of one CLIP (ViT): {shown}")
+    if image_size not in (None, config.image_size):
+        if image_size < 1 or image_size % config.patch_size:
+            raise UserError(
+                f"{name_or_path}: cannot read pictures of {image_size} pixels; expected a multiple "
+                f"of its patches' {config.patch_size}"
+            )
+        positions = state["visual.positional_embedding"]
+        grid = image_size // config.patch_size
+        state["visual.positional_embedding"] = resized(positions, grid)
+        with torch.device("meta"):
+            clip = CLIP(replace(config, image_size=image_size))
     clip.load_state_dict(state, assign=True)
     return clip.eval()
+
+
+def resized(positions: Tensor, grid: int) -> Tensor:
+    """An image tower's positions (1 + g·g, D) -> (1 + grid·grid, D), as open_clip resizes them."""
+    rows = round((len(positions) - 1) ** 0.5)  # g
+    patches = positions[1:].float().unflatten(0, (rows, rows)).permute(2, 0, 1)  # (D, g, g)
+    how = {"mode": "bicubic", "antialias": True, "align_corners": False}
+    patches = F.interpolate(patches[None], (grid, grid), **how)[0]  # (D, grid, grid)
+    return torch.cat([positions[:1], patches.flatten(1).T.to(positions.dtype)])
 
 
 def mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
@@ -94,18 +121,32 @@ def save(
     write_safetensors(path, state, {"clip_min": header})
 
 
-def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
-    """The tensors of a model under our names, and the sizes they imply."""
+def read(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, Tensor], CLIPConfig]:
+    """The tensors of a model under our names, and what it is.
+
+    Each is cast as it is read, so that memory holds the model once, in the precision asked for.
+    """
     path = locate(str(name_or_path))
-    metadata = {}
-    if path.suffix == ".safetensors":
-        state, metadata = read_safetensors(path)
+    metadata, state, mapped = {}, {}, path.suffix == ".safetensors"
+    if mapped:
+        tensors, metadata = read_safetensors(path)
     elif path.suffix in SUFFIXES:
-        state = _read_torch(path)
+        tensors = _read_torch(path)
     else:
         raise UserError(f"{path}: weights are .safetensors, .pt, .pth or .bin, not {path.suffix!r}")
+
+    def take(name: str) -> Tensor:  # mapped anew, so that it is unmapped once it is copied
+        return read_safetensors(path, name)[0][name] if mapped else tensors.pop(name)
+
+    largest_first = sorted(tensors, key=lambda name: tensors[name].numel(), reverse=True)
     try:
-        state = to_our_names(state)
+        for name, tensor in to_our_names(largest_first, take):
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            state[name] = tensor.to(device, kind, copy=mapped)
         config = infer_config(state)
     except KeyError as missing:
         raise UserError(

@@ -9,9 +9,12 @@ import json
 import pickle
 import random
 import resource
+import subprocess
+import sys
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import clip
 import clip.clip
@@ -38,6 +41,7 @@ from clip_min import (
 )
 from clip_min.errors import Note
 from clip_min.files import remove_half_written
+from clip_min.names import to_hugging_face, to_openai_names
 from clip_min.pickled import read_pickled
 
 CLOSE = 1e-5
@@ -368,6 +372,72 @@ def test_open_clips_vit_b_16_of_full_size(tmp_path):
     tokens = clip.tokenize(["a rose", "a photo of a lily-valley, a type of flower."]).long()
     assert far(model.encode_image(images), theirs.encode_image(images)) < CLOSE
     assert far(model.encode_text(tokens), theirs.encode_text(tokens)) < CLOSE
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from clip_min import load
+
+def told(key):  # kB
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+load("demo")  # what is allocated once
+Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+before = told("VmRSS:")
+clip = load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+size = sum(p.numel() * p.element_size() for p in clip.parameters())
+print((told("VmHWM:") - before) * 1024 / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("names", [to_hugging_face, to_openai_names])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+def test_loading_takes_hardly_more_memory_than_the_model(root, stored, names, suffix, tmp_path):
+    """ViT-B/16, in processes of their own; a .bin file is read whole, so it is not cast down."""
+    with torch.no_grad():
+        state = names(CLIP(CONFIGS["ViT-B/16"]).to(stored).state_dict())
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    (save_file if suffix == ".safetensors" else torch.save)(state, file := tmp_path / f"a{suffix}")
+    wanted = ["float32"] if suffix == ".bin" else ["float32", "float16"]
+    for dtype in wanted:
+        command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(file), dtype]
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        assert 0.9 < float(run.stdout) <= 1.15
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image_size", [16, 24, 40, 64, 336])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-7), (torch.float16, 1e-3)])
+def test_positions_are_resized_as_open_clip_resizes_them(
+    image_size, dtype, close, theirs, tmp_path
+):
+    """The patches are 8 pixels; the model was made for 32."""
+    save(same_in_ours(theirs, SMALL), tmp_path / "a.safetensors")
+    like = SimpleNamespace(visual=SimpleNamespace(grid_size=(image_size // 8,) * 2))
+    state = {"visual.positional_embedding": theirs.visual.positional_embedding.detach()}
+    open_clip.model.resize_pos_embed(state, like)
+    clip = load(tmp_path / "a.safetensors", dtype=dtype, image_size=image_size)
+    assert far(clip.visual.positional_embedding, state["visual.positional_embedding"]) < close
+    assert clip.config == dataclasses.replace(SMALL, image_size=image_size)
+    images = torch.randn(2, 3, image_size, image_size, dtype=dtype)
+    assert clip.encode_image(images).shape == (2, SMALL.embed_dim)
+
+
+def test_a_resized_model_is_another_and_is_saved_as_it_is(theirs, tmp_path):
+    save(same_in_ours(theirs, SMALL), tmp_path / "a.safetensors")
+    plain, same, larger = (load(tmp_path / "a.safetensors", image_size=n) for n in (None, 32, 48))
+    assert weights.fingerprint(plain) == weights.fingerprint(same) != weights.fingerprint(larger)
+    save(larger, tmp_path / "b.safetensors")
+    assert load(tmp_path / "b.safetensors").config == larger.config
+    assert_holds(load(tmp_path / "b.safetensors"), larger.state_dict())
+    for size in (0, -8, 30, 33):
+        with pytest.raises(UserError, match=f"pictures of {size} pixels; .* multiple of .* 8"):
+            load(tmp_path / "a.safetensors", image_size=size)
 
 
 # ------------------------------------------------------------------------------------- bad files
