@@ -19,17 +19,18 @@ from tqdm import tqdm
 
 from clip_min.errors import nearest
 from fewshot import cache, datasets
+from fewshot.batches import autocast
 from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.folder import find_pictures
-from fewshot.images import autocast, open_image
+from fewshot.pictures import open_image
 from fewshot.record import kept, summary
 from fewshot.report import table
 from fewshot.run import Run
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS, Method
-from methods.load import described, trained
+from methods.interop.load import described, trained
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
@@ -67,9 +68,10 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
     """Print the table that training printed."""
     record = kept(run.path, run.config)
     clip, task = experiment.load(cache.chosen(given), record=record)
+    experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
-    run.check_model(clip)
+    run.check_model(weights.fingerprint(clip))
     if not (run.path / "results.json").exists():
         print("note: no results.json; if this training has not ended, its best epoch yet is tested")
     if run.config["classnames"] != {part: t.classnames for part, t in task.tests.items()}:
@@ -82,7 +84,7 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
             f"{run.path}: the data are not those it was trained and tested on, and which of them "
             "it has seen cannot be told without its data.json; put that back"
         )
-    compare(run, clip, task, experiment.template)
+    compare(run, clip, task)
 
 
 def transfer(run: Run, experiment: Experiment, given: dict) -> None:
@@ -90,29 +92,27 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
 
     The names and the template are that data set's; what was learned is the run's.
     """
-    other = Experiment(**pick(Experiment, given | {"model": experiment.model, "classes": "all"}))
+    known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
+    other = Experiment(**pick(Experiment, given | known))
     clip = weights.load(other.model, other.device)
-    other.use_threads(clip)
+    other.prepare(clip)
     dataset = other.load_dataset()
-    template = other.template or dataset.template
-    run.check_model(clip)
-    folder, record = cache.chosen(given), kept(run.path, run.config)
-    size, device = clip.config.image_size, torch.device(other.device)
-    more = (other.skip_bad_images, folder, experiment.precision)
-    task = make_test(dataset, size, device, *more, record=record)
+    run.check_model(weights.fingerprint(clip))
+    reader, record = other.reader(clip, cache.chosen(given)), kept(run.path, run.config)
+    task = make_test(dataset, reader, record=record)
     for note in task.notes:
         print(f"note: {note}")
-    images = len(task.tests["all"].batches)
-    print(f"{other.dataset}: {len(task.classnames)} classes, {images} test images; {template!r}")
-    compare(run, clip, task, template)
+    sizes = f"{len(task.classnames)} classes, {len(task.tests['all'].batches)} test images"
+    print(f"{other.dataset}: {sizes}; {task.template!r}")
+    compare(run, clip, task)
 
 
-def compare(run: Run, clip: CLIP, task: Task, template: str) -> None:
+def compare(run: Run, clip: CLIP, task: Task) -> None:
     """Print the table of zero-shot CLIP and of the run on `task`."""
     queries = Queries.of(*described(run), run.config["experiment"]["seed"])
-    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, template)
-    rows = {"zero-shot": evaluate(unadapted, task, queries)}  # first: some methods change this CLIP
-    method = trained(run, clip, template)
+    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
+    rows = {"zero-shot": evaluate(unadapted, task, queries)}
+    method = trained(run, clip, task.template)
     if task.classnames != run.learned:
         method = method.for_classes(task.classnames)
     rows[run.config["method"]] = evaluate(method, task, queries)
@@ -124,10 +124,11 @@ def compare(run: Run, clip: CLIP, task: Task, template: str) -> None:
 def test_zero_shot(experiment: Experiment, given: dict) -> None:
     """Print the table of CLIP as it is and, if some are given, with several templates."""
     clip, task = experiment.load(cache.chosen(given))
+    experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
     zero_shot = METHODS["zero_shot"]
-    names, template = task.classnames, experiment.template
+    names, template = task.classnames, task.template
     rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)}
     if given.get("templates"):
         settings = zero_shot.Settings(given["templates"])
@@ -139,7 +140,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     """Print the five likeliest classes of each picture."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
     clip = weights.load(experiment.model, experiment.device)
-    experiment.use_threads(clip)
+    experiment.prepare(clip)
     if "classes" in given:
         known = named(given["classes"])
     elif run is not None:
@@ -161,7 +162,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
             parts = list(batches)
             batches = [([f for part, _ in parts for f in part], torch.cat([x for _, x in parts]))]
         for read, x in batches:
-            for path, row in zip(read, method(x).softmax(-1), strict=True):  # x -> (B, K)
+            for path, row in zip(read, method.classify(x).softmax(-1), strict=True):  # x -> (B, K)
                 tqdm.write(str(path))  # above the progress bar
                 for probability, i in zip(*row.topk(min(5, len(row))), strict=True):
                     tqdm.write(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
@@ -185,7 +186,7 @@ def pictures_in(path: Path) -> list[Path]:
 def inputs(
     method: Method, files: list[Path], skipped: list[str]
 ) -> Iterator[tuple[list[Path], Tensor]]:
-    """The readable files, a batch at a time, and what `method` takes of them, (B, …).
+    """The readable files, a batch at a time, and them encoded for `method.classify`, (B, …).
 
     Why one could not be read is added to `skipped`; if none can, that is an error.
     """
@@ -201,7 +202,7 @@ def inputs(
                 skipped.append(str(error))
         if read:
             x = normalize(torch.stack(pixels).to(method.clip.device))  # (B, 3, n, n)
-            yield read, method.clip.encode_image(x) if method.input == "features" else x
+            yield read, method.encode(x)
         bar.update(len(batch))
     bar.close()
     if len(skipped) == len(files):
@@ -210,7 +211,7 @@ def inputs(
 
 
 def parse(argv: list[str]) -> dict:
-    parser = Parser(description=f"{__doc__}\ndata sets:\n{datasets.listed()}")
+    parser = Parser(description=f"{__doc__}\ndata sets:\n{datasets.LISTED}")
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")

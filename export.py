@@ -20,8 +20,9 @@ from fewshot.experiment import named, run_script
 from fewshot.flags import Parser
 from fewshot.run import Run
 from methods import Method
-from methods.export import classifier, merged_clip, to_peft
-from methods.load import trained
+from methods.interop.load import trained
+from methods.interop.peft import to_peft
+from methods.interop.plain_weights import classifier, merged_clip
 
 MERGED = {
     "safetensors": lambda clip, out, about: weights.save(clip, out, about=about),
@@ -76,8 +77,7 @@ def main() -> None:
         names = [name for part in run.config["classnames"].values() for name in part]
     else:
         names = method.classnames
-    template = getattr(method.settings, "templates", "") or run.template  # several, with | between
-    about, logits = {"classnames": names, "template": template}, SCALED
+    about, logits = {"classnames": names, "template": "|".join(method.templates)}, SCALED
     if name in MERGED:
         MERGED[name](merged_clip(method), out, about)
     elif name == "peft":

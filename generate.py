@@ -15,25 +15,25 @@ from pathlib import Path
 
 from clip_min import UserError, weights
 from fewshot import cache
+from fewshot.batches import Batches
 from fewshot.experiment import Experiment, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, pick
-from fewshot.images import Batches
 from fewshot.metrics import per_class, predict
 from fewshot.run import Run
 from fewshot.task import Task
+from gen.books import Manifest
 from gen.caption import Llava
 from gen.diffuse import Diffusion
 from gen.filter import Filter
-from gen.manifest import Manifest
 from gen.painter import DemoCaptioner, DemoPainter
 from gen.plan import plan
-from gen.report import contact_sheet, table
 from gen.settings import Generation
 from gen.studio import Studio
+from gen.summary import contact_sheet, table
 from gen.training import finished, join, made_from
 from methods import METHODS
 from methods.disef import DISEFSettings
-from methods.load import trained
+from methods.interop.load import trained
 
 STAGES = ["all", "caption", "diffuse", "filter"]
 
@@ -43,7 +43,8 @@ def main() -> None:
     experiment = Experiment(**pick(Experiment, given))
     options = Generation(**pick(Generation, given))
     filter = given.get("filter", "zero_shot")
-    _, task = experiment.load()
+    clip, task = experiment.load(cache.chosen(given))
+    experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
     default = default_folder(given.get("out", "runs"), experiment, options.plan, filter)
@@ -69,17 +70,13 @@ def generate(
     stage: str = "all",
 ) -> Manifest:
     """Make the images that `folder` lacks. filter: "zero_shot" or the folder of a run."""
-    options = options.for_task(experiment.dataset, experiment.template)
+    options = options.for_task(experiment.dataset, task.template)
     if options.offload and not experiment.device.startswith("cuda"):  # said before hours of work
         raise UserError("--offload: moves models off the GPU, and there is none; leave it out")
-    judge = load_filter(filter, experiment, task.classnames)
+    judge = load_filter(filter, experiment, task)
     f1 = None
     if options.plan != "uniform":
-        model = (
-            judge
-            if options.f1_of == "filter"
-            else load_filter("zero_shot", experiment, task.classnames)
-        )
+        model = judge if options.f1_of == "filter" else load_filter("zero_shot", experiment, task)
         f1 = per_class(predict(model.method, task.val), task.val.labels.cpu())[1] / 100
     settings = {
         **made_from(experiment, task),
@@ -125,17 +122,17 @@ def load_painter(options: Generation, device: str):
     return Diffusion(options.painter, options, device)
 
 
-def load_filter(name: str, experiment: Experiment, classnames: list[str]) -> Filter:
-    """Zero-shot CLIP, or the method of a run, to choose among `classnames`; with its own CLIP."""
+def load_filter(name: str, experiment: Experiment, task: Task) -> Filter:
+    """Zero-shot CLIP, or the method of a run, among the task's classes; with a CLIP of its own."""
     clip = weights.load(experiment.model, experiment.device)
     if name == "zero_shot":
-        method = METHODS[name].plain(clip, classnames, experiment.template)
+        method = METHODS[name].plain(clip, task.classnames, task.template)
         return Filter(method, name, weights.fingerprint(clip))
     run = Run.open(Path(name))
     method = trained(run, clip)
     state = method.adapter_state()
-    if run.learned != classnames:
-        method = method.for_classes(classnames)
+    if run.learned != task.classnames:
+        method = method.for_classes(task.classnames)
     revision = cache.key(*(state[key] for key in sorted(state)))
     return Filter(method, run.config["method"], revision[:16])
 
@@ -176,6 +173,7 @@ def parse(argv: list[str]) -> dict:
     group.add_argument("--stage", choices=STAGES, help="do one of the stages alone [all]")
     group.add_argument("--synthetic", metavar="DIR", help="folder of the images [in --out]")
     group.add_argument("--out", help="folder that run folders are made in [runs]")
+    cache.add_flags(group)
     add_flags(parser.add_argument_group("images"), Generation)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     return parser.parse(argv)

@@ -1,7 +1,7 @@
 """Adapt CLIP to a few labelled images and test it on classes it has and has not seen.
 
 python train.py --method lora                                 the demo task, offline, a minute
-python train.py --method lora --dataset folder --data-root DIR --model ViT-B/16
+python train.py --method lora --dataset folder --data-root DIR
 python train.py --method lora --dataset flowers102            downloads data and model
 python train.py --method lora --shots 1,2,4 --seeds 1,2,3     nine runs, and their mean ± std
 python train.py --method lora --help                          that method's settings
@@ -11,31 +11,36 @@ import functools
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 # Before torch, which takes from it how threads wait.
-from clip_min import CLIP, UserError, weights  # isort: skip
+from clip_min import UserError, weights  # isort: skip
 import torch
 
 from clip_min.errors import nearest
 from clip_min.files import read_json, write_text
 from fewshot import cache, datasets, grid
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
-from fewshot.flags import Parser, add_flags, describe, pick
+from fewshot.flags import Parser, add_flags, changes, pick
 from fewshot.loop import descend
 from fewshot.metrics import train_accuracy
 from fewshot.record import summary
 from fewshot.report import doubts, save_curves, table
 from fewshot.run import Run, provenance, set_aside
+from fewshot.task import Task
 from fewshot.transductive import Queries
 from generate import add_synthetic
-from methods import METHODS, Method, Settings
+from methods import METHODS, Method, Settings, TrainingSettings
 from methods.disef import DISEFSettings
-from methods.init_from import load_into
+from methods.interop.init_from import load_into
 
 # The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
 MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
+
+# Flags that most people change; --help shows them first.
+OFTEN = ("dataset", "data_root", "model", "shots", "seed", "epochs", "lr", "batch_size")
+OFTEN += ("image_rank", "text_rank")
 
 
 @dataclass
@@ -44,7 +49,8 @@ class Plan:
 
     method: str
     recipe: str
-    settings: Settings
+    usual: Settings  # the recipe's
+    settings: Settings  # the same, as flags have changed them
     experiments: list[Experiment]
     out: Path
     init_from: Path | None
@@ -56,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     plan = parse(argv or sys.argv[1:])
     first = plan.experiments[0]
     print(f"{plan.method} on {first.dataset}, model {first.model}, {first.device}")
-    print(f"recipe {plan.recipe}: {describe(plan.settings)}")
+    differs = changes(plan.settings, plan.usual)
+    print(f"recipe {plan.recipe}{', with ' if differs else ''}{differs}")
     results = {}
     for number, experiment in enumerate(plan.experiments, 1):
         if len(plan.experiments) > 1:
@@ -69,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(plan: Plan, experiment: Experiment) -> dict:
     """One run, to its folder -> its results.json."""
     clip, task = experiment.load(plan.cache)
+    experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
     tested = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
@@ -76,25 +84,30 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         f"{len(task.classnames)} classes to learn from {len(task.train)} images "
         f"({len(task.val)} for validation); test images: {tested}"
     )
-    fingerprint = weights.fingerprint(clip)
-    with torch.device("meta"):  # a CLIP without weights: settings it cannot have are told at once
-        empty = CLIP(clip.config)
-    new_method(plan, empty, task.classnames, experiment.template, plan.settings, fingerprint)
-    settings, synthetic = plan.settings, {}
+    torch.manual_seed(experiment.seed)
+    names, template, settings = task.classnames, task.template, plan.settings
+    method = METHODS[plan.method](clip, names, template, settings)
+    if plan.init_from:
+        load_into(method, plan.init_from)
+    synthetic = {}
     if isinstance(settings, DISEFSettings):
-        filter = lora_run(plan, experiment) if settings.filter == "lora" else settings.filter
-        settings, task.train, made = add_synthetic(settings, experiment, task, plan.out, filter)
+        with torch.random.fork_rng():  # what is random in training does not depend on it
+            if (filter := settings.filter) == "lora":
+                filter = lora_run(plan, experiment, task)
+            settings, task.train, made = add_synthetic(settings, experiment, task, plan.out, filter)
+        method.settings = settings  # which now say where these images lie
         print(f"{made['images']} synthetic images join them")
         synthetic = {"synthetic": made}
 
     record = task.record(experiment.data_root)
+    filled = {"template": task.template, "threads": torch.get_num_threads()}  # if left open
     config = {
         "method": plan.method,
         "recipe": plan.recipe,
         "settings": asdict(settings),
-        "experiment": asdict(experiment),
+        "experiment": asdict(experiment) | filled,
         "model": experiment.model,
-        "fingerprint": fingerprint,
+        "fingerprint": weights.fingerprint(clip),
         "init_from": str(plan.init_from) if plan.init_from else None,
         "classnames": {part: test.classnames for part, test in task.tests.items()},
         "data": summary(record),
@@ -109,12 +122,6 @@ def train(plan: Plan, experiment: Experiment) -> dict:
             hint = "remove the run's folder to run it again"
             return read_json(path / "results.json", hint, grid.RESULTS)
 
-    queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
-    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, experiment.template)
-    zero_shot = evaluate(unadapted, task, queries)  # first: some methods add parts to this CLIP
-
-    torch.manual_seed(experiment.seed)
-    method = new_method(plan, clip, task.classnames, experiment.template, settings, fingerprint)
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     if "data" in run.config:
@@ -135,6 +142,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     if run.log:
         save_curves(run.log, run.path / "curves.png")
 
+    queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
+    zero_shot = evaluate(METHODS["zero_shot"].plain(clip, names, template), task, queries)
     scores = evaluate(method, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
@@ -149,14 +158,6 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")
     return results
-
-
-def new_method(plan: Plan, clip: CLIP, classnames, template, settings, fingerprint) -> Method:
-    """The method before its training, which starts at random or from the adapter of --init-from."""
-    method = METHODS[plan.method](clip, classnames, template, settings)
-    if plan.init_from:
-        load_into(method, plan.init_from, fingerprint)
-    return method
 
 
 def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
@@ -178,23 +179,24 @@ def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
     print(f"grid: {file}")
 
 
-def lora_run(plan: Plan, experiment: Experiment) -> Path:
+def lora_run(plan: Plan, experiment: Experiment, task: Task) -> Path:
     """The run of LoRA's defaults, of this seed; on the demo task, trained now if there is none."""
     path = plan.out / experiment.folder("lora")
     if experiment.dataset != "demo":
         return path
-    same = ("model", "shots", "seed", "classes", "base_classes", "template", "precision")
-    here = ("device", "threads")
-    flags = [f"--{key.replace('_', '-')}={getattr(experiment, key)}" for key in same + here]
-    argv = ["--method", "lora", *flags, "--out", str(plan.out)]
-    argv += ["--cache", str(plan.cache or "none")]
+    recipe = recipe_for(METHODS["lora"], experiment)
+    settings = METHODS["lora"].Settings(**METHODS["lora"].preset(recipe, experiment.model))
     if not (path / "results.json").exists():
         print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
-        main(argv)
+        lora = Plan(
+            "lora", recipe, settings, settings, [experiment], plan.out, None, False, plan.cache
+        )
+        train(lora, experiment)
         return path
-    config, lora = Run.open(path).config, parse(argv)
+    config = Run.open(path).config
     found = {**config["settings"], **config["experiment"], "init_from": config.get("init_from")}
-    wanted = {**asdict(lora.settings), "init_from": None}
+    wanted = {**asdict(settings), "init_from": None, "template": task.template}
+    same = ("model", "shots", "seed", "classes", "base_classes", "precision")
     wanted |= {key: getattr(experiment, key) for key in same}
     for key, value in wanted.items():
         if found.get(key) != value:
@@ -203,6 +205,13 @@ def lora_run(plan: Plan, experiment: Experiment) -> Path:
                 f"{key} {found.get(key)}, not {value}; move it away, or give another --out"
             )
     return path
+
+
+def recipe_for(method: type[Method], experiment: Experiment) -> str:
+    """The recipe that is taken if none is named: one made for the data, or the default."""
+    of_its_world = (experiment.dataset == "demo") == (experiment.model == "demo")
+    wanted = MADE_FOR.get(experiment.dataset, ()) if of_its_world else ()
+    return next(r for r in (*wanted, "default", *method.recipes) if r in method.recipes)
 
 
 def parse(argv: list[str]) -> Plan:
@@ -214,38 +223,44 @@ def parse(argv: list[str]) -> Plan:
     first.add_argument("--recipe")
     known, _ = first.parse_known_args(argv)
     listed = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
-    parser = Parser(description=f"{__doc__}\nmethods:\n{listed}\n\ndata sets:\n{datasets.listed()}")
+    about = f"{__doc__}\nmethods:\n{listed}\n\ndata sets:\n{datasets.LISTED}"
+    parser = Parser(usage="%(prog)s --method METHOD [FLAG VALUE …]", description=about)
+    often = parser.add_argument_group("what most people change")
+    often.add_argument("--method", help="the method to train, listed above")
+    often.add_argument("--out", help="folder that run folders are made in [runs]")
+    often.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
+    add_flags(often, Experiment, only=OFTEN)
+    shots = next(a for a in parser._actions if a.dest == "shots")
+    shots.type = functools.partial(grid.numbers, words=("all",))
+    shots.help += "; several, as 1,2,4: a run for each"
+    if known.method is not None:
+        method = METHODS[nearest("--method", known.method, METHODS)]
+        named = {key: value for key, value in vars(known).items() if value is not None}
+        defaults = Experiment(**pick(Experiment, named))
+        recipe = recipe_for(method, defaults) if known.recipe is None else known.recipe
+        preset = method.preset(nearest("--recipe", recipe, method.recipes), defaults.model)
+        usual = method.Settings(**preset)
+        shared = [f.name for f in fields(TrainingSettings) if f.name not in OFTEN]
+        own = [f.name for f in fields(method.Settings) if f.name not in (*OFTEN, *shared)]
+        title = f"{known.method}: recipe {recipe} of {', '.join(method.recipes)}"
+        for group, names in ((often, OFTEN), (title, own), ("training", shared)):
+            group = group if group is often else parser.add_argument_group(group)
+            add_flags(group, method.Settings, preset, names)
+    rest = [f.name for f in fields(Experiment) if f.name not in OFTEN]
+    add_flags(parser.add_argument_group("experiment"), Experiment, only=rest)
     group = parser.add_argument_group("run")
-    group.add_argument("--method", help="the method to train, listed above")
     group.add_argument("--recipe", help="a named set of defaults for the method's settings")
-    group.add_argument("--out", help="folder that run folders are made in [runs]")
     group.add_argument("--resume", action="store_true", help="go on with what was killed")
-    group.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
     cache.add_flags(group)
     group.add_argument(
         "--init-from",
         metavar="PATH",
         help="start from an adapter: a run's folder, PEFT's folder, CLIP-LoRA's or loralib's file",
     )
-    add_flags(parser.add_argument_group("experiment"), Experiment)
-    shots = next(a for a in parser._actions if a.dest == "shots")
-    shots.type = functools.partial(grid.numbers, words=("all",))
-    shots.help += "; several, as 1,2,4: a run for each"
     if known.method is None:
         parser.parse(argv)  # --help ends here
         raise UserError(f"--method is missing; methods are {', '.join(METHODS)}")
 
-    method = METHODS[nearest("--method", known.method, METHODS)]
-    named = {key: value for key, value in vars(known).items() if value is not None}
-    defaults = Experiment(**pick(Experiment, named))
-    recipe = known.recipe
-    if recipe is None:
-        of_its_world = (defaults.dataset == "demo") == (defaults.model == "demo")
-        wanted = MADE_FOR.get(defaults.dataset, ()) if of_its_world else ()
-        recipe = next(r for r in (*wanted, "default", *method.recipes) if r in method.recipes)
-    preset = method.preset(nearest("--recipe", recipe, method.recipes), defaults.model)
-    title = f"{known.method}: recipe {recipe} of {', '.join(method.recipes)}"
-    add_flags(parser.add_argument_group(title), method.Settings, preset)
     given = parser.parse(argv)
     if "seed" in given and "seeds" in given:
         raise UserError("--seed and --seeds: give one of them")
@@ -267,6 +282,7 @@ def parse(argv: list[str]) -> Plan:
     return Plan(
         known.method,
         recipe,
+        usual,
         settings,
         experiments,
         Path(given.get("out", "runs")),

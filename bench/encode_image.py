@@ -4,7 +4,7 @@
 
 The limit is the rate of one large float32 matrix product (4096 x 4096 x 4096) in the same run: as
 `a @ b` runs, which is how the other libraries multiply, and as our linear layers do (see
-clip_min/linear.py). Our own rate counts the multiply-adds that are really carried out: the last
+clip_min/fast.py). Our own rate counts the multiply-adds that are really carried out: the last
 block computes one token. Random weights. Needs the `test` extra.
 """
 

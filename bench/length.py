@@ -24,9 +24,9 @@ from side_by_side import hardware
 
 import clip_min
 from fewshot import datasets
-from fewshot.images import Pictures
 from fewshot.loop import descend
 from fewshot.metrics import accuracy, predict
+from fewshot.pictures import Pictures, Reader
 from fewshot.task import make_task
 from methods import METHODS, TrainingSettings
 
@@ -97,8 +97,7 @@ def main() -> None:
         for count, shots in cells:
             default, longer = [], []
             for seed in given.seeds:
-                device = torch.device("cpu")
-                task = make_task(cut(whole, count, seed), shots, seed, "all", 64, device)
+                task = make_task(cut(whole, count, seed), shots, seed, "all", Reader(64))
                 # A CLIP for each: some methods add parts to the one they are given.
                 tried = [train(name, clip_min.load("demo"), task, seed, n) for n in LENGTHS]
                 default.append(tried[0][1])

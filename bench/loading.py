@@ -25,7 +25,7 @@ from torchvision.transforms import InterpolationMode
 
 from clip_min import normalize
 from clip_min.preprocess import OPENAI
-from fewshot.images import Pictures, read
+from fewshot.pictures import Pictures, Reader
 
 SIZE = 224
 BATCH = 50
@@ -57,7 +57,7 @@ def measure(folder: Path, images: int, rounds: int) -> list[dict]:
         return DataLoader(dataset, batch_size=BATCH, num_workers=2)
 
     def pixels(keep: Path | None = None) -> torch.Tensor:
-        return read(pictures, SIZE, folder=keep)[1]
+        return Reader(SIZE, folder=keep).read(pictures, [])[1]
 
     def first() -> None:
         shutil.rmtree(cache, ignore_errors=True)

@@ -5,9 +5,9 @@
 Random weights (speed does not depend on them), the same ones everywhere; forward, backward and
 AdamW. "usual" is what published notebooks do: openai-clip's blocks with loralib.MergedLinear, which
 multiplies by B·A, and every prompt padded to 77 tokens. peft adapts q, k and v, which are
-separate layers there. "ours, F.linear" is ours without clip_min/linear.py. Before timing, dropout
-off: logits and the gradients of all A and B of "ours" and "usual" are compared, at random B; peft's
-logits at B = 0, as it has one more part. Needs the `test` extra.
+separate layers there. "ours, F.linear" is ours without oneDNN (clip_min/fast.py). Before timing,
+dropout off: logits and the gradients of all A and B of "ours" and "usual" are compared, at random
+B; peft's logits at B = 0, as it has one more part. Needs the `test` extra.
 """
 
 import argparse

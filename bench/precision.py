@@ -12,9 +12,10 @@ import sys
 import time
 
 import torch
+from side_by_side import hardware
 
 from clip_min import CLIP, CONFIGS
-from fewshot.images import PRECISIONS, autocast
+from fewshot.batches import PRECISIONS, autocast
 from methods import METHODS
 
 
@@ -29,7 +30,8 @@ def main() -> int:
     given = parser.parse_args()
     device = torch.device(given.device)
     chosen = given.precision or ["fp32", "bf16"] + ["fp16"] * (device.type == "cuda")
-    print(f"{given.model}, {device}, {given.steps} steps, batch {given.batch}", flush=True)
+    print(f"{given.model}, {device}, {given.steps} steps, batch {given.batch}")
+    print(hardware(), flush=True)
     finite = [run(precision, given, device) for precision in chosen]
     return 0 if all(finite) else 1
 

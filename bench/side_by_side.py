@@ -13,17 +13,22 @@ from pathlib import Path
 
 import torch
 
-# The repository before this folder, whose methods.py is a benchmark and not the package.
+# The clone, whose packages but clip_min are not installed: benches import this file before them.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def hardware() -> str:
     """The processor, its cores and the versions a figure depends on, in one line."""
+    from clip_min.fast import processor
+
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0].split(":")[1].strip() if models else name
+    vendor, family, model = processor()
+    if vendor:
+        name += f" ({vendor}, family {family}, model {model})"
     if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()} / {name}"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -45,7 +50,7 @@ def seconds(ways: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 def products(size: int = 4096) -> dict[str, Callable]:
     """A large float32 matrix product as PyTorch computes it, and as our linear layers do."""
-    from clip_min.linear import linear
+    from clip_min.fast import linear
 
     a, b = torch.randn(2, size, size)
     return {"product": lambda: a @ b, "our product": lambda: linear(a, b)}
@@ -55,7 +60,7 @@ def plain(way: Callable) -> Callable:
     """The same, with our linear layers multiplying as F.linear does."""
 
     def run():
-        with unittest.mock.patch("clip_min.linear.convolves", return_value=False):
+        with unittest.mock.patch("clip_min.fast.convolves", return_value=False):
             return way()
 
     return run

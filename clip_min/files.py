@@ -34,6 +34,13 @@ def remove_half_written(folder: Path, name: str | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _unwritten(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: could not be written ({error}); free space or choose another place; any earlier "
+        "file is intact"
+    )
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
     """Write a file to the temporary name this yields, or make a folder there; on success it becomes
@@ -55,10 +62,7 @@ def replacing(path: str | Path) -> Iterator[str]:
                 os.chmod(temporary, 0o666 & ~umask)  # as any new file: some savers' are private
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: could not be written ({error}); free space or choose another place; "
-            "any earlier file is intact"
-        ) from None
+        raise _unwritten(path, error) from None
 
 
 @contextlib.contextmanager
@@ -78,6 +82,23 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file, synced to disk; where that fails, the file stays as it was.
+
+    A kill may leave half of the line, which then lacks its end.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise _unwritten(path, error) from None
 
 
 def write_json(path: str | Path, value: dict) -> None:

@@ -150,6 +150,8 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
 
     own = re.sub("[/@]", "-", name) + ".pt" if sha256 else repo.split("/")[1]
     advice = f"or give a file: --model path/to/{own}"
+    if sha256:
+        advice += "; --model demo, which has never seen a photo, is there to try things"
     beside = () if sha256 else (OPEN_CLIP, HUGGING_FACE, PROCESSOR)
     weights = (HUB_FILE,) if sha256 else IN_FOLDERS
     try:

@@ -3,29 +3,30 @@
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv:2103.00020. Parts stand before wholes: attention, block, transformer, the two towers, CLIP.
 
-Letters used in every shape comment: B images, K texts, T tokens, R tokens that are read,
-D width of a tower, H heads, E size of the shared space.
+Letters used in every shape comment: B images, K texts, T tokens, D width of a tower, H heads,
+E size of the shared space; `read` counts the tokens that are read.
 
 Parameter names are OpenAI's, so that weights are recognisable everywhere, with one exception: the
 fused q/k/v projection is an ordinary `nn.Linear` (`attn.in_proj.weight`, theirs:
 `attn.in_proj_weight`). An adapter therefore replaces one `nn.Linear` and nothing else.
 
-Four things are done differently from the paper's code, with equal results:
+Three things are done differently from the paper's code, with equal results:
 - of the last block's output only some tokens are ever read (the class token of an image, the
   end-of-text token of a prompt), so from its attention on it computes those tokens alone;
 - the text tower never sees padding and shares common prefixes (see prompts.py);
-- QuickGELU runs as a fused kernel, its derivative too;
-- large products run in the faster of PyTorch's libraries (see linear.py).
+- `fast.Linear`, which is an `nn.Linear`, and QuickGELU are computed faster where they can be (see
+  fast.py, which says how to turn that off).
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_min.linear import Linear
-from clip_min.prompts import PromptTree
+from clip_min import fast
+from clip_min.prompts import Chunk, PromptTree
 
 
 @dataclass(frozen=True)
@@ -63,34 +64,11 @@ CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), a larger one, and the 
 }
 
 
-class QuickGELU(torch.autograd.Function):
-    """x·σ(1.702x), OpenAI's stand-in for GELU, as silu(1.702x) / 1.702.
+class QuickGELU(nn.Module):
+    """OpenAI's stand-in for GELU. The input may be overwritten."""
 
-    Equal, and two passes over memory fewer each way: in the derivative, silu'(1.702x), the two
-    constants cancel, which autograd does not see.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        scaled = 1.702 * x
-        ctx.save_for_backward(scaled)
-        return F.silu(scaled).div_(1.702)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (scaled,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, scaled)
-
-
-def quick_gelu_(x: Tensor) -> Tensor:
-    """QuickGELU of x, which may be overwritten.
-
-    These tensors are the widest of all: where no gradient is asked for, everything happens in
-    place, which takes half as long as writing to new memory, a tenth of the image tower's time.
-    """
-    if x.requires_grad:
-        return QuickGELU.apply(x)
-    return F.silu(x.mul_(1.702), inplace=True).div_(1.702)
+    def forward(self, x: Tensor) -> Tensor:
+        return fast.QuickGELU.apply(x) if fast.enabled else x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
@@ -99,33 +77,23 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.in_proj = Linear(width, 3 * width)  # rows: queries, keys, values
-        self.out_proj = Linear(width, width)
+        self.in_proj = fast.Linear(width, 3 * width)  # rows: queries, keys, values
+        self.out_proj = fast.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, read=None) -> Tensor:
-        """x (B, T, D) -> (B, R, D): what the tokens `read` gather (None: all T of them).
+        """x (B, T, D) -> (B, read, D): what the tokens `read` gather (None: all T of them).
 
         `mask` (T, T) is added to the attention scores: 0 where a row's token may look, else -inf.
         """
-        q, k, v = (self._split_heads(y) for y in self.in_proj(x).chunk(3, dim=-1))  # (B, H, T, D/H)
+        q, k, v = (  # (B, T, D) -> (B, T, H, D/H) -> (B, H, T, D/H)
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for y in self.in_proj(x).chunk(3, dim=-1)
+        )
         if read is not None:
-            q = q[:, :, read]  # (B, H, R, D/H)
-            mask = None if mask is None else mask[read]  # (R, T)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R, D/H)
-        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, R, H, D/H) -> (B, R, D)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.c_fc = Linear(width, 4 * width)
-        self.c_proj = Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(quick_gelu_(self.c_fc(x)))
+            q = q[:, :, read]  # (B, H, read, D/H)
+            mask = None if mask is None else mask[read]  # (read, T)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, read, D/H)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, read, H, D/H) -> (B, read, D)
 
 
 class Block(nn.Module):
@@ -135,12 +103,18 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=fast.Linear(width, 4 * width),
+                gelu=QuickGELU(),
+                c_proj=fast.Linear(4 * width, width),
+            )
+        )
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, read=None) -> Tensor:
-        """x (B, T, D) -> (B, R, D), the tokens `read` (an index of T; None: all)."""
-        gathered = self.attn(self.ln_1(x), mask, read)  # (B, R, D)
+        """x (B, T, D) -> (B, read, D), the tokens `read` (an index of T; None: all)."""
+        gathered = self.attn(self.ln_1(x), mask, read)  # (B, read, D)
         x = gathered + (x if read is None else x[:, read])
         return x + self.mlp(self.ln_2(x))
 
@@ -150,9 +124,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, read=None) -> Tensor:
-        """x (B, T, D) -> (B, R, D): the whole stack, whose last block computes only `read`."""
-        *blocks, last = self.resblocks
+    def forward(self, x: Tensor, mask: Tensor | None = None, read=None, first: int = 0) -> Tensor:
+        """x (B, T, D) -> (B, read, D): the blocks from `first` on, the last for `read` alone."""
+        *blocks, last = list(self.resblocks)[first:]
         for block in blocks:
             x = block(x, mask)
         return last(x, mask, read)
@@ -192,7 +166,18 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, n, n), normalised -> features (B, E)."""
-        x = self.transformer(self.embed(images), read=slice(0, 1))  # (B, 1, D), the class token
+        return self.finish(self.embed(images))
+
+    def begin(self, images: Tensor, blocks: int) -> Tensor:
+        """images (B, 3, n, n), normalised -> the tokens (B, T, D) after the first `blocks`."""
+        x = self.embed(images.to(self.conv1.weight.dtype))
+        for block in self.transformer.resblocks[:blocks]:
+            x = block(x)
+        return x
+
+    def finish(self, x: Tensor, first: int = 0) -> Tensor:
+        """The tokens x (B, T, D) that block `first` reads -> features (B, E)."""
+        x = self.transformer(x, read=slice(0, 1), first=first)  # (B, 1, D), the class token
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -218,15 +203,29 @@ class TextTower(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """tokens (K, L), as the tokenizer gives them -> features (K, E), not normalised."""
-        return PromptTree(tokens).to(tokens.device)(self)
+    def forward(self, prompts: Chunk, context: Tensor | None = None) -> Tensor:
+        """K prompts, laid out as one sequence of T tokens -> features (1, K, E), not normalised.
+
+        Each token knows its position in its own prompt, and the mask lets it see that prompt's
+        tokens before it alone (see prompts.py). Of learned vectors, context (B, M, D), any may
+        stand in place of tokens; the features are then (B, K, E).
+        """
+        x = self.token_embedding(prompts.tokens).unsqueeze(0)  # (1, T, D)
+        if context is not None:
+            x = x.expand(len(context), -1, -1)  # (B, T, D)
+            x = torch.cat([x, context.to(x.dtype)], dim=1)  # (B, T + M, D)
+            x = x.index_select(1, prompts.rows)  # (B, T, D)
+        x = x + self.positional_embedding[prompts.positions].to(x.dtype)
+        x = self.transformer(x, prompts.mask.to(x.dtype), read=prompts.ends)  # (B, K, D)
+        return self.ln_final(x) @ self.text_projection
 
 
 class CLIP(TextTower):
     """The model. OpenAI's names keep the text tower at the root and put the image tower under
     `visual`; so here CLIP *is* a text tower, which also has eyes.
     """
+
+    encode_prompts = TextTower.forward  # under a name of its own: CLIP's forward takes images too
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config)
@@ -241,6 +240,10 @@ class CLIP(TextTower):
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, n, n), normalised -> features (B, E), not normalised."""
         return self.visual(images.to(self.visual.conv1.weight.dtype))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """tokens (K, L), as the tokenizer gives them -> features (K, E), not normalised."""
+        return PromptTree(tokens).to(tokens.device)(self)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """(B, E) and (K, E), or one text row per image (B, K, E) -> logits (B, K).

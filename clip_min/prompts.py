@@ -22,6 +22,8 @@ where: it has the shape of the tokens, -1 where the token's own embedding stands
 of the context stands. Prompts that share slots share nodes, as with tokens.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -59,20 +61,20 @@ class PromptTree(nn.Module):
         for prompt in (prompts[i] for i in order):
             path = [prompt[: n + 1] for n in range(len(prompt))]
             if nodes and len(nodes) + sum(node not in nodes for node in path) > chunk_tokens:
-                self.chunks.append(_Chunk(nodes, reads))
+                self.chunks.append(Chunk(nodes, reads))
                 nodes, reads = {}, []
             for node in path:
                 nodes.setdefault(node, len(nodes))
             reads.append(nodes[prompt])
-        self.chunks.append(_Chunk(nodes, reads))
+        self.chunks.append(Chunk(nodes, reads))
         self.longest = max(len(chunk.tokens) for chunk in self.chunks)
 
     def __len__(self) -> int:
         """The number of tokens computed, where padded prompts would take K x 77."""
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
-    def forward(self, text, context: Tensor | None = None, max_tokens: int | None = None) -> Tensor:
-        """Encode all prompts with the text tower `text` -> features (K, E), not normalised.
+    def forward(self, clip, context: Tensor | None = None, max_tokens: int | None = None) -> Tensor:
+        """Encode all prompts with the text tower of `clip` -> features (K, E), not normalised.
 
         context (M, D) replaces the embeddings where `slots` says so. With a context per image,
         (B, M, D), the features are (B, K, E). Without one, every token keeps its own embedding.
@@ -84,55 +86,38 @@ class PromptTree(nn.Module):
                 f"context has {context.shape[-2]} rows, but the slots of this tree name "
                 f"{self.context_rows}"
             )
-        images = len(context) if context is not None and context.dim() == 3 else 1
-        if max_tokens is None or images * len(self) <= max_tokens:
-            features = torch.cat([chunk(text, context) for chunk in self.chunks], dim=-2)
-        else:
-            pieces = [context] if images == 1 else context.split(max(1, max_tokens // self.longest))
-            features = [
-                torch.cat([_recomputed(chunk, text, piece) for chunk in self.chunks], dim=-2)
-                for piece in pieces
-            ]
-            features = torch.cat(features)  # (B, K, E)
-        return features.index_select(-2, self.unsort)
+        per_image = context is not None and context.dim() == 3
+        if context is not None and not per_image:
+            context = context.unsqueeze(0)  # (1, M, D)
+        pieces, encode = [context], clip.encode_prompts
+        if max_tokens is not None and (len(context) if per_image else 1) * len(self) > max_tokens:
+            # Keeps nothing for the backward pass but the inputs.
+            encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+            if per_image:
+                pieces = context.split(max(1, max_tokens // self.longest))
+        features = [torch.cat([encode(c, piece) for c in self.chunks], dim=1) for piece in pieces]
+        features = torch.cat(features).index_select(1, self.unsort)  # (B or 1, K, E)
+        return features if per_image else features[0]
 
 
-def _recomputed(chunk: nn.Module, *inputs) -> Tensor:
-    """chunk(*inputs), keeping nothing for the backward pass but the inputs."""
-    return checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
+class Chunk(nn.Module):
+    """One tree as a sequence of T nodes: what the text tower reads (TextTower.forward)."""
 
-
-class _Chunk(nn.Module):
-    """One tree as one sequence: T nodes, R of them the ends of prompts."""
-
-    def __init__(self, nodes: dict[tuple, int], reads: list[int]):
+    def __init__(self, nodes: dict[tuple, int], ends: list[int]):
         super().__init__()
         tokens, slots = zip(*(node[-1] for node in nodes), strict=True)
+        slots = torch.tensor(slots)
         sees = torch.eye(len(nodes), dtype=torch.bool)
         for node, place in nodes.items():  # parents stand before their children
             if node[:-1]:
                 sees[place] |= sees[nodes[node[:-1]]]
         for name, value in {
             "tokens": torch.tensor(tokens),  # (T,)
-            "slots": torch.tensor(slots),  # (T,)
+            # (T,) which row a node takes of [the T embeddings, the M rows of the context]
+            "rows": torch.where(slots < 0, torch.arange(len(nodes)), len(nodes) + slots),
             "positions": torch.tensor([len(node) - 1 for node in nodes]),  # (T,) in its own prompt
-            "sees": sees,  # (T, T) row: who looks; column: at whom
-            "reads": torch.tensor(reads),  # (R,)
+            # (T, T) row: who looks; column: at whom; 0 where it may, else -inf
+            "mask": torch.zeros(sees.shape).masked_fill(~sees, -torch.inf),
+            "ends": torch.tensor(ends),  # the last nodes of prompts: what is read
         }.items():
             self.register_buffer(name, value, persistent=False)
-
-    def forward(self, text, context: Tensor | None) -> Tensor:
-        """-> features (R, E), or (B, R, E) with a context per image."""
-        x = text.token_embedding(self.tokens)  # (T, D)
-        if context is not None:
-            x = x.expand(*context.shape[:-2], -1, -1)  # (..., T, D)
-            place = torch.arange(len(self.slots), device=x.device)
-            place = torch.where(self.slots < 0, place, len(place) + self.slots)  # (T,)
-            x = torch.cat([x, context.to(x.dtype)], dim=-2)  # (..., T + M, D)
-            x = x.index_select(-2, place)  # (..., T, D)
-        x = x + text.positional_embedding[self.positions].to(x.dtype)
-        mask = torch.zeros_like(self.sees, dtype=x.dtype).masked_fill(~self.sees, -torch.inf)
-        batch = x if x.dim() == 3 else x.unsqueeze(0)  # (B or 1, T, D)
-        batch = text.transformer(batch, mask, self.reads)  # (B or 1, R, D)
-        features = text.ln_final(batch) @ text.text_projection  # (B or 1, R, E)
-        return features if x.dim() == 3 else features[0]

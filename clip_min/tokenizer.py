@@ -1,7 +1,7 @@
 """CLIP's byte-pair encoding: text in, token ids out.
 
 Sennrich et al., arXiv:1508.07909, on bytes as GPT-2 does it (Radford et al., 2019). A worked
-example, "A lily-valley’s café" (every step is one function below):
+example, "A lily-valley’s café" (`Tokenizer.encode` takes these steps):
 
     clean       a lily-valley's café                       fix Unicode, unescape HTML, lower case
     split       a | lily | - | valley | 's | café          words, marks, single digits, clitics
@@ -36,26 +36,20 @@ WORDS = regex.compile(
     regex.IGNORECASE,
 )
 
+# A printable character for each of the 256 bytes, so that merges can be plain text. Bytes that
+# print as themselves in Latin-1 do; the other 68 (controls, spaces, soft hyphen) borrow the
+# characters from U+0100 on: the space, byte 0x20, becomes "Ġ". In this order, printable bytes
+# first, they are the first 256 token ids.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+ALPHABET = {byte: chr(byte) for byte in PRINTABLE}
+OTHERS = [byte for byte in range(256) if byte not in ALPHABET]
+ALPHABET |= {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+
 
 def clean(text: str) -> str:
     """Repair mojibake, unescape HTML (twice: scraped text often is escaped twice), fold spaces."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text).strip().lower()
-
-
-def byte_alphabet() -> dict[int, str]:
-    """A printable character for each of the 256 bytes, so that merges can be plain text.
-
-    Bytes that print as themselves in Latin-1 do; the other 68 (controls, spaces, soft hyphen)
-    borrow the characters from U+0100 on, in order: the space, byte 0x20, becomes "Ġ". The order
-    of this dictionary, printable bytes first, is the order of the first 256 token ids.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in alphabet:
-            alphabet[byte] = chr(256 + len(alphabet) - len(printable))
-    return alphabet
 
 
 class Tokenizer:
@@ -65,8 +59,7 @@ class Tokenizer:
         # The file's first line is a comment, and it holds more merges than the vocabulary uses.
         lines = gzip.decompress(merges.read_bytes()).decode("utf-8").split("\n")
         pairs = [tuple(line.split()) for line in lines[1 : 1 + VOCAB_SIZE - 2 * 256 - 2]]
-        self.alphabet = byte_alphabet()
-        letters = list(self.alphabet.values())
+        letters = list(ALPHABET.values())
         vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
         vocabulary += ["".join(pair) for pair in pairs] + [START, END]
         self.ids = {word: i for i, word in enumerate(vocabulary)}
@@ -75,26 +68,25 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end: "a rose." -> [320, 3568, 269]."""
-        words = WORDS.findall(clean(text))
-        return [i for word in words for i in self._encode_word(word)]
+        ids = []
+        for word in WORDS.findall(clean(text)):
+            if word not in self.cache:
+                letters = [ALPHABET[byte] for byte in word.encode("utf-8")]
+                letters[-1] += "</w>"
+                self.cache[word] = [self.ids[part] for part in self._merge(letters)]
+            ids += self.cache[word]
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Back to text: [320, 3568, 269] -> "a rose . " (a space ends every word)."""
         words = list(self.ids)
-        byte = {letter: b for b, letter in self.alphabet.items()}
+        byte = {letter: b for b, letter in ALPHABET.items()}
         letters = "".join(words[i] for i in ids)
         return (
             bytes(byte[letter] for letter in letters)
             .decode("utf-8", "replace")
             .replace("</w>", " ")
         )
-
-    def _encode_word(self, word: str) -> list[int]:
-        if word not in self.cache:
-            letters = [self.alphabet[byte] for byte in word.encode("utf-8")]
-            letters[-1] += "</w>"
-            self.cache[word] = [self.ids[part] for part in self._merge(letters)]
-        return self.cache[word]
 
     def _merge(self, parts: list[str]) -> list[str]:
         """Join the best-ranked neighbours, everywhere they occur, until no pair has a rank."""
@@ -111,9 +103,7 @@ class Tokenizer:
         return parts
 
 
-@functools.cache
-def tokenizer() -> Tokenizer:
-    return Tokenizer()
+tokenizer = functools.cache(Tokenizer)  # CLIP's own: `tokenizer()` reads the merges once
 
 
 def tokenize(

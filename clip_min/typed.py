@@ -64,6 +64,8 @@ def words(kind) -> str:
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(str, inner))
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each {words(inner[0])}"
     return " or ".join(map(words, inner)) if inner else WORDS.get(kind, str(kind))
 
 
@@ -73,6 +75,8 @@ def _fits(value, kind) -> bool:
         return any(type(value) is type(one) and value == one for one in inner)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
+    if typing.get_origin(kind) is tuple:  # tuple[str, ...]
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
     if kind is float:
         return type(value) in (int, float) and abs(value) < 3e38  # float32's range; NaN is not <
     if kind is int:

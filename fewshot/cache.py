@@ -40,7 +40,10 @@ def add_flags(group) -> None:
         help="folder that keeps decoded pixels and image features, or none [~/.cache/clip_min]",
     )
     group.add_argument(
-        "--cache-gb", type=float, help="its largest size: what was not used for longest goes [10]"
+        "--cache-gb",
+        type=float,
+        help="its largest size: what was not used for longest goes; the most, too, that encoded "
+        "images take in memory [10]",
     )
 
 
@@ -53,13 +56,21 @@ def chosen(given: dict) -> Path | None:
     return place(given.get("cache", ""))
 
 
+def most() -> float:
+    """The bytes that --cache-gb allows."""
+    return _most
+
+
 def key(*parts) -> str:
     """A name for what follows from `parts`: tensors, and anything whose repr is its value."""
     digest = hashlib.sha256()
     for part in parts:
-        is_tensor = isinstance(part, Tensor)
-        digest.update(_bytes(part) if is_tensor else repr(part).encode())
-        digest.update(repr(part.shape).encode() if is_tensor else b";")
+        if isinstance(part, Tensor):
+            flat = part.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(repr(part.shape).encode())
+        else:
+            digest.update(repr(part).encode() + b";")
     return digest.hexdigest()[:32]
 
 
@@ -109,8 +120,3 @@ def _prune(folder: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         size -= count
-
-
-def _bytes(tensor: Tensor):
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.view(-1).view(torch.uint8).numpy().data

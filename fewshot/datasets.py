@@ -15,10 +15,10 @@ import torch
 
 from clip_min.errors import UserError, nearest
 from clip_min.tokenizer import tokenizer
-from fewshot import coop, demo
+from fewshot import coop_split, demo
 from fewshot.folder import Parts, read_folder
-from fewshot.images import Pictures
 from fewshot.manifest import is_manifest, read_manifest
+from fewshot.pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def load(
         )
     if entry.classes and len(names) != entry.classes:
         raise UserError(f"{name}: has {len(names)} classes, expected {entry.classes}")
-    told_apart(str(root or name), names)
+    check_names(str(root or name), names)
     own = name == "folder" and split == "official"
     return Dataset(names, entry.template, *parts, split, own, read.notes)
 
 
-def told_apart(where: str, names: list[str]) -> None:
+def check_names(where: str, names: list[str]) -> None:
     """UserError, if two names are one to CLIP, since they would always tie, or one is none.
 
     It reads tokens: case, HTML, Unicode's ways to write one letter and spaces make no difference.
@@ -208,7 +208,7 @@ def _read_coop(name: str, root: Path | None, file: Path | None) -> Parts:
         have = ", ".join(key for key, entry in DATASETS.items() if entry.coop_file)
         raise UserError(f"--split coop: CoOp has none for {name}; it has for {have}")
     root = _own(root if name == "folder" else root or Path("data"))
-    return coop.read_split(file or coop.find_split(root, pattern), root)
+    return coop_split.read_split(file or coop_split.find_split(root, pattern), root)
 
 
 def _own(root: Path | None) -> Path:
@@ -247,7 +247,6 @@ DATASETS = {
     "folder": Entry(
         read_own,
         "your own pictures in --data-root: folders, or a CSV",
-        model="demo",
         coop_file="split_zhou_*.json",
     ),
     "flowers102": Entry(
@@ -296,9 +295,8 @@ DATASETS = {
 }
 
 
-def listed() -> str:
-    """The data sets, a line each, for --help."""
-    return "\n".join(f"  {name:<12}{entry.about}" for name, entry in DATASETS.items())
+# For --help.
+LISTED = "\n".join(f"  {name:<12}{entry.about}" for name, entry in DATASETS.items())
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ dice that are nearly equal make images that are nearly equal.
 import argparse
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from math import pi
 from pathlib import Path
 from typing import NamedTuple
@@ -154,9 +155,11 @@ def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int
     the pixels are the same whatever it is.
     """
     paint = {"drawing": _drawing, "photo": _photo}[style]
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    x, y = axis.view(1, 1, 1, -1), -axis.view(1, 1, -1, 1)  # of the pixels
     images = torch.empty(len(species), 3, size, size, dtype=torch.uint8)
     for rows in torch.arange(len(species)).split(chunk):
-        painting = paint(species[rows], _Dice(dice[rows]), size)  # (n, 3, size, size), 0 to 1
+        painting = paint(species[rows], _Dice(dice[rows]), x, y)  # (n, 3, size, size), 0 to 1
         images[rows] = (painting.clamp(0, 1) * 255).round().to(torch.uint8)
     return images
 
@@ -165,11 +168,11 @@ def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int
 # widths: (0, 0) is the middle of an image, x = 1 its right edge and y = 1 its upper one.
 
 
+@dataclass
 class _Dice:
     """Hands out the columns of dice (N, DICE), left to right."""
 
-    def __init__(self, dice: Tensor):
-        self.left = dice
+    left: Tensor
 
     def __call__(self, low: float, high: float, n: int = 1) -> Tensor:
         """-> (N, n, 1, 1), uniform between low and high."""
@@ -177,41 +180,48 @@ class _Dice:
         return low + (high - low) * rolled
 
 
-def _drawing(species: Tensor, dice: _Dice, size: int) -> Tensor:
-    x, y = _pose(dice, size, shift=0.15, turn=0.35, radius=(0.55, 0.82), tilt=1)
+def _drawing(species: Tensor, dice: _Dice, x: Tensor, y: Tensor) -> Tensor:
+    x, y = _pose(dice, x, y, shift=0.15, turn=0.35, radius=(0.55, 0.82), tilt=1)
     paper = dice(0.3, 0.95) + dice(-0.1, 0.1, n=3)  # (N, 3, 1, 1)
     return _flower(paper, species, x, y)
 
 
-def _photo(species: Tensor, dice: _Dice, size: int) -> Tensor:
-    x, y = _pose(dice, size, shift=0.18, turn=0.45, radius=(0.52, 0.8), tilt=0.8)
-    image = _ground(dice, size)
+def _photo(species: Tensor, dice: _Dice, x: Tensor, y: Tensor) -> Tensor:
+    size = x.shape[-1]
+    u, v = _pose(dice, x, y, shift=0.18, turn=0.45, radius=(0.52, 0.8), tilt=0.8)
+    coarse, fine = dice(0, 0.6, 36).view(-1, 1, 6, 6), dice(0, 0.4, 121).view(-1, 1, 11, 11)
+    ground = (F.interpolate(g, (size, size), mode="bilinear") for g in (coarse, fine))
+    image = _earth(sum(ground))
     for _ in range(6):
-        image = _leaf(image, dice, size)
-    shadow = torch.sigmoid((0.75 - torch.hypot(x - 0.15, y + 0.2)) / 0.15)  # of the flower
+        image = _leaf(image, dice, x, y)
+    shadow = torch.sigmoid((0.75 - torch.hypot(u - 0.15, v + 0.2)) / 0.15)  # of the flower
     image = image * (1 - 0.5 * shadow)
-    image = _flower(image, species, x, y)
-    image = _leaf(image, dice, size)  # may lie on the flower
-    return _camera(image, dice, size)
-
-
-def _grid(size: int) -> tuple[Tensor, Tensor]:
-    """-> x (1, 1, 1, n), y (1, 1, n, 1) of the pixels."""
-    axis = (torch.arange(size) + 0.5) * 2 / size - 1
-    return axis.view(1, 1, 1, -1), -axis.view(1, 1, -1, 1)
+    image = _flower(image, species, u, v)
+    image = _leaf(image, dice, x, y)  # may lie on the flower
+    x, _ = _rotate(x, y, dice(0, 2 * pi))
+    evening = torch.tensor([1.04, 0.94, 0.84]).view(3, 1, 1) + dice(-0.1, 0.1, n=3)
+    image = image * evening * (1 + dice(0.1, 0.4) * x)  # from one side
+    image = 0.12 + image * dice(0.6, 0.85)  # haze
+    soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    image = torch.lerp(image, soft, dice(0, 1))
+    # Grain is a window, at a random place, of one sheet of film: two dice in place of 3·n².
+    film = torch.rand(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(0)) - 0.5
+    down, right = (dice(0, size)[:, 0].long() for _ in range(2))  # (N, 1, 1)
+    pixel = torch.arange(size)
+    grain = film[:, down + pixel[:, None], right + pixel].transpose(0, 1)  # (3, N, …) -> (N, 3, …)
+    return image + dice(0.05, 0.25) * grain
 
 
 def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
 
-def _pose(dice: _Dice, size: int, shift, turn, radius, tilt) -> tuple[Tensor, Tensor]:
-    """-> x, y (N, 1, n, n): where each pixel lies on a flower of radius 1.
+def _pose(dice: _Dice, x, y, shift, turn, radius, tilt) -> tuple[Tensor, Tensor]:
+    """-> (N, 1, n, n) twice: where each pixel (x, y) lies on a flower of radius 1.
 
     It stands up to `shift` off the middle, up to `turn` radians off upright, with a radius in the
     range `radius`, and is seen so aslant that some direction is shortened, at most to `tilt`.
     """
-    x, y = _grid(size)
     x, y = x - dice(-shift, shift), y - dice(-shift, shift)
     radius, turn, axis = dice(*radius), dice(-turn, turn), dice(0, pi)
     x, y = _rotate(x / radius, y / radius, axis)
@@ -246,32 +256,11 @@ def _earth(height: Tensor) -> Tensor:
     return sum(share * rgb.view(3, 1, 1) for share, rgb in zip(shares, colours, strict=True))
 
 
-def _ground(dice: _Dice, size: int) -> Tensor:
-    coarse, fine = dice(0, 0.6, 36).view(-1, 1, 6, 6), dice(0, 0.4, 121).view(-1, 1, 11, 11)
-    return _earth(sum(F.interpolate(g, (size, size), mode="bilinear") for g in (coarse, fine)))
-
-
-def _leaf(canvas: Tensor, dice: _Dice, size: int) -> Tensor:
-    x, y = _grid(size)
+def _leaf(canvas: Tensor, dice: _Dice, x: Tensor, y: Tensor) -> Tensor:
     x, y = _rotate(x - dice(-1, 1), y - dice(-1, 1), dice(0, 2 * pi))
     blade = _inside(y.abs() / dice(0.1, 0.22) + (x / dice(0.3, 0.7)) ** 2 - 1)
     shade = 0.9 + 0.25 * torch.sigmoid(y * 60)  # lit on one side of the midrib
     return torch.lerp(canvas, _earth(dice(0.25, 0.95)) * shade, blade)
-
-
-def _camera(image: Tensor, dice: _Dice, size: int) -> Tensor:
-    x, y = _rotate(*_grid(size), dice(0, 2 * pi))
-    evening = torch.tensor([1.04, 0.94, 0.84]).view(3, 1, 1) + dice(-0.1, 0.1, n=3)
-    image = image * evening * (1 + dice(0.1, 0.4) * x)  # from one side
-    image = 0.12 + image * dice(0.6, 0.85)  # haze
-    soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    image = torch.lerp(image, soft, dice(0, 1))
-    # Grain is a window, at a random place, of one sheet of film: two dice in place of 3·n².
-    film = torch.rand(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(0)) - 0.5
-    down, right = (dice(0, size)[:, 0].long() for _ in range(2))  # (N, 1, 1)
-    pixel = torch.arange(size)
-    grain = film[:, down + pixel[:, None], right + pixel].transpose(0, 1)  # (3, N, …) -> (N, 3, …)
-    return image + dice(0.05, 0.25) * grain
 
 
 def write(root: str | Path, size: int = 64) -> None:

@@ -7,7 +7,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +20,7 @@ from clip_min.typed import expect_fields
 from fewshot import cache, datasets
 from fewshot.folder import read_text, spoken
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
+from fewshot.pictures import Reader
 from fewshot.record import Record
 from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
@@ -72,38 +73,27 @@ class Experiment:
             if torch.device(self.device).type not in ("cpu", "cuda"):  # others lack float64
                 raise RuntimeError("expected cpu, cuda, or cuda:1 and so on")
             torch.empty(0, device=self.device)
-            if self.device.startswith("cuda:"):
-                torch.cuda.set_device(self.device)  # what names no device now means this one
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--device {self.device}: cannot be used ({reason}); try cpu") from None
-        # So that fp32 is fp32: by default a GPU's convolutions, here the patch embedding, round
-        # their inputs to 10 bits.
-        torch.backends.cudnn.allow_tf32 = False
 
     def load(
         self, folder: Path | None = cache.FOLDER, *, record: Record | None = None
     ) -> tuple[CLIP, Task]:
-        """The model, and the task as it sees it; fills in `template` if it was left open.
+        """The model, and the task as it sees it.
 
         record: of a run, whose task is then to be tested again, on the pictures it names.
         """
         locate(self.model, download=False)  # first: to tell a mistyped name takes no time
         dataset = self.load_dataset()
-        self.template = self.template or dataset.template
         clip = weights.load(self.model, self.device)
-        self.use_threads(clip)
-        size = clip.config.image_size
-        device = torch.device(self.device)
         base = self.base(dataset.classnames) if self.base_classes else None
-        more = (size, device, self.skip_bad_images, folder)
+        reader = self.reader(clip, folder)
         if record:
-            more += (self.precision, self.classes, base)
-            task = make_test(dataset, *more, record, again=True)
+            task = make_test(dataset, reader, self.classes, base, record, again=True)
         else:
-            drawn = (self.shots, self.seed, self.classes)
-            task = make_task(dataset, *drawn, *more, base, self.precision)
-        if self.precision == "fp16" and device.type == "cpu":
+            task = make_task(dataset, self.shots, self.seed, self.classes, reader, base)
+        if self.precision == "fp16" and reader.device.type == "cpu":
             task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
         if self.model == "demo" and self.dataset != "demo":
             task.notes.append(
@@ -111,23 +101,32 @@ class Experiment:
             )
         return clip, task
 
-    def use_threads(self, clip: CLIP) -> None:
-        """Compute on as many threads as `threads` says; fills it in if it was left open.
+    def prepare(self, clip: CLIP) -> None:
+        """Set how PyTorch computes in this process: which GPU, fp32 as fp32, and the threads.
 
         Threads wait for one another at every product. Those of a small model are done within
         microseconds, so more threads gain little; and where another process keeps a core busy,
         they lose much. The number is part of a run, since sums are rounded by it.
         """
+        if self.device.startswith("cuda:"):
+            torch.cuda.set_device(self.device)  # what names no device now means this one
+        # By default a GPU's convolutions, here the patch embedding, round inputs to 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
         small = sum(parameter.numel() for parameter in clip.parameters()) < SMALL
-        self.threads = self.threads or (1 if small else torch.get_num_threads())
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads or (1 if small else torch.get_num_threads()))
 
     def load_dataset(self) -> datasets.Dataset:
         """The data set that the flags name, all of it; `load` draws the task from it."""
         root, file = (
             Path(text).expanduser() if text else None for text in (self.data_root, self.split_file)
         )
-        return datasets.load(self.dataset, root, self.seed, self.split, file)
+        dataset = datasets.load(self.dataset, root, self.seed, self.split, file)
+        return replace(dataset, template=self.template or dataset.template)
+
+    def reader(self, clip: CLIP, folder: Path | None) -> Reader:
+        """How pictures are read for this model; `folder` is the cache."""
+        size, device = clip.config.image_size, torch.device(self.device)
+        return Reader(size, device, self.skip_bad_images, folder, self.precision)
 
     def base(self, classnames: list[str]) -> list[int]:
         """The numbers of the classes that the file `base_classes` names."""
@@ -149,16 +148,13 @@ class Experiment:
         data += "-coop" if self.split == "coop" else ""
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
-        return Path(data) / self._model_folder() / f"{method}-s{self.shots}-seed{self.seed}"
-
-    def _model_folder(self) -> str:
-        """ "ViT-B-16"; of a file its name, or its folder's where all files are called so."""
-        if locate(self.model, download=False) in (None, DEMO):
-            return self.model.replace("/", "-")
-        path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
-        if path.is_dir():
-            return path.name
-        return path.parent.name if path.name in IN_FOLDERS else path.stem
+        model = self.model.replace("/", "-")
+        if locate(self.model, download=False) not in (None, DEMO):
+            path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
+            model = path.name if path.is_dir() else path.stem
+            if path.name in IN_FOLDERS:  # all are called so
+                model = path.parent.name
+        return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
 
 
 def named(classes: str) -> list[str]:
@@ -168,7 +164,7 @@ def named(classes: str) -> list[str]:
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UserError(f'--classes {classes}: names no class; give some, as "rose,tulip"')
-    datasets.told_apart("--classes", names)
+    datasets.check_names("--classes", names)
     return names
 
 

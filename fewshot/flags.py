@@ -6,6 +6,7 @@ lr: Annotated[float, "peak learning rate"] = 2e-4     ->     --lr FLOAT  peak le
 import argparse
 import difflib
 import typing
+from collections.abc import Sequence
 from dataclasses import fields
 
 from clip_min import UserError
@@ -35,19 +36,23 @@ class Parser(argparse.ArgumentParser):
         return {key: value for key, value in vars(found).items() if value is not None}
 
 
-def add_flags(group, settings: type, shown: dict | None = None) -> None:
-    """A flag for every field of the dataclass `settings`; none is required.
+def add_flags(group, settings: type, shown: dict | None = None, only: Sequence | None = None):
+    """A flag for every field of the dataclass `settings`, or for these `only`; none is required.
 
     A flag not given is absent from `Parser.parse`, so that a recipe can fill it in. `shown`: the
     defaults to print, where they are not the dataclass's own.
     """
     hints = typing.get_type_hints(settings, include_extras=True)
-    for field in fields(settings):
+    for field in (f for f in fields(settings) if only is None or f.name in only):
         kind, help = typing.get_args(hints[field.name])
         default = (shown or {}).get(field.name, field.default)
-        options = {"help": help + ("" if default is False or default == "" else f" [{default}]")}
+        options = {
+            "help": help + ("" if default is False or default in ("", ()) else f" [{default}]")
+        }
         if typing.get_origin(kind) is typing.Literal:
             options |= {"choices": typing.get_args(kind)}
+        elif typing.get_origin(kind) is tuple:  # one text, which the settings take apart
+            options |= {"metavar": "TEXTS"}
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         else:
@@ -71,8 +76,8 @@ def pick(settings: type, given: dict) -> dict:
     return {name: value for name, value in given.items() if name in names}
 
 
-def describe(settings) -> str:
-    """Settings in one line: "lr 0.0002, epochs 15, …"."""
-    values = ((field.name, getattr(settings, field.name)) for field in fields(settings))
-    shown = (f"{name} {repr(value) if value == '' else value}" for name, value in values)
-    return ", ".join(shown) or "none"
+def changes(settings, usual) -> str:
+    """What differs from the usual settings, in one line: "lr 0.0002, epochs 15"; "" if nothing."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    differ = {name: value for name, value in values.items() if value != getattr(usual, name)}
+    return ", ".join(f"{name} {value or repr(value)}" for name, value in differ.items())

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from clip_min import UserError
-from fewshot.images import ENDINGS, Pictures, few
+from fewshot.pictures import ENDINGS, Pictures, few
 
 PARTS = ("train", "val", "test")
 CALLED = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -198,13 +198,13 @@ def read_classes(
     if expected is None and len(folders) < 2:
         found = [f"only the class {name!r}" for name in folders] or ["no class folder with images"]
         raise UserError(f"{root}: has {found[0]}; expected two or more folders CLASS/*.jpg")
-    same_classes(str(root), set(folders), names, "train/" if expected else CLASSES_FILE)
+    check_classes(str(root), set(folders), names, "train/" if expected else CLASSES_FILE)
     files = [file for name in names for file in folders[name]]
     counts = torch.tensor([len(folders[name]) for name in names])
     return names, Pictures(files, torch.arange(len(names)).repeat_interleave(counts))
 
 
-def same_classes(where: str, found: set[str], expected, of: str) -> None:
+def check_classes(where: str, found: set[str], expected, of: str) -> None:
     """Every class of train is in every part, and no other."""
     if odd := sorted(found ^ set(expected)):
         more = ", …" if len(odd) > 5 else ""

@@ -18,32 +18,95 @@ from tqdm import tqdm
 
 from clip_min import UserError
 from clip_min.errors import first_line
-from fewshot.images import Batches
+from fewshot.batches import Batches
 from fewshot.metrics import accuracy, predict
 from fewshot.run import Run
+from fewshot.schedule import Length, announce, duration, learning_rate
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long training is, counted in gradient steps."""
+@dataclass
+class Position:
+    """Where training stands after a round."""
 
-    epoch: int  # in one pass over the training images
-    total: int
-    round: int  # between two validations; the state to resume from is saved then, too
-    chooses: bool  # does validation decide anything? else there is none
+    step: int = 0
+    best_val: float = -1.0
+    best_step: int = 0
+    waited: int = 0  # validations in a row without a better one
+    seconds: float = 0.0  # of all rounds, those before a kill included
+    stopped: str = ""  # why, where it ended before all steps
 
-    @classmethod
-    def of(cls, s, train: Batches) -> "Length":
-        """The length that settings `s` ask for, on these training images."""
-        fewest = min(len(part) for part in train.drawn)
-        epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
-        total = s.steps_per_shot * train.shots or max(s.epochs * epoch, s.min_steps)
-        rounds = math.ceil(total / s.validations) if s.validations else epoch
-        return cls(epoch, total, max(1, rounds), s.keep != "last" or s.patience > 0)
 
-    def place(self, step: int) -> str:
-        """For people: "epoch 3", or, where rounds are not epochs, "step 120"."""
-        return f"epoch {step // self.epoch}" if self.round == self.epoch else f"step {step}"
+class State:
+    """All that the next round depends on: it is saved after each, and read back after a kill."""
+
+    def __init__(self, method, train: Batches):
+        self.learned = method.adapter_state()
+        self.kept = copies(self.learned)  # of the best round, or the last; not views
+        trained = {name: tensor for name, tensor in self.learned.items() if tensor.requires_grad}
+        self.trained = list(trained.values())
+        self.optimizer = new_optimizer(method.settings, trained, method.no_weight_decay)
+        # fp16 has no small numbers: the loss is multiplied so that gradients do not vanish.
+        enabled = train.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(train.device.type, enabled=enabled)
+        self.at = Position()
+
+    def save(self, run: Run) -> None:
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        run.save_resume(self.tensors(), asdict(self.at) | scaler)
+
+    def load(self, run: Run) -> None:
+        """Go on from what `save` wrote; from the start, if it was not called before the kill."""
+        if (saved := run.load_resume(asdict(self.at))) is None:
+            return
+        tensors, position = saved
+        try:
+            self.restore(tensors)
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{run.path}/resume.safetensors: holds other tensors than this run's "
+                f"({first_line(error)}); start it anew, without --resume"
+            ) from None
+        self.scaler.load_state_dict(position.pop("scaler", {}))
+        self.at = Position(**position)
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {f"learned/{name}": tensor for name, tensor in self.learned.items()}
+        tensors |= {f"kept/{name}": tensor for name, tensor in self.kept.items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        device = next(iter(self.learned.values())).device
+        if device.type == "cuda":  # else not even asked for: that alone takes memory on a GPU
+            tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of `tensors`; ValueError, among others, if they are of another run."""
+        trained = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        state = self.optimizer.state_dict()
+        for name, tensor in tensors.items():
+            kind, rest = name.split("/", 1)
+            if kind == "optimizer":
+                i, key = rest.split("/")
+                state["state"].setdefault(int(i), {})[key] = tensor
+            if kind == "random" or (kind == "optimizer" and tensor.dim() == 0):
+                continue
+            like = trained[int(i)] if kind == "optimizer" else self.learned[rest]
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+            if kind == "learned":
+                like.copy_(tensor)
+        self.optimizer.load_state_dict(state)
+        torch.set_rng_state(tensors["random/cpu"])
+        device = next(iter(self.learned.values())).device
+        if "random/cuda" in tensors and device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], device)
+        self.kept = {name: tensors[f"kept/{name}"].to(device) for name in self.learned}
+
+
+class NotFinite(Exception):
+    """The loss or the weights are no numbers any more: this round is lost, and training ends."""
 
 
 def descend(
@@ -59,123 +122,108 @@ def descend(
     s = method.settings
     if s.grid:
         return search(method, train, val, run, seed)
-    learned = method.adapter_state()
-    trained = {name: tensor for name, tensor in learned.items() if tensor.requires_grad}
-    optimizer = new_optimizer(s, trained, method.no_weight_decay)
-    length = Length.of(s, train)
-    # fp16 has no small numbers: the loss is multiplied so that gradients do not vanish.
-    scaler = torch.amp.GradScaler(train.device.type, enabled=train.precision == "fp16")
-
-    kept = copies(learned)  # not views
-    at = {"step": 0, "best_val": -1.0, "best_step": 0, "waited": 0, "seconds": 0.0, "stopped": ""}
-    if resume and (saved := run.load_resume(at)):
-        tensors, at = saved
-        try:
-            _check_shapes(tensors, learned, optimizer)
-            kept = _restore(tensors, learned, optimizer)
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"{run.path}/resume.safetensors: holds other tensors than this run's "
-                f"({first_line(error)}); start it anew, without --resume"
-            ) from None
-        scaler.load_state_dict(at.get("scaler", {}))
-    if at["step"] < length.total and not at["stopped"]:
-        print(announce(s, train, val, length, at["step"]))
-    third = at["step"] + 2  # timed: the first ones also read and encode what is then kept
-    bar = tqdm(total=length.total, initial=at["step"], unit="step", disable=None)
-    while at["step"] < length.total and not at["stopped"]:
+    length, state = Length.of(s, train), State(method, train)
+    if resume:
+        state.load(run)
+    at = state.at
+    if at.step < length.total and not at.stopped:
+        print(announce(s, train, val, length, at.step))
+    third = at.step + 2  # timed: the first ones also read and encode what is then kept
+    bar = tqdm(total=length.total, initial=at.step, unit="step", disable=None)
+    while at.step < length.total and not at.stopped:
         started, losses = time.perf_counter(), []
         method.train()
-        for step in range(at["step"], min(at["step"] + length.round, length.total)):
-            if step == third:
+        try:
+            for step in range(at.step, min(at.step + length.round, length.total)):
                 begun = time.perf_counter()
-            epoch, i = divmod(step, length.epoch)
-            if i == 0 or not losses:
-                batches = shuffled(train, s.batch_size, _generator(seed, epoch))
-            if s.schedule == "step":
-                warm = s.warmup_steps or s.warmup_epochs * length.epoch
-                lr = learning_rate(s, step, length.total, warm)
-            else:
-                lr = learning_rate(
-                    s, epoch, math.ceil(length.total / length.epoch), s.warmup_epochs
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            method.step = step
-            with train.autocast():
-                inputs = train.inputs(method, batches[i], s.augment)
-                loss = method.loss(inputs, *train.targets(batches[i]))
-            if not loss.isfinite():
-                at["stopped"] = f"loss was {loss.item()} in step {step + 1}"
-                break
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            if s.clip_norm:
-                scaler.unscale_(optimizer)
-                clip_grad_norm_(trained.values(), s.clip_norm)
-            try:
-                scaler.step(optimizer)  # leaves out a step whose gradient is not finite
-            except RuntimeError as error:
-                if "overflow" not in str(error):
-                    raise
-                raise UserError(
-                    f"--lr {s.lr:g}: the weights are not finite after step {step + 1}; give less"
-                ) from None
-            scaler.update()
-            losses.append(loss.item())
-            bar.set_description(f"epoch {epoch + 1}")
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", best_val=f"{max(at['best_val'], 0):.1f}")
-            bar.update()
-            if step == third and length.total > 20:
-                each = time.perf_counter() - begun
-                seconds = seconds_left(method, val, length, step + 1, each)
-                bar.write(f"about {duration(seconds)}")
-                method.train()
-        if at["stopped"]:
+                epoch, i = divmod(step, length.epoch)
+                if i == 0 or not losses:
+                    batches = shuffled(train, s.batch_size, seed, epoch)
+                losses.append(gradient_step(method, train, batches[i], state, length, step))
+                bar.set_description(f"epoch {epoch + 1}")
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", best_val=f"{max(at.best_val, 0):.1f}")
+                bar.update()
+                if step == third and length.total > 20:
+                    each = time.perf_counter() - begun
+                    left = seconds_left(method, val, length, step + 1, each)
+                    bar.write(f"about {duration(left)}")
+                    method.train()
+            judged = judge(method, val, state, length, step + 1)
+        except NotFinite as why:
+            at.stopped = str(why)
             break
-        now = at["step"] + len(losses)
-        judged = {}
-        if length.chooses:
-            logits = predict(method, val)
-            if not logits.isfinite().all():  # the last step broke the weights; its loss was fine
-                at["stopped"] = f"validation logits were not finite after {length.place(now)}"
-                break
-            judged["val"] = accuracy(logits, val.labels.cpu())
-            better = judged["val"] > at["best_val"]
-            if better or (s.keep == "latest-best" and judged["val"] == at["best_val"]):
-                at |= {"best_val": judged["val"], "best_step": now}
-            at["waited"] = 0 if better else at["waited"] + 1
-            if at["waited"] and at["waited"] == s.patience:
-                at["stopped"] = f"no better validation accuracy in {s.patience} validations"
-        elif not all(tensor.isfinite().all() for tensor in learned.values()):
-            at["stopped"] = f"weights were not finite after {length.place(now)}"
-            break
-        at["step"] = now
-        if s.keep == "last" or at["best_step"] == now:
-            kept = copies(learned)
-            run.save_adapter(kept)
-        at["seconds"] += time.perf_counter() - started
-        mean = sum(losses) / len(losses)
-        passes = round(now / length.epoch, 2)
-        run.log_round(
-            {"step": now, "epoch": passes, "loss": mean, **judged, "seconds": at["seconds"]}
-        )
-        if scaler.is_enabled():
-            at["scaler"] = scaler.state_dict()
-        run.save_resume(_snapshot(learned, kept, optimizer), at)
+        at.step = step + 1
+        if s.keep == "last" or at.best_step == at.step:
+            state.kept = copies(state.learned)
+            run.save_adapter(state.kept)
+        at.seconds += time.perf_counter() - started
+        mean, passes = sum(losses) / len(losses), round(at.step / length.epoch, 2)
+        line = {"step": at.step, "epoch": passes, "loss": mean, **judged, "seconds": at.seconds}
+        run.log_round(line)
+        state.save(run)
         shown = f"  val {judged['val']:6.2f}" if judged else ""
         bar.write(
-            f"step {now:5d}/{length.total}  epoch {passes:5g}  loss {mean:7.4f}{shown}  "
-            f"{at['seconds']:6.1f} s"
+            f"step {at.step:5d}/{length.total}  epoch {passes:5g}  loss {mean:7.4f}{shown}  "
+            f"{at.seconds:6.1f} s"
         )
     bar.close()
-    if at["stopped"]:
-        step = at["step"] if s.keep == "last" else at["best_step"]
-        print(f"stopped: {at['stopped']}; {length.place(step)} is kept")
-    method.load_adapter(kept)
-    run.save_adapter(kept)
+    if at.stopped:
+        step = at.step if s.keep == "last" else at.best_step
+        print(f"stopped: {at.stopped}; {length.place(step)} is kept")
+    method.load_adapter(state.kept)
+    run.save_adapter(state.kept)
     method.eval()
-    return at["seconds"]
+    return at.seconds
+
+
+def gradient_step(
+    method, train: Batches, chosen: Tensor, state: State, length: Length, step: int
+) -> float:
+    """Lower the loss of the pictures `chosen` a little -> what it was."""
+    s, optimizer, scaler = method.settings, state.optimizer, state.scaler
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(s, length, step)
+    method.step = step
+    with train.autocast():
+        inputs = train.inputs(method, chosen, s.augment)
+        loss = method.loss(inputs, *train.targets(chosen))
+    if not loss.isfinite():
+        raise NotFinite(f"loss was {loss.item()} in step {step + 1}")
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    if s.clip_norm:
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(state.trained, s.clip_norm)
+    try:
+        scaler.step(optimizer)  # leaves out a step whose gradient is not finite
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise UserError(
+            f"--lr {s.lr:g}: the weights are not finite after step {step + 1}; give less"
+        ) from None
+    scaler.update()
+    return loss.item()
+
+
+def judge(method, val: Batches, state: State, length: Length, now: int) -> dict[str, float]:
+    """The accuracy after step `now`, to be logged, if it decides what is kept or when to stop."""
+    s, at = method.settings, state.at
+    if not length.chooses:
+        if not all(tensor.isfinite().all() for tensor in state.learned.values()):
+            raise NotFinite(f"weights were not finite after {length.place(now)}")
+        return {}
+    logits = predict(method, val)
+    if not logits.isfinite().all():  # the last step broke the weights; its loss was fine
+        raise NotFinite(f"validation logits were not finite after {length.place(now)}")
+    found = accuracy(logits, val.labels.cpu())
+    better = found > at.best_val
+    if better or (s.keep == "latest-best" and found == at.best_val):
+        at.best_val, at.best_step = found, now
+    at.waited = 0 if better else at.waited + 1
+    if at.waited and at.waited == s.patience:
+        at.stopped = f"no better validation accuracy in {s.patience} validations"
+    return {"val": found}
 
 
 def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
@@ -211,8 +259,9 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def shuffled(train: Batches, size: int, generator: torch.Generator) -> list[Tensor]:
+def shuffled(train: Batches, size: int, seed: int, epoch: int) -> list[Tensor]:
     """The batches of an epoch: numbers of the pictures, `size` of all that is drawn together."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     orders = [part[torch.randperm(len(part), generator=generator)] for part in train.drawn]
     return [torch.cat(pair) for pair in zip(*(o.split(size) for o in orders), strict=False)]
 
@@ -229,18 +278,6 @@ def new_optimizer(s, trained: dict[str, Tensor], undecayed: tuple[str, ...]):
     return torch.optim.AdamW(groups, lr=s.lr, eps=s.eps)
 
 
-def announce(s, train: Batches, val: Batches, length: Length, done: int) -> str:
-    """What is to come, in a line: gradient steps, and validations."""
-    left = length.total - done
-    sizes = [len(part) for part in train.drawn]
-    text = f"{left} gradient steps of {sum(min(s.batch_size, size) for size in sizes)} images, "
-    passes = left / length.epoch
-    text += f"{passes:,.{1 if passes < 10 else 0}f} passes over {min(sizes)}"
-    if length.chooses:
-        text += f"; {math.ceil(left / length.round)} validations on {len(val)} images"
-    return text
-
-
 def seconds_left(method, val: Batches, length: Length, done: int, step: float) -> float:
     """What the rest takes, if one step takes `step` seconds; one batch of validation is tried."""
     left = length.total - done
@@ -252,80 +289,3 @@ def seconds_left(method, val: Batches, length: Length, done: int, step: float) -
     predict(method, some)
     each = (time.perf_counter() - started) / len(some)
     return left * step + math.ceil(left / length.round) * len(val) * each
-
-
-def duration(seconds: float) -> str:
-    """40 -> "40 s", 400 -> "7 min", 40000 -> "11.1 h"."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def learning_rate(s, now: int, end: int, warm: int) -> float:
-    """The rate at `now` of `end`, of which `warm` are the warm-up: all in epochs, or all in steps.
-
-    constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever.
-    proportional, as cross-modal's code has it: the same, but for a rise from 0, which the first
-    rate itself is not.
-    linear, as VPT's code has it: the cosine fills the time that is left.
-    """
-    if now < warm:
-        share = now / warm
-        if s.warmup == "proportional":
-            return share * s.lr or s.warmup_lr  # of the first step, whose share is 0
-        return s.warmup_lr + (share * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0)
-    length = end - warm if s.warmup == "linear" else end
-    return cosine(s.lr, s.min_lr, (now - warm) / length)
-
-
-def cosine(peak: float, end: float, progress: float) -> float:
-    """Half a cosine from `peak` (progress 0) down to `end` (progress 1)."""
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1_000_003 * seed + epoch)
-
-
-def _snapshot(learned: dict, kept: dict, optimizer) -> dict[str, Tensor]:
-    """All tensors the next epoch depends on."""
-    tensors = {f"learned/{name}": tensor for name, tensor in learned.items()}
-    tensors |= {f"kept/{name}": tensor for name, tensor in kept.items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    device = next(iter(learned.values())).device
-    if device.type == "cuda":  # else not even asked for: that alone takes memory on a GPU
-        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
-
-
-def _check_shapes(tensors: dict[str, Tensor], learned: dict, optimizer) -> None:
-    """ValueError, unless tensors that `_snapshot` gave are of this run."""
-    trained = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    for name, tensor in tensors.items():
-        kind, rest = name.split("/", 1)
-        if kind == "random" or (kind == "optimizer" and tensor.dim() == 0):
-            continue
-        like = trained[int(rest.split("/")[0])] if kind == "optimizer" else learned[rest]
-        if tensor.shape != like.shape or tensor.dtype != like.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-
-
-@torch.no_grad()
-def _restore(tensors: dict[str, Tensor], learned: dict, optimizer) -> dict[str, Tensor]:
-    """The reverse of `_snapshot`; returns the tensors that are kept."""
-    state = optimizer.state_dict()
-    for name, tensor in tensors.items():
-        kind, rest = name.split("/", 1)
-        if kind == "learned":
-            learned[rest].copy_(tensor)
-        elif kind == "optimizer":
-            i, key = rest.split("/")
-            state["state"].setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict(state)
-    torch.set_rng_state(tensors["random/cpu"])
-    device = next(iter(learned.values())).device
-    if "random/cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random/cuda"], device)
-    return {name: tensors[f"kept/{name}"].to(device) for name in learned}

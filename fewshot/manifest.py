@@ -24,12 +24,12 @@ from fewshot.folder import (
     CLASSES_FILE,
     PARTS,
     Parts,
+    check_classes,
     class_of,
     read_classnames,
     read_text,
-    same_classes,
 )
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
 
 
 class Row(NamedTuple):
@@ -55,8 +55,8 @@ def read_manifest(root: Path) -> Parts:
         files = [root / "train.csv", root / "test.csv"]
         files += [file for file in [root / "val.csv"] if file.is_file()]
         rows = [row for file in files for row in read_rows(file, file.stem)]
-    listed_once(rows)
-    exist([row.path for row in rows], [row.where for row in rows])
+    check_listed_once(rows)
+    check_files([row.path for row in rows], [row.where for row in rows])
 
     known = read_classnames(root)
     if not known and all(row.label.isdecimal() for row in rows):
@@ -83,7 +83,7 @@ def read_manifest(root: Path) -> Parts:
         if mine or part != "val":
             file = whole if whole.is_file() else root / f"{part}.csv"
             of = CLASSES_FILE if part == "train" else "train"
-            same_classes(f"{file} ({part})", {spelled[row.label] for row in mine}, names, of)
+            check_classes(f"{file} ({part})", {spelled[row.label] for row in mine}, names, of)
             chosen = sorted((number[spelled[row.label]], row.path) for row in mine)
             labels = torch.tensor([label for label, _ in chosen])
             parts[part] = Pictures([path for _, path in chosen], labels)
@@ -127,7 +127,7 @@ def read_rows(file: Path, part: str | None = None) -> list[Row]:
     return rows
 
 
-def listed_once(rows: list[Row]) -> None:
+def check_listed_once(rows: list[Row]) -> None:
     """A picture in train and test would make the test worthless; a repeated row is a slip."""
     seen: dict[Path, Row] = {}
     for row in rows:
@@ -139,7 +139,7 @@ def listed_once(rows: list[Row]) -> None:
         seen[row.path] = row
 
 
-def exist(paths: list[Path], where: list[str]) -> None:
+def check_files(paths: list[Path], where: list[str]) -> None:
     """All of these files are there, or the first that is not is named, and the others counted."""
     if gone := [i for i, path in enumerate(paths) if not path.is_file()]:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""

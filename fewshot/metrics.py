@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewshot.images import Batches
+from fewshot.batches import Batches
 
 
 def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
@@ -14,7 +14,7 @@ def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
     parts = torch.arange(len(batches)).split(batch_size)
     parts = tqdm(parts, "testing", leave=False, disable=None if len(parts) > 8 else True)
     with method.inference(), batches.autocast():
-        return torch.cat([method(batches.inputs(method, part)) for part in parts]).float().cpu()
+        return torch.cat([method.classify(batches.inputs(method, p)) for p in parts]).float().cpu()
 
 
 def train_accuracy(method, train: Batches, most: int = 500) -> float:

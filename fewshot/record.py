@@ -16,7 +16,7 @@ from clip_min.files import read_json
 from fewshot import cache
 from fewshot.datasets import Dataset
 from fewshot.folder import PARTS
-from fewshot.images import Pictures, digests
+from fewshot.pictures import Pictures, digests
 
 # {"train", "val", "test"} -> a row for each picture: its file, its class, sha256 of what it holds.
 Record = dict[str, list[list[str]]]

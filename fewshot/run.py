@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_min import CLIP, UserError, weights
+from clip_min import UserError
 from clip_min.files import (
+    append_line,
     parse_json,
     read_adapter,
     read_json,
@@ -92,6 +93,7 @@ class Run:
                 "give the flags it had, or start it without --resume"
             )
         run = cls(path, _read_config(path, dict.fromkeys(KEYS, object)))  # compared just below
+        config = json.loads(json.dumps(config))  # as it is read back: tuples are lists
         for key, value in config.items():
             told = key not in FREE and (key != "data" or key in run.config)  # none in old ones
             if told and run.config.get(key) != value:
@@ -115,9 +117,11 @@ class Run:
         return run
 
     def _go_on(self) -> None:
-        """Clear what a kill left half written, and read the log."""
+        """Clear what a kill left half written, also of the log's last line, and read the log."""
         remove_half_written(self.path)
         log = self.path / "log.jsonl"
+        if log.exists() and (half := log.read_bytes().rpartition(b"\n")[2]):
+            os.truncate(log, log.stat().st_size - len(half))
         judged = {"val": float} if "val" in next(iter(read_json_lines(log)), {}) else {}
         self.log = read_json_lines(log, LOGGED | judged)
 
@@ -157,9 +161,9 @@ class Run:
         parts = self.config["classnames"]
         return parts.get("base") or parts["all"]
 
-    def check_model(self, clip: CLIP) -> None:
-        """UserError, if this is not the CLIP it was trained on."""
-        found, made = weights.fingerprint(clip), self.config["fingerprint"]
+    def check_model(self, found: str) -> None:
+        """UserError, if this is not the fingerprint of the CLIP it was trained on."""
+        made = self.config["fingerprint"]
         if found != made:
             raise UserError(
                 f"{self.path}: was trained on {self.config['model']} with fingerprint {made}, but "
@@ -167,14 +171,19 @@ class Run:
             )
 
     def write_json(self, name: str, value: dict) -> None:
-        self._stands()
+        self._check_folder()
         write_json(self.path / name, value)
 
     def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
-        self._stands()
-        self.log = [line for line in self.log if line["step"] < entry["step"]] + [entry]
-        write_text(self.path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+        self._check_folder()
+        log, lines = self.path / "log.jsonl", len(self.log)
+        while self.log and self.log[-1]["step"] >= entry["step"]:
+            self.log.pop()
+        if len(self.log) < lines:
+            write_text(log, "".join(json.dumps(line) + "\n" for line in self.log))
+        append_line(log, json.dumps(entry))
+        self.log.append(entry)
 
     def save_adapter(self, state: dict[str, Tensor], last: bool = False) -> None:
         """Write what was learned, and in the header by which method, on which model.
@@ -188,7 +197,7 @@ class Run:
                     "not kept; lower --lr, or what else makes them grow"
                 )
         self.learned_last = state
-        self._stands()
+        self._check_folder()
         if self.config.pop("adapter_sha256", None):  # of an earlier one: for now, none is vouched
             self.write_json("config.json", self.config)
         self._write_adapter(self.path / "adapter.safetensors")
@@ -201,7 +210,7 @@ class Run:
         # One entry: safetensors writes several in any order, and equal runs leave equal bytes.
         write_safetensors(file, self.learned_last, {"clip_min": json.dumps(made)})
 
-    def _stands(self) -> None:
+    def _check_folder(self) -> None:
         """UserError if the folder is no longer there; what was learned is then kept beside it."""
         if (self.path / "config.json").exists():
             return
@@ -223,8 +232,8 @@ class Run:
 
     def save_resume(self, tensors: dict[str, Tensor], position: dict) -> None:
         """One atomic file holds both, so that tensors and position cannot disagree."""
-        self._stands()
-        text = json.dumps({**position, "check": _check(tensors, position)})
+        self._check_folder()
+        text = json.dumps({**position, "check": _checksum(tensors, position)})
         write_safetensors(self.path / "resume.safetensors", tensors, {"position": text})
         self.write_json("resume.json", position)
 
@@ -240,7 +249,7 @@ class Run:
         where = f"{file}: its position"
         position = parse_json(header.get("position", "{}"), dict, where)
         check = position.pop("check", None)  # none in those of before it was written
-        if check is not None and check != _check(tensors, position):
+        if check is not None and check != _checksum(tensors, position):
             raise UserError(
                 f"{file}: is damaged: its checksum is not that of its content; start the run anew, "
                 "without --resume"
@@ -249,7 +258,7 @@ class Run:
         return tensors, position
 
 
-def _check(tensors: dict[str, Tensor], position: dict) -> str:
+def _checksum(tensors: dict[str, Tensor], position: dict) -> str:
     """A checksum of all that a run goes on from."""
     parts = [(n, str(tensors[n].dtype), tensors[n]) for n in sorted(tensors)]
     return cache.key(json.dumps(position, sort_keys=True), *(x for part in parts for x in part))
@@ -287,7 +296,11 @@ def provenance() -> dict:
 
 
 def _read_config(path: Path, kind: dict) -> dict:
-    return read_json(path / "config.json", "a run folder has one", kind)
+    config = read_json(path / "config.json", "a run folder has one", kind)
+    settings = config.get("settings")
+    if isinstance(settings, dict) and isinstance(settings.get("templates"), str):
+        settings["templates"] = [t for t in settings["templates"].split("|") if t]  # older runs
+    return config
 
 
 def _claim(path: Path) -> None:

@@ -10,6 +10,7 @@ for a check that none of them is learned from.
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
-from fewshot import cache, coop
-from fewshot.coop import FEW_VAL  # validation pictures a class, where they have to be few
+from fewshot import coop_split
+from fewshot.batches import Batches, room
+from fewshot.coop_split import FEW_VAL  # validation pictures a class, where they have to be few
 from fewshot.datasets import Dataset
-from fewshot.images import Batches, Pictures, check_memory, few, read
+from fewshot.pictures import Pictures, Reader, check_memory, few
 from fewshot.record import Record, rows, unseen
 
 # One's own pictures: as many for validation as for training, but never below or above these, for
@@ -40,6 +42,7 @@ class Test:
 @dataclass
 class Task:
     classnames: list[str]  # those that are learned: labels of train and val count in this list
+    template: str
     train: Batches | None  # None, as val: the task only tests (`make_test`)
     val: Batches | None
     tests: dict[str, Test]  # {"base", "novel"}, or {"all"}
@@ -57,40 +60,29 @@ class Task:
 
 def make_task(
     dataset: Dataset,
-    shots: int,
+    shots: int | str,
     seed: int,
     classes: str,
-    size: int,
-    device: torch.device,
-    skip_bad: bool = False,
-    folder: Path | None = cache.FOLDER,
+    reader: Reader,
     base: Sequence[int] | None = None,
-    precision: str = "fp32",
 ) -> Task:
     """Split `dataset` (classes: "base-novel" or "all"), draw the shots, read the pictures.
 
-    base: the base classes' numbers, if they are not the first half. size: pixels, the model's.
-    folder: the cache (None: none). precision: what features are computed in.
+    base: the base classes' numbers, if they are not the first half.
     """
     learned, parts = halves(dataset, classes, base)
     train, val, notes = draw(dataset, learned, shots, seed)
     notes = [*dataset.notes, *notes]
-    check_memory(len(train) + len(val) + len(dataset.test), size)
-
-    def batches(pictures: Pictures) -> Batches:
-        return read_batches(pictures, size, device, skip_bad, folder, notes, precision)
-
-    names = dataset.classnames
+    check_memory(len(train) + len(val) + len(dataset.test), reader.size)
     task = Task(
-        classnames=[names[i] for i in learned],
-        train=batches(train),
-        val=batches(val),
-        tests={
-            part: Test([names[i] for i in ids], batches(_of_classes(dataset.test, ids)))
-            for part, ids in parts.items()
-        },
+        classnames=[dataset.classnames[i] for i in learned],
+        template=dataset.template,
+        train=Batches(*reader.read(train, notes), reader),
+        val=Batches(*reader.read(val, notes), reader),
+        tests=_tests(dataset, parts, reader, notes),
         notes=notes,
     )
+    task.train.room = task.val.room = room(reader.device)
     seen = (task.train.pixels, task.val.pixels)
     if twice := sum(shared(test.batches.pixels, *seen) for test in task.tests.values()):
         notes.append(f"{twice} test images are also learned from or validated on, pixel for pixel")
@@ -142,26 +134,17 @@ def copies(*parts: Pictures) -> list[str]:
 def shared(pixels: Tensor, *others: Tensor) -> int:
     """How many of these pictures (N, 3, n, n) are among others, (M, 3, n, n) each."""
 
-    def middle(picture: Tensor) -> bytes:
-        """One row of a picture: enough to tell most apart, and cheap."""
-        return picture[:, picture.shape[1] // 2].numpy().tobytes()
-
-    alike: dict[bytes, list[Tensor]] = {}
+    middle = pixels.shape[-1] // 2  # one row: enough to tell most apart, and cheap
+    alike: dict[bytes, list[Tensor]] = defaultdict(list)
     for picture in itertools.chain(*others):
-        alike.setdefault(middle(picture), []).append(picture)
-    return sum(
-        any(torch.equal(picture, other) for other in alike.get(middle(picture), []))
-        for picture in pixels
-    )
+        alike[picture[:, middle].numpy().tobytes()].append(picture)
+    candidates = ((picture, alike.get(picture[:, middle].numpy().tobytes())) for picture in pixels)
+    return sum(any(torch.equal(one, other) for other in some or ()) for one, some in candidates)
 
 
 def make_test(
     dataset: Dataset,
-    size: int,
-    device: torch.device,
-    skip_bad: bool,
-    folder: Path | None,
-    precision: str,
+    reader: Reader,
     classes: str = "all",
     base: Sequence[int] | None = None,
     record: Record | None = None,
@@ -173,33 +156,25 @@ def make_test(
     tested on, whatever the split is by now.
     """
     learned, parts = halves(dataset, classes, base)
-    names, notes = dataset.classnames, list(dataset.notes)
+    notes = list(dataset.notes)
     if record:
         test, more = unseen(dataset, record, again)
         dataset, notes = replace(dataset, test=test), notes + more
-    check_memory(len(dataset.test), size)
+    check_memory(len(dataset.test), reader.size)
+    tests = _tests(dataset, parts, reader, notes)
+    learned = [dataset.classnames[i] for i in learned]
+    return Task(learned, dataset.template, None, None, tests, notes)
+
+
+def _tests(
+    dataset: Dataset, parts: dict[str, Sequence[int]], reader: Reader, notes: list[str]
+) -> dict[str, Test]:
+    """The test pictures of each part's classes, read."""
     tests = {}
     for part, ids in parts.items():
-        pictures = _of_classes(dataset.test, ids)
-        batches = read_batches(pictures, size, device, skip_bad, folder, notes, precision)
-        tests[part] = Test([names[i] for i in ids], batches)
-    return Task([names[i] for i in learned], None, None, tests, notes)
-
-
-def read_batches(
-    pictures: Pictures,
-    size: int,
-    device: torch.device,
-    skip_bad: bool,
-    folder: Path | None,
-    notes: list[str],
-    precision: str,
-) -> Batches:
-    """The pictures, read; those that were skipped are added to `notes`."""
-    pictures, pixels, skipped = read(pictures, size, skip_bad, folder, notes)
-    if skipped:
-        notes.append(f"skipped {len(skipped)} unreadable files: {', '.join(skipped)}")
-    return Batches(pictures, pixels, device, folder, precision)
+        pictures = reader.read(_of_classes(dataset.test, ids), notes)
+        tests[part] = Test([dataset.classnames[i] for i in ids], Batches(*pictures, reader))
+    return tests
 
 
 def draw(
@@ -211,7 +186,7 @@ def draw(
     A class with fewer gives what it has. Without a validation part, min(shots, 4) of a class are
     set aside for validation first, but never more than half of it; of a class that training takes
     whole, a fifth if that is more. One's own pictures give more, of those that training leaves,
-    and at most as many as `VAL` says. CoOp's split has a rule of its own: fewshot/coop.py.
+    and at most as many as `VAL` says. CoOp's split has a rule of its own: fewshot/coop_split.py.
     """
     if dataset.split == "coop" and shots != "all":
         return draw_coop(dataset, classes, shots, seed)
@@ -266,7 +241,7 @@ def draw_coop(
     """The same by CoOp's rule: all classes are drawn, and these are kept."""
     if dataset.val is None:
         raise UserError("--split coop: the split has no validation part, and CoOp's rule needs one")
-    train, val = coop.draw(dataset.train, dataset.val, shots, seed)
+    train, val = coop_split.draw(dataset.train, dataset.val, shots, seed)
     counts = dataset.train.labels.bincount(minlength=len(dataset.classnames)).tolist()
     short = {dataset.classnames[k]: counts[k] for k in classes if counts[k] < shots}
     train, val = (

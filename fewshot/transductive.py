@@ -72,7 +72,7 @@ def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
         labels = test.batches.labels
         with known.inference():
             accuracies = [
-                accuracy(known(test.batches.inputs(known, chosen)), labels[chosen])
+                accuracy(known.classify(test.batches.inputs(known, chosen)), labels[chosen])
                 for chosen in queries.draw(labels.cpu())
             ]
         scores[part] = mean(accuracies)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gen.hub import locate, quiet
+from gen.pretrained import locate, quiet
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 

@@ -9,7 +9,7 @@ strength s = 15/20 the layout of x is left, and little else.
 import torch
 from PIL import Image, ImageOps
 
-from gen.hub import locate, quiet
+from gen.pretrained import locate, quiet
 
 
 class Diffusion:

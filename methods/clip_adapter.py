@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_min import UserError
-from methods.base import DEFAULT, TrainingSettings
+from methods.base import DEFAULT, Method, TrainingSettings
 from methods.coop import PUBLISHED
-from methods.zero_shot import TemplateSettings, ZeroShot
+from methods.templates import TemplateSettings
 
 
 class Adapter(nn.Module):
@@ -51,9 +51,6 @@ class Adapter(nn.Module):
 
 @dataclass(frozen=True)
 class ClipAdapterSettings(TrainingSettings, TemplateSettings):
-    lr: Annotated[float, "peak learning rate"] = 1e-3
-    epochs: Annotated[int, "passes over the training images, at most"] = 50
-    patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 10
     adapters: Annotated[Literal["image", "text", "both"], "features that are adapted"] = "image"
     ratio: Annotated[float, "r, the share of the adapter's output; 0 is zero-shot CLIP"] = 0.2
     learn_ratio: Annotated[bool, "learn r too, from that value on"] = False
@@ -66,14 +63,17 @@ class ClipAdapterSettings(TrainingSettings, TemplateSettings):
             raise UserError(f"--ratio {self.ratio}: a learned r starts between 0 and 1, not at one")
 
 
-class ClipAdapter(ZeroShot):
+OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
+
+
+class ClipAdapter(Method):
     title = "a small network after the image tower (CLIP-Adapter)"
     Settings = ClipAdapterSettings
     recipes = {
-        "default": {**DEFAULT, "min_steps": 3000},
+        "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {**PUBLISHED, "epochs": 200},
-        "jclip": {"adapters": "both"},
-        "demo": {"lr": 3e-3, "ratio": 0.6},
+        "jclip": {**OWN, "adapters": "both"},
+        "demo": {**OWN, "lr": 3e-3, "ratio": 0.6},
     }
     demo_model = {"lr": 3e-3, "ratio": 0.6}
 
@@ -83,9 +83,9 @@ class ClipAdapter(ZeroShot):
         shape = (clip.config.embed_dim, settings.reduction, settings.ratio, settings.learn_ratio)
         self.adapters = nn.ModuleDict({side: Adapter(*shape) for side in sides}).to(clip.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
-        features = {"image": self.image_features(x), "text": self.class_features()}
+    def classify(self, x: Tensor) -> Tensor:
+        """Image features x (B, E) -> logits (B, K)."""
+        features = {"image": x, "text": self.class_features()}
         for side, adapter in self.adapters.items():
             features[side] = adapter(features[side].float())
         return self.clip.logits(features["image"], features["text"])

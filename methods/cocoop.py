@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from clip_min import PromptTree
 from methods.base import DEFAULT
-from methods.coop import PUBLISHED, ContextSettings, LearnedContext, context_tree
+from methods.coop import OWN, PUBLISHED, ContextSettings, LearnedContext, context_tree
 
 
 @dataclass(frozen=True)
 class CoCoOpSettings(ContextSettings):
-    batch_size: Annotated[int, "images in one step"] = 1
     max_tokens: Annotated[int, "prompt tokens in memory at once, images x classes"] = 16384
 
 
@@ -35,10 +34,10 @@ class CoCoOp(LearnedContext):
     title = "prompt vectors that depend on the image"
     Settings = CoCoOpSettings
     recipes = {
-        "default": {**DEFAULT, "batch_size": 16},
-        "notebook": {"patience": 4},
-        "paper": PUBLISHED,
-        "demo": {"batch_size": 16},
+        "default": {**OWN, **DEFAULT, "batch_size": 16},
+        "notebook": {**OWN, "batch_size": 1, "patience": 4},
+        "paper": {**PUBLISHED, "epochs": 10, "batch_size": 1},
+        "demo": {**OWN, "batch_size": 16},
     }
     demo_model = {"lr": 6e-3}
 
@@ -52,9 +51,8 @@ class CoCoOp(LearnedContext):
     def prompt_tree(self) -> PromptTree:
         return context_tree(self.classnames, self.settings.n_ctx)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
-        f = self.image_features(x)  # (B, E)
+    def classify(self, f: Tensor) -> Tensor:
+        """Image features f (B, E) -> logits (B, K)."""
         shift = self.meta_net(F.normalize(f.float(), dim=-1))  # (B, D)
         context = self.context + shift.unsqueeze(1)  # (M, D) + (B, 1, D) -> (B, M, D)
         text = self.prompts(self.clip, context, self.settings.max_tokens)  # (B, K, E)

@@ -39,10 +39,11 @@ PUBLISHED = {  # how CoOp's and CoCoOp's code trains: nothing is chosen on valid
 }
 
 
+OWN = {"lr": 2e-3, "epochs": 10}
+
+
 @dataclass(frozen=True)
 class ContextSettings(TrainingSettings):
-    lr: Annotated[float, "peak learning rate"] = 2e-3
-    epochs: Annotated[int, "passes over the training images, at most"] = 10
     n_ctx: Annotated[int, "M, the number of learned vectors"] = 4
     ctx_init: Annotated[str, "words they start from, M tokens of them; empty: N(0, 0.02)"] = (
         "a photo of a"
@@ -51,13 +52,13 @@ class ContextSettings(TrainingSettings):
 
 
 class LearnedContext(Method):
-    """What CoOp and CoCoOp share: learned vectors, and a frozen image tower."""
+    """What CoOp and CoCoOp share: learned vectors in the prompts, and a frozen image tower."""
 
-    input = "features"
+    text_learns = True
 
     def __init__(self, clip, classnames, template, settings: ContextSettings):
         super().__init__(clip, classnames, template, settings)
-        self.context = nn.Parameter(initial_context(clip, settings.n_ctx, settings.ctx_init))
+        self.context = nn.Parameter(initial_context(self.clip, settings.n_ctx, settings.ctx_init))
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class CoOp(LearnedContext):
     title = "learned prompt vectors, shared by all classes"
     Settings = CoOpSettings
     recipes = {
-        "default": {**DEFAULT, "min_steps": 3000},
-        "notebook": {},
+        "default": {**OWN, **DEFAULT, "min_steps": 3000},
+        "notebook": OWN,
         # 8 or 16 shots; with fewer, the paper trains 50 epochs (1 shot) or 100 (2 and 4), and 50
         # on ImageNet.
         "paper": {**PUBLISHED, "epochs": 200},  # base-to-novel: M = 4, from "a photo of a"
         "few-shot": {**PUBLISHED, "epochs": 200, "n_ctx": 16, "ctx_init": ""},  # all classes
-        "demo": {"epochs": 30, "patience": 5},
+        "demo": {**OWN, "epochs": 30, "patience": 5},
     }
     demo_model = {"lr": 1e-2}
 
@@ -84,7 +85,9 @@ class CoOp(LearnedContext):
         super().__init__(clip, classnames, template, settings)
         if settings.class_specific:
             # Anew for each class: vectors that start at random start apart, as published.
-            each = [initial_context(clip, settings.n_ctx, settings.ctx_init) for _ in classnames]
+            each = [
+                initial_context(self.clip, settings.n_ctx, settings.ctx_init) for _ in classnames
+            ]
             self.context = nn.Parameter(torch.cat(each))  # (K·M, D)
             self.names_unseen = False
 
@@ -95,10 +98,6 @@ class CoOp(LearnedContext):
 
     def text_features(self) -> Tensor:
         return self.prompts(self.clip, self.context)  # (K, E)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
-        return self.clip.logits(self.image_features(x), self.class_features())
 
 
 def initial_context(clip, n_ctx: int, words: str) -> Tensor:

@@ -28,24 +28,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import DEFAULT, TrainingSettings
-from methods.zero_shot import TemplateSettings, ZeroShot
+from methods.base import DEFAULT, Method, TrainingSettings
+from methods.templates import TemplateSettings
 
 
 @dataclass(frozen=True)
 class CrossModalSettings(TrainingSettings, TemplateSettings):
-    lr: Annotated[float, "peak learning rate"] = 1e-3
-    epochs: Annotated[int, "passes over the training images, at most"] = 50
-    patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 10
     batch_size: Annotated[int, "images in one step; as many texts come on top"] = 32
 
 
-class CrossModal(ZeroShot):
+OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
+
+
+class CrossModal(Method):
     title = "a linear head on images and class names as samples"
     Settings = CrossModalSettings
     recipes = {
-        "default": {**DEFAULT, "min_steps": 3000},
+        "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {
+            "lr": 1e-3,
             "epochs": 0,  # its length is in steps
             "min_steps": 12_800,
             "drop_last": True,
@@ -58,7 +59,7 @@ class CrossModal(ZeroShot):
             "keep": "best",
             "grid": "lr=1e-3,1e-4 weight_decay=0,0.01,1e-4 batch_size=4,16",
         },
-        "demo": {},
+        "demo": OWN,
     }
     demo_model = {"lr": 1e-2}
     names_unseen = False
@@ -68,17 +69,17 @@ class CrossModal(ZeroShot):
         self.head = nn.Parameter(F.normalize(self.class_features().float(), dim=-1))  # (K, E)
         self.seed = torch.initial_seed()  # what the order of the texts follows from
 
-    def forward(self, x: Tensor) -> Tensor:
-        """features (B, E), of texts too, or images (B, 3, n, n) if augmented -> logits (B, K)."""
-        x = F.normalize(self.image_features(x).float(), dim=-1)
+    def classify(self, x: Tensor) -> Tensor:
+        """Features x (B, E), of images or of texts -> logits (B, K)."""
+        x = F.normalize(x.float(), dim=-1)
         with self.float32():
             return self.clip.logit_scale.exp() * x @ self.head.T
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x as in `forward`, labels (B,) -> scalar, over these images and as many texts."""
+        """x as in `classify`, labels (B,) -> scalar, over these images and as many texts."""
         texts = self.texts()[: len(labels)].to(labels.device)  # (B,)
-        samples = torch.cat([self.image_features(x), self.class_features()[texts]])  # (2B, E)
-        return F.cross_entropy(self(samples), torch.cat([labels, texts]))
+        samples = torch.cat([x, self.class_features()[texts]])  # (2B, E)
+        return F.cross_entropy(self.classify(samples), torch.cat([labels, texts]))
 
     def texts(self) -> Tensor:
         """Numbers of the class prompts (B,) that step `self.step` learns from."""

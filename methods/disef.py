@@ -43,7 +43,6 @@ from methods.lora import LoRA, LoRASettings
 
 @dataclass(frozen=True)
 class DISEFSettings(LoRASettings):
-    epochs: Annotated[int, "passes over the training images, at most"] = 50
     lam: Annotated[float, "λ, the weight of the real images; the synthetic ones weigh 1 - λ"] = 0.8
     label_smoothing: Annotated[float, "share of a label given to all classes alike"] = 0.0
     mixup: Annotated[float, "a of the Beta(a, a) that two images are mixed by; 0: not"] = 0.0
@@ -70,9 +69,10 @@ class DISEFSettings(LoRASettings):
     }
 
 
-NOTEBOOK = LoRA.recipes["notebook"]
+NOTEBOOK = {**LoRA.recipes["notebook"], "epochs": 50}
 IMPROVED = {**NOTEBOOK, "lam": 0.95, "lr": 2e-5, "plan": "f1", "filter": "lora"}
 PAPER = {
+    "epochs": 50,
     "lr": 2**-12,
     "weight_decay": 1e-3,
     "batch_size": 64,
@@ -104,8 +104,13 @@ class DISEF(LoRA):
         "demo": DEMO,
     }
 
-    def loss(self, images: Tensor, labels: Tensor, synthetic: Tensor | None = None) -> Tensor:
-        """images (B, 3, n, n), labels (B,), synthetic (B,) bool: which of them -> scalar.
+    def __init__(self, clip, classnames, template, settings: DISEFSettings):
+        super().__init__(clip, classnames, template, settings)
+        if settings.mixup or settings.cutmix:
+            self.first_block = 0  # images are mixed, so that none is encoded before
+
+    def loss(self, x: Tensor, labels: Tensor, synthetic: Tensor | None = None) -> Tensor:
+        """x (B, …) encoded, labels (B,), synthetic (B,) bool: which of them -> scalar.
 
         Without `synthetic` all images are real ones, and alone: the loss is LoRA's.
         """
@@ -113,12 +118,12 @@ class DISEF(LoRA):
         cross_entropy = functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
         if s.mixup or s.cutmix:
             real = torch.ones_like(labels, dtype=torch.bool) if synthetic is None else ~synthetic
-            images, labels = images.clone(), F.one_hot(labels, len(self.classnames)).float()
+            x, labels = x.clone(), F.one_hot(labels, len(self.classnames)).float()
             for part in (real, ~real):
-                images[part], labels[part] = mix(images[part], labels[part], s.mixup, s.cutmix)
+                x[part], labels[part] = mix(x[part], labels[part], s.mixup, s.cutmix)
         if synthetic is None:
-            return cross_entropy(self(images), labels)
-        each = cross_entropy(self(images), labels, reduction="none")  # (B,)
+            return cross_entropy(self.classify(x), labels)
+        each = cross_entropy(self.classify(x), labels, reduction="none")  # (B,)
         return s.lam * _mean(each, ~synthetic) + (1 - s.lam) * _mean(each, synthetic)
 
     def fit(self, train, val, descend: Callable) -> None:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from clip_min import UserError
 from methods.support import WithSupport
-from methods.zero_shot import TemplateSettings
+from methods.templates import TemplateSettings
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class EMDirichlet(WithSupport):
         if self.settings.use_support:
             self.remember(train)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (Q, E), one task -> logits (Q, K), whose softmax is the assignment."""
+    def classify(self, features: Tensor) -> Tensor:
+        """Image features (Q, E), one task -> logits (Q, K), whose softmax is the assignment."""
         settings = self.settings
         text = F.normalize(self.class_features().double(), dim=-1)  # (K, E)
 
@@ -130,7 +130,7 @@ class EMDirichlet(WithSupport):
 def log_dirichlet(log_z: Tensor, alpha: Tensor) -> Tensor:
     """Log density of points (N, D), given as logarithms, under K Dirichlets (K, D) -> (N, K).
 
-    D: the simplex's corners, which in `forward` are the K classes.
+    D: the simplex's corners, which in `classify` are the K classes.
     """
     constant = alpha.sum(dim=-1).lgamma() - alpha.lgamma().sum(dim=-1)  # (K,)
     return log_z @ (alpha - 1).T + constant

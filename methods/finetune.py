@@ -26,8 +26,6 @@ from methods.contrastive import contrastive_loss
 
 @dataclass(frozen=True)
 class FinetuneSettings(TrainingSettings):
-    lr: Annotated[float, "peak learning rate"] = 1e-5
-    clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 5.0
     train: Annotated[str, "weights that learn: both, image, text (towers) or last-N (blocks)"] = (
         "both"
     )
@@ -37,29 +35,41 @@ class FinetuneSettings(TrainingSettings):
     plain_pairs: Annotated[bool, "contrastive: only an image's own caption is right"] = False
 
 
+OWN = {"lr": 1e-5, "clip_norm": 5.0}
+
+
 class Finetune(Method):
     title = "all of CLIP's weights, or the last blocks'"
     Settings = FinetuneSettings
     recipes = {
-        "default": DEFAULT,
-        "contrastive": {**DEFAULT, "objective": "contrastive"},
-        "demo": {"lr": 3e-4},
+        "default": {**OWN, **DEFAULT},
+        "contrastive": {**OWN, **DEFAULT, "objective": "contrastive"},
+        "demo": {**OWN, "lr": 3e-4},
     }
     demo_model = {"lr": 3e-4}
 
     def __init__(self, clip, classnames, template, settings: FinetuneSettings):
-        super().__init__(clip.float(), classnames, template, settings)
+        super().__init__(clip, classnames, template, settings)
+        self.clip.float()
         for name in trained_names(clip, settings.train):
-            clip.get_parameter(name).requires_grad_()
+            weight = self.clip.get_parameter(name)
+            weight.data = weight.data.clone()  # what is trained is no longer the lent CLIP's
+            weight.requires_grad_()
+        self.text_learns = settings.train != "image"
+        if settings.train in ("both", "image"):
+            self.first_block = 0
+        elif settings.train != "text":
+            self.first_block = clip.config.vision_layers - int(settings.train.split("-")[1])
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images (B, 3, n, n), labels (B,) -> scalar."""
-        with torch.no_grad():  # as in CLIP's pretraining: s stays at 100 or below
-            self.clip.logit_scale.clamp_(max=math.log(100))
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Encoded images x (B, …), labels (B,) -> scalar."""
+        if self.clip.logit_scale.requires_grad:  # as in CLIP's pretraining: s <= 100
+            with torch.no_grad():
+                self.clip.logit_scale.clamp_(max=math.log(100))
         if self.settings.objective == "class":
-            return super().loss(images, labels)
+            return super().loss(x, labels)
         captions = self.class_features()[labels]  # (K, E) -> (B, E)
-        pairs = self.clip.logits(self.clip.encode_image(images), captions)  # (B, B)
+        pairs = self.clip.logits(self.image_features(x), captions)  # (B, B)
         return contrastive_loss(pairs, labels, self.settings.plain_pairs)
 
 

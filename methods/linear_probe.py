@@ -38,7 +38,6 @@ class LinearProbe(Method):
     title = "logistic regression on image features, no text"
     Settings = LinearProbeSettings
     recipes = {"paper": {}}
-    input = "features"
     names_unseen = False
 
     def __init__(self, clip, classnames, template, settings: LinearProbeSettings):
@@ -47,14 +46,14 @@ class LinearProbe(Method):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (B, E) -> logits (B, K)."""
+    def classify(self, x: Tensor) -> Tensor:
+        """Image features x (B, E) -> logits (B, K)."""
         with self.float32():
-            return self.head(features.float())
+            return self.head(x.float())
 
     def fit(self, train, val, descend) -> None:
         """Solve for W and b; choose C, of equally good ones the smallest."""
-        x, y, val_x = train.features(self.clip), train.labels, val.features(self.clip)
+        x, y, val_x = train.encoded(self), train.labels, val.encoded(self)
 
         def solve(c: float, rough: bool = False) -> tuple[Tensor, Tensor]:
             classes, most = len(self.classnames), self.settings.max_iterations

@@ -15,17 +15,13 @@ from typing import Annotated, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import DEFAULT, TrainingSettings
+from methods.base import DEFAULT, Method, TrainingSettings
 from methods.contrastive import contrastive_loss
-from methods.zero_shot import TemplateSettings, ZeroShot
+from methods.templates import TemplateSettings
 
 
 @dataclass(frozen=True)
 class ProjectionSettings(TrainingSettings, TemplateSettings):
-    optimizer: Annotated[Literal["adamw", "sgd"], "AdamW, or SGD with momentum 0.9"] = "sgd"
-    lr: Annotated[float, "peak learning rate"] = 1e-3
-    epochs: Annotated[int, "passes over the training images, at most"] = 50
-    patience: Annotated[int, "epochs without a better validation accuracy to stop; 0: never"] = 10
     objective: Annotated[
         Literal["class", "contrastive"], "cross-entropy over classes, or pairs"
     ] = "class"
@@ -33,10 +29,13 @@ class ProjectionSettings(TrainingSettings, TemplateSettings):
     activation: Annotated[Literal["none", "relu"], "φ, between the two layers"] = "none"
 
 
-class Projection(ZeroShot):
+OWN = {"optimizer": "sgd", "lr": 1e-3, "epochs": 50, "patience": 10}
+
+
+class Projection(Method):
     title = "two square layers after each frozen tower"
     Settings = ProjectionSettings
-    recipes = {"default": {**DEFAULT, "min_steps": 3000}, "demo": {"lr": 1e-2}}
+    recipes = {"default": {**OWN, **DEFAULT, "min_steps": 3000}, "demo": {**OWN, "lr": 1e-2}}
     demo_model = {"lr": 1e-2}
 
     def __init__(self, clip, classnames, template, settings: ProjectionSettings):
@@ -56,17 +55,17 @@ class Projection(ZeroShot):
         return layers
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x as in `forward` -> image features (B, E) and class features (K, E), both projected."""
-        images = F.normalize(self.image_features(x).float(), dim=-1)
+        """x as in `classify` -> image features (B, E) and class features (K, E), both projected."""
+        images = F.normalize(x.float(), dim=-1)
         texts = F.normalize(self.class_features().float(), dim=-1)
         return self.image_layers(images), self.text_layers(texts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
+    def classify(self, x: Tensor) -> Tensor:
+        """Image features x (B, E) -> logits (B, K)."""
         return self.clip.logits(*self.project(x))
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x as in `forward`, labels (B,) -> scalar: cross-entropy over classes, or over pairs."""
+        """x as in `classify`, labels (B,) -> scalar: cross-entropy over classes, or over pairs."""
         if self.settings.objective == "class":
             return super().loss(x, labels)
         images, texts = self.project(x)

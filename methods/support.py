@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min import UserError
-from methods.zero_shot import ZeroShot
+from methods.base import Method
 
 
-class WithSupport(ZeroShot):
+class WithSupport(Method):
     """A method that keeps features of its training images, the support set.
 
     support (N, E), on the unit sphere; support_labels (N,), rows of the names it was made with.
@@ -30,7 +30,7 @@ class WithSupport(ZeroShot):
         the mean over random views.
         """
         if augment == "none":
-            features = train.features(self.clip).float()  # (N, E)
+            features = train.encoded(self).float()  # (N, E)
         else:
             features = sum(self._view(train, augment) for _ in range(views)) / views
         self.support.data = F.normalize(features, dim=-1)
@@ -41,7 +41,7 @@ class WithSupport(ZeroShot):
         """Features of one random view of each picture (N, E), not normalised, as published."""
         parts = torch.arange(len(train)).split(64)
         with train.autocast():
-            features = [self.clip.encode_image(train.images(part, augment)) for part in parts]
+            features = [self.encode(train.images(part, augment)) for part in parts]
         return torch.cat(features).float()
 
     def votes(self) -> Tensor:

@@ -19,7 +19,7 @@ code's 50-100 %; its keys are trained under an α and a β that are constants of
 
 from dataclasses import dataclass
 from math import ceil, inf
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from methods.base import DEFAULT, Augment, TrainingSettings
 from methods.support import WithSupport
-from methods.zero_shot import TemplateSettings
+from methods.templates import TemplateSettings
 
 ALPHAS = [0.0] + [2.0 ** (i / 2) for i in range(-6, 21)]  # 0, 1/8 … 1024
 BETAS = [2.0 ** (i / 2) for i in range(-4, 15)]  # 1/4 … 128
@@ -58,10 +58,14 @@ class TipAdapter(WithSupport):
         self.alpha = torch.tensor(max(settings.alpha, 0.0), device=clip.device)
         self.beta = torch.tensor(max(settings.beta, 0.0), device=clip.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """features (B, E), or images (B, 3, n, n) if they are augmented -> logits (B, K)."""
-        features = self.image_features(x)
-        return super().forward(features) + self.alpha * self.cache_logits(features, self.beta)
+    @property
+    def keys(self) -> Tensor:
+        """Features of the training images (N, E), on the unit sphere."""
+        return self.support
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Image features x (B, E) -> logits (B, K)."""
+        return super().classify(x) + self.alpha * self.cache_logits(x, self.beta)
 
     def cache_logits(self, features: Tensor, beta) -> Tensor:
         """exp(-β (1 - f·keysᵀ)) · values: (B, E) -> (B, K)."""
@@ -70,7 +74,7 @@ class TipAdapter(WithSupport):
 
     def distances(self, features: Tensor) -> Tensor:
         """1 - keys·fᵀ: (B, E) -> (N, B)."""
-        return 1 - self.support @ F.normalize(features.float(), dim=-1).T
+        return 1 - self.keys @ F.normalize(features.float(), dim=-1).T
 
     def fit(self, train, val, descend) -> None:
         self.remember(train, self.settings.views, self.settings.augment)
@@ -80,14 +84,14 @@ class TipAdapter(WithSupport):
     def search(self, val) -> None:
         """Set α and β to the best on validation; of equally good ones, to the smallest."""
         every = ceil(len(val.labels) / SEARCHED)
-        features, labels = val.features(self.clip)[::every], val.labels[::every]
+        features, labels = val.encoded(self)[::every], val.labels[::every]
         alphas = ALPHAS if self.settings.alpha < 0 else [self.settings.alpha]
         betas = BETAS if self.settings.beta < 0 else [self.settings.beta]
         weights = torch.tensor(alphas, device=features.device)
         right = torch.zeros(len(betas), len(alphas), dtype=torch.int64, device=features.device)
-        few = max(1, ROOM // max(len(self.support), len(self.classnames)))
+        few = max(1, ROOM // max(len(self.keys), len(self.classnames)))
         for part in torch.arange(len(features), device=features.device).split(few):
-            zero_shot = super().forward(features[part])  # (V, K), V images of validation
+            zero_shot = super().classify(features[part])  # (V, K), V images of validation
             distances = self.distances(features[part])  # (N, V)
             for row, beta in zip(right, betas, strict=True):
                 votes = self.count_votes((-beta * distances).exp()).T  # (V, K)
@@ -124,23 +128,19 @@ def winning(zero_shot: Tensor, votes: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class TipAdapterFSettings(TrainingSettings, TipAdapterSettings):
-    lr: Annotated[float, "peak learning rate"] = 1e-3
-    eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-4
-    epochs: Annotated[int, "passes over the training images, at most"] = 20
-    batch_size: Annotated[int, "images in one step"] = 256
-    schedule: Annotated[Literal["epoch", "step"], "the cosine moves once per epoch or step"] = (
-        "step"
-    )
     limits = {**TrainingSettings.limits, **TipAdapterSettings.limits}
+
+
+OWN = {"lr": 1e-3, "eps": 1e-4, "epochs": 20, "batch_size": 256, "schedule": "step"}
 
 
 class TipAdapterF(TipAdapter):
     title = "the same memory, its keys trained"
     Settings = TipAdapterFSettings
     recipes = {
-        "default": {**DEFAULT, "min_steps": 3000},
-        "paper": {"augment": "crop-flip", "patience": 0},
-        "demo": {},
+        "default": {**OWN, **DEFAULT, "min_steps": 3000},
+        "paper": {**OWN, "augment": "crop-flip", "patience": 0},
+        "demo": OWN,
     }
     trains_support = True
 

@@ -27,13 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from clip_min import UserError
-from methods.base import DEFAULT, TrainingSettings
-from methods.zero_shot import TemplateSettings, ZeroShot
+from methods.base import DEFAULT, Method, TrainingSettings
+from methods.templates import TemplateSettings
 
 
 @dataclass(frozen=True)
 class VPTSettings(TrainingSettings, TemplateSettings):
-    lr: Annotated[float, "peak learning rate"] = 2e-3
     n_tokens: Annotated[int, "N, the learned tokens (in every block, if deep)"] = 50
     deep: Annotated[bool, "tokens of its own for every block"] = False
     first_block: Annotated[int, "block, from 0, before which the tokens enter"] = 0
@@ -66,16 +65,15 @@ GRID = f"lr={','.join(str(rate * 64 / 256) for rate in RATES)} weight_decay=0.01
 DEMO_MODEL = {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0}
 
 
-class VPT(ZeroShot):
+class VPT(Method):
     title = "learned tokens among the image's patches (VPT)"
     Settings = VPTSettings
-    input = "images"
     no_weight_decay = ("head.bias",)  # as published
     recipes = {
-        "default": DEFAULT,
+        "default": {"lr": 2e-3, **DEFAULT},
         "paper": PAPER,
         "paper-grid": {**PAPER, "grid": GRID},
-        "mri": {"head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
+        "mri": {"lr": 2e-3, "head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
         "demo": DEMO_MODEL,
     }
     demo_model = DEMO_MODEL
@@ -88,6 +86,7 @@ class VPT(ZeroShot):
                 f"--first-block {settings.first_block}: expected 0 to {depth - 1}, since this "
                 f"model's image tower has {depth} blocks"
             )
+        self.first_block = settings.first_block
         places = depth - settings.first_block if settings.deep else 1
         bound = sqrt(6 / (3 * clip.config.patch_size**2 + width))  # Xavier's, of a patch embedding
         prompts = torch.empty(places, settings.n_tokens, width).uniform_(-bound, bound)
@@ -100,14 +99,13 @@ class VPT(ZeroShot):
             nn.init.kaiming_normal_(self.head.weight, mode="fan_out")  # variance 2/K, as theirs
             self.head.to(clip.device)
 
-    def class_token(self, images: Tensor) -> Tensor:
-        """images (B, 3, n, n) -> the class token after the last block (B, D)."""
-        tower, n = self.clip.visual, self.settings.n_tokens
+    def class_token(self, x: Tensor) -> Tensor:
+        """Encoded images x (B, …) -> the class token after the last block (B, D)."""
+        tower, n, first = self.clip.visual, self.settings.n_tokens, self.settings.first_block
+        x = x if self.first_block else tower.begin(x, first)  # (B, T, D), what block `first` reads
         blocks = tower.transformer.resblocks
-        x = tower.embed(images.to(tower.conv1.weight.dtype))  # (B, T, D)
-        for i, block in enumerate(blocks):
-            place = i - self.settings.first_block
-            if 0 <= place < len(self.visual_prompts):
+        for i, block in enumerate(blocks[first:], first):
+            if (place := i - first) < len(self.visual_prompts):
                 prompts = self.visual_prompts[place].expand(len(x), -1, -1)  # (B, N, D)
                 prompts = self.dropout(prompts).to(x.dtype)  # other elements for every image
                 patches = x[:, 1 + (n if place else 0) :]  # without the last block's prompts
@@ -115,9 +113,9 @@ class VPT(ZeroShot):
             x = block(x, read=slice(0, 1) if i == len(blocks) - 1 else None)
         return tower.ln_post(x[:, 0])
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, n, n) -> logits (B, K)."""
-        x = self.class_token(images)  # (B, D)
+    def classify(self, x: Tensor) -> Tensor:
+        """Encoded images x (B, …) -> logits (B, K)."""
+        x = self.class_token(x)  # (B, D)
         if self.head is not None:
             with self.float32():
                 return self.head(x.float())

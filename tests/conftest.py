@@ -35,7 +35,7 @@ def flowers12() -> Path:
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory) -> Path:
     """The folder of a LLaVA with few random weights."""
-    from bench.tiny_generators import save_llava
+    from tests.tiny_generators import save_llava
 
     folder = tmp_path_factory.mktemp("llava")
     save_llava(folder)
@@ -45,7 +45,7 @@ def tiny_llava(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_diffusion(tmp_path_factory) -> Path:
     """The folder of a Stable Diffusion (image to image) with few random weights, 32 pixels."""
-    from bench.tiny_generators import save_diffusion
+    from tests.tiny_generators import save_diffusion
 
     folder = tmp_path_factory.mktemp("diffusion")
     save_diffusion(folder)

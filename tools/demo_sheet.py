@@ -4,21 +4,23 @@ python tools/demo_sheet.py [--out bench/demo.png]
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from fewshot import demo
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from fewshot import demo  # noqa: E402
 
 SPECIES = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = Path(__file__).parents[1] / "bench" / "demo.png"
-    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "demo.png")
     flags = parser.parse_args()
     looks, dice = demo.looks(demo.TASK[:SPECIES]), demo.roll(SPECIES, seed=5)
     rows = [demo.render(looks, dice, style, size=128) for style in ("photo", "drawing")]

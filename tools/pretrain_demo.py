@@ -16,6 +16,7 @@ weight decay), so that classes with other names still have prompts of their own.
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -24,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_min import CLIP, CONFIGS, normalize, save, tokenize
-from fewshot import demo
 
-ASSET = Path(__file__).parents[1] / "clip_min" / "assets" / "demo.safetensors"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from fewshot import demo  # noqa: E402
+
+ASSET = ROOT / "clip_min" / "assets" / "demo.safetensors"
 TEMPLATES = [
     "a drawing of a {}.",
     "a photo of a {}, a type of flower.",

@@ -1,4 +1,4 @@
-"""Imports run downward only, and none that is slow or optional runs before it is needed."""
+"""Imports run downward only, none that is slow or optional runs early, and names are told apart."""
 
 import ast
 import subprocess
@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-# scripts -> methods, gen -> fewshot -> clip_min: what each package may import of this project.
-# (gen reads pictures as the experiment does, and paints the demo's; methods need no experiment.)
+# scripts -> methods/interop, gen -> methods, fewshot -> clip_min: what the files of each folder may
+# import of this project beside their own folder. Methods need no experiment, and the experiment
+# knows none by name; gen reads pictures as the experiment does, and interop reads its run folders.
 # Above them all stand the scripts at the root, bench, tools and tests, which may import anything.
 BELOW = {
     "clip_min": set(),
     "fewshot": {"clip_min"},
-    "gen": {"clip_min", "fewshot"},
     "methods": {"clip_min"},
+    "methods/interop": {"clip_min", "fewshot", "methods"},
+    "gen": {"clip_min", "fewshot", "methods"},
 }
 FOLDERS = {*BELOW, "bench", "tools", "tests"}
 
@@ -24,39 +26,50 @@ HEAVY = {"transformers", "diffusers", "bitsandbytes", "accelerate", "matplotlib"
 HEAVY |= {"huggingface_hub", "open_clip", "clip", "peft", "loralib"}
 
 
+def folder(name: str) -> str:
+    """The folder of `BELOW` that a dotted name lies in; of others, the name's first part."""
+    two = "/".join(name.split(".")[:2])
+    return two if two in BELOW else name.split(".")[0]
+
+
 def imports(node: ast.AST, at_top: bool = True) -> Iterator[tuple[str, bool, int]]:
-    """What a file imports from outside its package: first part of the name, at_top, line."""
+    """What a file imports from elsewhere: its folder or first part, at_top, line."""
     for child in ast.iter_child_nodes(node):
         names = []
         if isinstance(child, ast.Import):
             names = [alias.name for alias in child.names]
         elif isinstance(child, ast.ImportFrom) and child.level == 0:
-            names = [child.module]
+            names = [f"{child.module}.{alias.name}" for alias in child.names]
         elif isinstance(child, ast.Call) and ast.unparse(child.func).endswith(
             ("import_module", "__import__")
         ):  # by a name of which at least the beginning is written down
             names = [n.value for n in ast.walk(child.args[0]) if isinstance(n, ast.Constant)][:1]
-        yield from ((name.split(".")[0], at_top, child.lineno) for name in names)
+        yield from ((name, at_top, child.lineno) for name in {folder(n) for n in names})
         function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from imports(child, at_top and not function)
+
+
+def sources(root: Path) -> list[Path]:
+    """The files of the packages."""
+    return sorted({path for package in BELOW for path in (root / package).rglob("*.py")})
 
 
 def upward(root: Path) -> list[str]:
     """The imports of packages that go up, as "fewshot/task.py:7 imports methods"."""
     scripts = {path.stem for path in root.glob("*.py")}
     found = []
-    for package, below in BELOW.items():
-        for path in sorted((root / package).rglob("*.py")):
-            for name, _, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
-                if name in (FOLDERS | scripts) - below - {package}:
-                    found.append(f"{path.relative_to(root)}:{line} imports {name}")
+    for path in sources(root):
+        here = folder(".".join(path.relative_to(root).parts))
+        for name, _, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if name in (FOLDERS | scripts) - BELOW[here] - {here}:
+                found.append(f"{path.relative_to(root)}:{line} imports {name}")
     return found
 
 
 def heavy(root: Path) -> list[str]:
     """The heavy libraries that packages and scripts import at top level."""
     found = []
-    for path in sorted([*root.glob("*.py"), *(p for b in BELOW for p in (root / b).rglob("*.py"))]):
+    for path in [*root.glob("*.py"), *sources(root)]:
         unwanted = HEAVY | ({"tqdm"} if path.is_relative_to(root / "clip_min") else set())
         for name, at_top, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
             if at_top and name in unwanted:
@@ -67,6 +80,24 @@ def heavy(root: Path) -> list[str]:
 def test_no_import_goes_up(root):
     assert list((root / "clip_min").glob("*.py"))  # this is the place
     assert not upward(root)
+
+
+def test_no_two_files_share_a_name(root):
+    """And none has a package's, so that a name in a sentence or an import says which."""
+    files = {*root.glob("*.py"), *(path for f in FOLDERS for path in (root / f).rglob("*.py"))}
+    names = [path.stem for path in files if path.name not in ("__init__.py", "conftest.py")]
+    names += [Path(folder).name for folder in FOLDERS]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
+@pytest.mark.parametrize("place", ["bench", "tools"])
+def test_benches_and_tools_find_the_clone_before_they_import_what_is_not_installed(root, place):
+    for path in (root / place).glob("*.py"):
+        found = False
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            found |= ast.unparse(node).startswith(("from side_by_side", "sys.path.insert"))
+            wanted = {name for name, at_top, _ in imports(ast.Module([node], [])) if at_top}
+            assert found or not wanted & {*FOLDERS, "train"} - {"clip_min"}, path
 
 
 def test_no_heavy_library_is_imported_at_top_level(root):
@@ -83,10 +114,13 @@ def test_no_heavy_library_is_imported_at_top_level(root):
         ("fewshot/a.py", "importlib.import_module(f'methods.{name}')", "methods"),
         ("methods/a.py", "try:\n    from fewshot import loop\nfinally:\n    pass", "fewshot"),
         ("gen/a.py", "from tools.make import x", "tools"),
-        ("gen/a.py", "import fewshot.demo, methods.disef", "methods"),
+        ("gen/a.py", "import fewshot.demo, methods.disef, train", "train"),
         ("fewshot/a.py", "from gen.plan import draw", "gen"),
         ("methods/a.py", "import gen", "gen"),
         ("methods/a.py", "from tests.conftest import x", "tests"),
+        ("methods/a.py", "from methods import interop", "methods/interop"),
+        ("methods/interop/a.py", "from gen import plan", "gen"),
+        ("gen/a.py", "import methods.interop.load", "methods/interop"),
     ],
 )
 def test_an_upward_import_is_found(tmp_path, file, source, complaint):
@@ -95,6 +129,8 @@ def test_an_upward_import_is_found(tmp_path, file, source, complaint):
         "train.py": "import methods, fewshot",
         "clip_min/model.py": "import torch",
         "methods/lora.py": "from . import base\nfrom clip_min import CLIP\nimport methods.base",
+        "methods/interop/load.py": "import fewshot.run, methods.interop.a\nfrom methods import x",
+        "gen/filter.py": "from methods import Settings",
         file: source,
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,9 @@ from oracle import SMALL, far, gradients, openai_clip, random_tokens, renamed, s
 from torch import nn
 
 from clip_min import CLIP, CONFIGS
-from clip_min.model import Attention, Block, Transformer, quick_gelu_
+from clip_min.model import Attention, Block, QuickGELU, Transformer
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 SIZES = {"small": SMALL, "demo": CONFIGS["demo"], "ViT-B/16": CONFIGS["ViT-B/16"]}
 CLOSE = 1e-5
@@ -20,9 +22,9 @@ CLOSE = 1e-5
 )
 @torch.no_grad()
 def test_features_and_logits_equal_openais(size, threads, request):
-    """With two threads, large products may run in another library (clip_min/linear.py)."""
-    request.addfinalizer(lambda: torch.set_num_threads(1))
-    torch.set_num_threads(threads)
+    """With two threads, large products may run in another library (clip_min/fast.py)."""
+    if threads == 2:
+        request.getfixturevalue("zen5")
     config = SIZES[size]
     theirs = openai_clip(config)
     ours = same_in_ours(theirs, config)
@@ -130,13 +132,13 @@ def test_an_image_of_the_wrong_size_is_one_line_that_says_both_sizes(shape):
 def test_quick_gelu_is_x_sigmoid_of_1_702_x():
     x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e4, -0.0, 1e4])]).double()
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = quick_gelu_(ours.clone())
+    y = QuickGELU()(ours.clone())
     assert far(y, theirs * torch.sigmoid(1.702 * theirs)) < 1e-12
     weights = torch.randn_like(x)
     (y * weights).sum().backward()
     (theirs * torch.sigmoid(1.702 * theirs) * weights).sum().backward()
     assert far(ours.grad, theirs.grad) < 1e-12
-    assert far(quick_gelu_(x.clone()), y.detach()) == 0  # computed in place, without a gradient
+    assert far(QuickGELU()(x.clone()), y.detach()) == 0  # perhaps in place, without a gradient
 
 
 MODULES = {
@@ -169,6 +171,19 @@ def test_reading_some_tokens_equals_computing_all_and_indexing(module, read, mas
         results.append((y, leaf.grad, *(p.grad for p in module.parameters())))
     for some, full in zip(*results, strict=True):
         assert far(some, full) < CLOSE
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_blocks_from_first_on_continue_where_those_before_end(first):
+    tower, x, mask = (
+        Transformer(64, 3, 4),
+        torch.randn(2, 9, 64),
+        torch.full((9, 9), -torch.inf).triu(1),
+    )
+    whole = x
+    for block in tower.resblocks[:first]:
+        x = block(x, mask)
+    assert torch.equal(tower(x, mask, [0, 4], first=first), tower(whole, mask, [0, 4]))
 
 
 def test_bfloat16_autocast_runs_both_towers_and_stays_near():

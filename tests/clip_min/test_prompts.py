@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clip_min import PromptTree
 
+pytestmark = pytest.mark.usefixtures("both_ways")
 CLOSE = 1e-5
 CONTEXT, END = SMALL.context_length, SMALL.vocab_size - 1
 ENDLESS = 10**9  # so many tokens in a chunk that there is only one

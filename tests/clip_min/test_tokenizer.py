@@ -11,7 +11,7 @@ from clip.clip import _tokenizer as openai_bpe
 
 import clip_min.tokenizer
 from clip_min import UserError, tokenize
-from clip_min.tokenizer import END, START, VOCAB_SIZE, Tokenizer, byte_alphabet, clean, tokenizer
+from clip_min.tokenizer import ALPHABET, END, START, VOCAB_SIZE, Tokenizer, clean, tokenizer
 from clip_min.tokenizer import WORDS as WORDS_OF_TEXT
 
 SCRIPTS = [  # first and last code point
@@ -192,7 +192,7 @@ def test_the_cache_changes_nothing(texts):
 
 def test_the_vocabulary_is_openais():
     assert tokenizer().ids == openai_bpe.encoder
-    assert byte_alphabet() == openai_bpe.byte_encoder
+    assert openai_bpe.byte_encoder == ALPHABET
     assert len(tokenizer().ids) == VOCAB_SIZE
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
+
+SIZES = [(40, 36), (36, 40), (32, 32), (7, 5), (200, 33), (64, 64), (33, 90)]
 
 
 @pytest.fixture
@@ -44,3 +46,18 @@ def numbers():
         return (pixels[:, 0, 0, 0].int() * 256 + pixels[:, 1, 0, 0].int()).tolist()
 
     return read
+
+
+@pytest.fixture
+def files(noise, tmp_path):
+    """Seven pictures of different shapes and formats."""
+    endings = ["png", "jpg", "bmp", "gif", "webp", "tiff", "ppm"]
+    return [
+        noise(tmp_path / f"{i}.{ending}", i, size)
+        for i, (ending, size) in enumerate(zip(endings, SIZES, strict=True))
+    ]
+
+
+@pytest.fixture
+def pictures(files):
+    return Pictures(files, torch.arange(7) % 3)

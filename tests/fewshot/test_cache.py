@@ -8,7 +8,9 @@ import torch
 
 from clip_min import CLIP, CLIPConfig, UserError
 from fewshot import cache
-from fewshot.images import Batches, Pictures
+from fewshot.batches import Batches
+from fewshot.pictures import Pictures, Reader
+from methods import Method, Settings
 
 
 @pytest.fixture
@@ -138,17 +140,22 @@ def new_batches(folder, seed: int = 0) -> Batches:
     dice = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=dice)
     pictures = Pictures(pixels, torch.arange(5))
-    return Batches(pictures, pixels, torch.device("cpu"), folder)
+    return Batches(pictures, pixels, Reader(pixels.shape[-1], folder=folder))
 
 
-class Refusing:
-    """An image tower that may not be asked."""
+def method_on(clip) -> Method:
+    return Method(clip, ["rose", "tulip"], "a photo of a {}.", Settings())
 
-    def __init__(self, clip):
-        self.visual, self.config = clip.visual, clip.config
 
-    def encode_image(self, images):
+def refusing(clip) -> Method:
+    """One whose image tower may not be asked."""
+    method = method_on(clip)
+
+    def encode(images):
         raise AssertionError("the features were in the cache")
+
+    method.encode = encode
+    return method
 
 
 def test_features_are_those_of_the_image_tower(tmp_path):
@@ -157,44 +164,44 @@ def test_features_are_those_of_the_image_tower(tmp_path):
         expected = torch.cat(
             [clip.encode_image(batches.images(i)) for i in torch.arange(5)[:, None]]
         )
-    assert torch.allclose(batches.features(clip), expected, atol=1e-6)
+    assert torch.allclose(batches.encoded(method_on(clip)), expected, atol=1e-6)
 
 
 def test_features_of_an_earlier_run_are_not_computed_again(tmp_path):
-    first = new_batches(tmp_path).features(new_clip())
-    assert torch.equal(new_batches(tmp_path).features(Refusing(new_clip())), first)
+    first = new_batches(tmp_path).encoded(method_on(new_clip()))
+    assert torch.equal(new_batches(tmp_path).encoded(refusing(new_clip())), first)
 
 
 @pytest.mark.parametrize("change", ["pixels", "weights"])
 def test_features_of_other_pixels_or_weights_are_computed(tmp_path, change):
-    new_batches(tmp_path).features(new_clip())
+    new_batches(tmp_path).encoded(method_on(new_clip()))
     clip = new_clip(seed=int(change == "weights"))
     batches = new_batches(tmp_path, seed=int(change == "pixels"))
     with pytest.raises(AssertionError, match="were in the cache"):
-        batches.features(Refusing(clip))
+        batches.encoded(refusing(clip))
 
 
 def test_damaged_features_are_computed_again(tmp_path):
-    first = new_batches(tmp_path).features(new_clip())
+    first = new_batches(tmp_path).encoded(method_on(new_clip()))
     (file,) = (tmp_path / "features").iterdir()
     data = bytearray(file.read_bytes())
     data[-2] ^= 64
     file.write_bytes(data)
-    assert torch.equal(new_batches(tmp_path).features(new_clip()), first)
+    assert torch.equal(new_batches(tmp_path).encoded(method_on(new_clip())), first)
 
 
 def test_features_of_other_heads_are_computed(tmp_path):
     """Which no weight tells."""
-    new_batches(tmp_path).features(new_clip())
+    new_batches(tmp_path).encoded(method_on(new_clip()))
     clip = new_clip()
     clip.config = dataclasses.replace(clip.config, vision_heads=2)
     with pytest.raises(AssertionError, match="were in the cache"):
-        new_batches(tmp_path).features(Refusing(clip))
+        new_batches(tmp_path).encoded(refusing(clip))
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(4, 32), torch.tensor(1.0)])
 def test_features_that_vouch_for_themselves_and_do_not_fit_are_computed_again(tmp_path, bad):
-    first = new_batches(tmp_path).features(new_clip())
+    first = new_batches(tmp_path).encoded(method_on(new_clip()))
     (file,) = (tmp_path / "features").iterdir()
     cache.save(tmp_path, "features", file.stem, bad)
-    assert torch.equal(new_batches(tmp_path).features(new_clip()), first)
+    assert torch.equal(new_batches(tmp_path).encoded(method_on(new_clip())), first)

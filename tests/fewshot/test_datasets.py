@@ -13,7 +13,7 @@ import torchvision.datasets
 
 from clip_min import UserError, tokenize
 from fewshot import datasets, demo
-from fewshot.images import ENDINGS
+from fewshot.pictures import ENDINGS
 
 
 @pytest.fixture
@@ -368,10 +368,10 @@ def test_phones_pictures_are_told_what_reads_them(tree):
 def test_names_that_are_one_to_clip_are_an_error(one, other):
     assert tokenize(f"a photo of a {one}.").equal(tokenize(f"a photo of a {other}."))
     with pytest.raises(UserError, match=r"here: .* are one class to CLIP"):
-        datasets.told_apart("here", ["tulip", one, other])
+        datasets.check_names("here", ["tulip", one, other])
 
 
 @pytest.mark.parametrize("name", ["", " ", "\u00a0 \n"])
 def test_a_name_that_is_nothing_to_clip_is_an_error(name):
     with pytest.raises(UserError, match="which CLIP reads as nothing"):
-        datasets.told_apart("here", ["tulip", name])
+        datasets.check_names("here", ["tulip", name])

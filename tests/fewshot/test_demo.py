@@ -67,6 +67,12 @@ def test_each_half_has_even_shares_of_every_look(half):
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
+def grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (1, 1, 1, n), y (1, 1, n, 1) of the pixels, from -1 to 1."""
+    axis = (torch.arange(size) * 2 + 1) / size - 1
+    return axis.view(1, 1, 1, -1), -axis.view(1, 1, -1, 1)
+
+
 # ---------------------------------------------------------------------------------------- splits
 
 
@@ -108,7 +114,7 @@ def test_petals_and_eye_have_the_colours_of_the_name():
     colours = torch.tensor(list(demo.COLOURS.values())).float()  # (colours, 3)
     eyes = images[:, :, 31:33, 31:33].mean((2, 3))  # (N, 3)
     assert (eyes - colours[looks[:, 2]]).abs().max() < 4
-    x, y = demo._grid(64)
+    x, y = grid(64)
     around_the_eye = (torch.hypot(x, y)[0, 0] * 2 / (0.55 + 0.82) - 0.55).abs() < 0.2  # (n, n)
     for image, look in zip(images, looks, strict=True):
         differs = (image - image[:, :1, :1]).abs().amax(0) > 25  # from the paper
@@ -161,12 +167,12 @@ def test_no_die_is_used_twice_and_an_image_has_enough():
             return super().__call__(low, high, n)
 
     used = []
-    demo._photo(demo.looks(demo.TASK[:1]), Counting(demo.roll(1, seed=7)), 16)
+    demo._photo(demo.looks(demo.TASK[:1]), Counting(demo.roll(1, seed=7)), *grid(16))
     assert 150 < sum(used) <= demo.DICE
 
 
 def test_edges_are_smooth_and_in_the_right_place():
-    x, y = demo._grid(64)
+    x, y = grid(64)
     inside = demo._inside(torch.hypot(x - 0.1, y + 0.05) - 0.5)  # a disc of radius 0.5
     assert inside.sum() * (2 / 64) ** 2 == pytest.approx(pi * 0.5**2, rel=0.005)
     assert ((inside > 0.05) & (inside < 0.95)).sum() > 64  # soft pixels all around

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +15,18 @@ import torch
 
 from clip_min import UserError
 from clip_min.errors import Note
+from fewshot import demo
+from fewshot.batches import Batches
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
-from fewshot.images import Batches
+from fewshot.pictures import Reader
 from fewshot.task import Task
 from fewshot.task import Test as Part  # pytest would take the name for a test
 
+SMALL = SimpleNamespace(parameters=lambda: [torch.zeros(1)])  # a CLIP, as far as threads go
+
 
 @pytest.mark.parametrize(
-    ("dataset", "model"), [("demo", "demo"), ("folder", "demo"), ("flowers102", "ViT-B/16")]
+    ("dataset", "model"), [("demo", "demo"), ("folder", "ViT-B/16"), ("flowers102", "ViT-B/16")]
 )
 def test_a_data_set_implies_a_model_unless_one_is_given(dataset, model):
     assert Experiment(dataset).model == model
@@ -60,15 +65,34 @@ def test_the_gpu_asked_for_is_the_one_whose_memory_is_measured(device, chosen, m
     found = []
     monkeypatch.setattr(torch, "empty", lambda size, device: None)  # a GPU that is there
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
-    Experiment(device=device)
+    Experiment(device=device).prepare(SMALL)
     assert found == chosen
 
 
 def test_fp32_is_fp32_in_the_patch_embedding_of_a_gpu_too(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
-    Experiment()
+    Experiment().prepare(SMALL)
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_nothing_is_set_before_it_is_prepared_and_loading_changes_no_setting(request, monkeypatch):
+    black = torch.zeros(1020, 3, 64, 64, dtype=torch.uint8), torch.arange(1020) // 10
+    monkeypatch.setattr(demo, "split", lambda name: black)
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    torch.set_num_threads(2)
+    torch.backends.cudnn.allow_tf32 = True
+    experiment = Experiment(shots=1, device="cpu")
+    before = asdict(experiment)
+    clip, task = experiment.load(None)
+    assert asdict(experiment) == before
+    assert task.template == "a photo of a {}, a type of flower."
+    assert replace(experiment, template="my {}").load(None)[1].template == "my {}"
+    assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == (2, True)
+    experiment.prepare(clip)
+    assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == (1, False)
+    replace(experiment, threads=2).prepare(clip)
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(
@@ -85,9 +109,9 @@ def test_fp32_is_fp32_in_the_patch_embedding_of_a_gpu_too(monkeypatch):
         ({"model": "sub"}, "demo/sub/lora-s10-seed1"),
         ({"model": "../here/sub/pytorch_model.bin"}, "demo/sub/lora-s10-seed1"),
         ({"classes": "all"}, "demo-all/demo/lora-s10-seed1"),
-        ({"dataset": "folder", "data_root": "/x/birds/"}, "birds/demo/lora-s10-seed1"),
-        ({"dataset": "folder", "data_root": "."}, "here/demo/lora-s10-seed1"),
-        ({"dataset": "folder", "data_root": "sub/.."}, "here/demo/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "/x/birds/"}, "birds/ViT-B-16/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "."}, "here/ViT-B-16/lora-s10-seed1"),
+        ({"dataset": "folder", "data_root": "sub/.."}, "here/ViT-B-16/lora-s10-seed1"),
     ],
 )
 def test_a_run_belongs_under_data_model_method_shots_and_seed(
@@ -101,7 +125,7 @@ def test_a_run_belongs_under_data_model_method_shots_and_seed(
 class Rigged:
     """Says, of every picture, the class that its first value names."""
 
-    input = "images"
+    encoder = None  # nothing is kept
     names_unseen = True
 
     def __init__(self, classnames):
@@ -114,7 +138,10 @@ class Rigged:
     def inference(self):
         yield
 
-    def __call__(self, images):
+    def encode(self, images):
+        return images
+
+    def classify(self, images):
         order = torch.arange(len(self.classnames), 0, -1) / 100  # of those that are not named
         named = images[:, 0, 0, 0].mul(10).round().long()  # see `task`
         return order + torch.nn.functional.one_hot(named, len(self.classnames))
@@ -127,9 +154,7 @@ def task(monkeypatch):
     def test(classes: int, guesses: list[int], labels: list[int]) -> Part:
         pixels = torch.zeros(len(labels), 3, 2, 2)
         pixels[:, 0, 0, 0] = torch.tensor(guesses) / 10
-        batches = Batches(
-            SimpleNamespace(labels=torch.tensor(labels)), pixels, torch.device("cpu"), None
-        )
+        batches = Batches(SimpleNamespace(labels=torch.tensor(labels)), pixels, Reader(2))
         monkeypatch.setattr(batches, "images", lambda chosen, augment="none": pixels[chosen])
         return Part([f"{classes}-{k}" for k in range(classes)], batches)
 
@@ -137,7 +162,7 @@ def task(monkeypatch):
         "base": test(6, [0, 0, 1, 2, 2, 5, 5, 3], [0, 1, 1, 2, 2, 5, 0, 4]),
         "novel": test(7, [0, 1, 2, 3, 4], [0, 1, 2, 6, 0]),
     }
-    return Task(tests["base"].classnames, None, None, tests, [])
+    return Task(tests["base"].classnames, "a {}", None, None, tests, [])
 
 
 def test_scores_are_percentages_of_each_part_among_its_own_names(task):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 
 from clip_min import UserError
-from fewshot.flags import Parser, add_flags, describe, pick
+from fewshot.flags import Parser, add_flags, changes, pick
 
 
 @dataclass
@@ -120,11 +120,15 @@ def test_pick_keeps_the_fields_of_a_class():
     assert pick(Tree, {"height": 1, "lr": 2, "name": None}) == {"height": 1, "name": None}
 
 
-def test_describe_lists_every_setting_or_says_none():
-    @dataclass
-    class Nothing:
-        pass
+def test_flags_of_some_fields_alone_and_the_rest_is_unknown():
+    parser = Parser()
+    add_flags(parser, Tree, only=("rings", "name", "stranger"))
+    assert parser.parse(["--rings", "2", "--name", "fir"]) == {"rings": 2, "name": "fir"}
+    with pytest.raises(UserError, match="unknown argument --height"):
+        parser.parse(["--height", "2"])
 
-    text = "height 3.5, rings 8, leaf_shape oak, name '', evergreen False"
-    assert describe(Tree(rings=8)) == text
-    assert describe(Nothing()) == "none"
+
+def test_changes_name_what_differs_and_nothing_else():
+    usual = Tree(rings=8, name="fir", evergreen=True)
+    assert changes(Tree(rings=8, name="fir", evergreen=True), usual) == ""
+    assert changes(Tree(rings=0), usual) == "rings 0, name '', evergreen False"

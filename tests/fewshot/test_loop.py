@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from clip_min import UserError
 from fewshot import loop
-from fewshot.images import Batches, Pictures
-from fewshot.loop import cosine, descend, learning_rate
+from fewshot.batches import Batches
+from fewshot.loop import descend
+from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
+from fewshot.schedule import Length, learning_rate
 from methods import METHODS, Method, TrainingSettings
 
 CLASSES = 3
@@ -27,6 +29,8 @@ CONFIG = dict.fromkeys(
 class Toy(Method):
     """The smallest method: dropout and a linear layer on pixels. Remembers what it was given."""
 
+    first_block = 0  # nothing is frozen
+
     def __init__(self, settings: TrainingSettings, dropout: float = 0.0):
         nn.Module.__init__(self)  # it has no CLIP
         torch.manual_seed(0)
@@ -36,7 +40,7 @@ class Toy(Method):
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
         self.given: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, images: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
         return self.linear(self.dropout(images.flatten(1)))
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ def batches(count: int, seed: int) -> Batches:
     labels = torch.arange(count) % CLASSES
     noise = torch.randint(0, 100, (count, 3, 8, 8), generator=dice)
     pixels = (noise + 70 * labels[:, None, None, None]).to(torch.uint8)
-    return Batches(Pictures(pixels, labels), pixels, torch.device("cpu"), None)
+    return Batches(Pictures(pixels, labels), pixels, Reader(pixels.shape[-1], folder=None))
 
 
 @pytest.fixture
@@ -90,8 +94,10 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_cosine_is_torchs_cosine_annealing(peak, end, steps):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
     torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=end)
+    s = TrainingSettings(lr=peak, min_lr=end)
     for step in range(steps + 1):
-        assert cosine(peak, end, step / steps) == pytest.approx(torchs.get_last_lr()[0], rel=1e-6)
+        rate = learning_rate(s, Length(1, steps, 1, True), step)
+        assert rate == pytest.approx(torchs.get_last_lr()[0], rel=1e-6)
         optimizer.step()
         torchs.step()
 
@@ -101,7 +107,8 @@ def recipe(method: str, name: str) -> TrainingSettings:
 
 
 def rates(s: TrainingSettings) -> list[float]:
-    return [learning_rate(s, epoch, s.epochs, s.warmup_epochs) for epoch in range(s.epochs)]
+    s = dataclasses.replace(s, schedule="epoch", warmup_steps=0)
+    return [learning_rate(s, Length(1, s.epochs, 1, True), epoch) for epoch in range(s.epochs)]
 
 
 def annealed(peak: float, end: float, length: int) -> list[float]:
@@ -712,11 +719,12 @@ def test_the_random_state_kept_is_that_of_the_device_trained_on(device, monkeypa
     get = lambda device=None: asked.append(str(device)) or state  # noqa: E731
     monkeypatch.setattr(torch.cuda, "get_rng_state", get)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device=None: get(device))
-    learned = {"w": SimpleNamespace(device=torch.device(device), copy_=lambda other: None)}
-    best = {"w": SimpleNamespace(to=lambda device: None)}
+    like = {"shape": (1,), "dtype": torch.float32, "device": torch.device(device)}
+    learned = {"w": SimpleNamespace(**like, copy_=lambda other: None)}
+    best = {"w": SimpleNamespace(**like, to=lambda device: None)}
     optimizer = torch.optim.SGD([torch.zeros(1)])
-    tensors = loop._snapshot(learned, best, optimizer)
-    loop._restore(tensors, learned, optimizer)
+    state = SimpleNamespace(learned=learned, kept=best, optimizer=optimizer)
+    loop.State.restore(state, loop.State.tensors(state))
     assert asked == ([] if device == "cpu" else [device, device])
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from clip_min import normalize
-from fewshot.images import Batches
+from fewshot.batches import Batches
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
+from fewshot.pictures import Reader
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_harmonic_mean_is_that_of_published_tables(base, novel, hm):
 class Brightness:
     """A stand-in for a method: its logits are the mean of each colour."""
 
-    input = "images"
+    encoder = None  # nothing is kept
 
     def __init__(self):
         self.inside = False
@@ -101,7 +102,10 @@ class Brightness:
         yield
         self.inside = False
 
-    def __call__(self, images):
+    def encode(self, images):
+        return images
+
+    def classify(self, images):
         assert self.inside
         return images.mean(dim=(2, 3)).bfloat16()
 
@@ -109,7 +113,7 @@ class Brightness:
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
 def test_predict_gives_one_row_a_picture_in_order_whatever_the_batch_size(numbered, batch_size):
     pictures = numbered([0] * 10)
-    batches = Batches(pictures, pictures.source, torch.device("cpu"), None)
+    batches = Batches(pictures, pictures.source, Reader(4, folder=None))
     logits = predict(Brightness(), batches, batch_size)
     one_by_one = [normalize(image).mean(dim=(1, 2)) for image in pictures.source]
     assert logits.dtype == torch.float32

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_min import CLIP, CLIPConfig, UserError
+from fewshot.batches import Batches
 from fewshot.experiment import Experiment
-from fewshot.images import Batches, Pictures
 from fewshot.loop import descend
 from fewshot.metrics import predict
+from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
 from methods import METHODS, TrainingSettings
 
@@ -25,7 +26,7 @@ def batches(count: int, seed: int, precision: str = "fp32", folder=None) -> Batc
     labels = torch.arange(count) % 3
     noise = torch.randint(0, 100, (count, 3, 32, 32), generator=dice)
     pixels = (noise + 70 * labels[:, None, None, None]).to(torch.uint8)
-    return Batches(Pictures(pixels, labels), pixels, CPU, folder, precision)
+    return Batches(Pictures(pixels, labels), pixels, Reader(32, folder=folder, precision=precision))
 
 
 def new_method(name: str, **changes):
@@ -137,7 +138,7 @@ def test_logits_are_float32_and_near_those_of_fp32(name, precision):
     assert not torch.equal(found, expected)  # so it did run in 16 bits
     assert (found - expected).abs().max() < 0.2  # of logits up to 14
     with half.autocast():
-        assert method(half.inputs(method, torch.arange(9))).dtype == torch.float32
+        assert method.classify(half.inputs(method, torch.arange(9))).dtype == torch.float32
 
 
 def test_logits_are_the_exact_product_of_the_features_under_autocast():
@@ -154,11 +155,11 @@ def test_logits_are_the_exact_product_of_the_features_under_autocast():
 
 
 def test_features_are_kept_apart_by_precision(tmp_path):
-    clip = new_method("zero_shot").clip
-    found = {p: batches(5, 1, p, tmp_path).features(clip) for p in ("fp32", "bf16", "fp16")}
+    method = new_method("zero_shot")
+    found = {p: batches(5, 1, p, tmp_path).encoded(method) for p in ("fp32", "bf16", "fp16")}
     assert {f.dtype for f in found.values()} == {torch.float32}
     assert len(list((tmp_path / "features").iterdir())) == 3
-    again = {p: batches(5, 1, p, tmp_path).features(clip) for p in found}
+    again = {p: batches(5, 1, p, tmp_path).encoded(method) for p in found}
     assert all(torch.equal(found[p], again[p]) for p in found)
     assert not torch.equal(found["fp32"], found["bf16"])
     assert not torch.equal(found["bf16"], found["fp16"])

@@ -239,7 +239,7 @@ def test_the_table_lists_every_data_set(capsys):
     assert len({row.count("|") for row in table}) == 1
     for name, entry in DATASETS.items():
         assert "{}" in entry.template
-        assert f"  {name:<12}{entry.about}" in datasets.listed()
+        assert f"  {name:<12}{entry.about}" in datasets.LISTED
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

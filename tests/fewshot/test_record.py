@@ -10,10 +10,9 @@ import torch
 
 from clip_min import UserError
 from fewshot import datasets
+from fewshot.pictures import Reader
 from fewshot.record import kept, summary
 from fewshot.task import make_task, make_test
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -27,12 +26,12 @@ def root(tmp_path, noise) -> Path:
 
 def trained(root: Path, classes: str = "all", seed: int = 1):
     data = datasets.load("folder", root, seed)
-    return make_task(data, 4, seed, classes, 16, CPU, folder=None)
+    return make_task(data, 4, seed, classes, Reader(16, folder=None))
 
 
 def retest(root: Path, record, seed: int = 1, again: bool = True, classes: str = "all"):
     data = datasets.load("folder", root, seed)
-    return make_test(data, 16, CPU, False, None, "fp32", classes, None, record, again)
+    return make_test(data, Reader(16, folder=None), classes, None, record, again)
 
 
 def hashes(files) -> list[str]:
@@ -133,10 +132,10 @@ def test_pictures_in_memory_have_a_record_too(numbered):
     labels = [0, 0, 1, 1]
     parts = [numbered(labels, first) for first in (0, 10, 20)]
     data = datasets.Dataset(["a", "b"], "a {}", *parts)
-    record = make_task(data, 2, 1, "all", 4, CPU, folder=None).record("")
+    record = make_task(data, 2, 1, "all", Reader(4, folder=None)).record("")
     assert len({made for part in record.values() for *_, made in part}) == 12
     swapped = replace(data, train=data.test, test=data.train)
-    again = make_test(swapped, 4, CPU, False, None, "fp32", "all", None, record, True)
+    again = make_test(swapped, Reader(4, folder=None), "all", None, record, True)
     assert torch.equal(again.tests["all"].batches.pixels, data.test.source)
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 import clip_min.files
+import fewshot.run
 from clip_min import UserError
 from clip_min.files import read_safetensors
 from fewshot.run import Run, provenance
@@ -201,7 +202,7 @@ def test_resuming_removes_what_a_killed_run_had_half_written_and_nothing_else(ru
         patch.setattr(clip_min.files.tempfile._weakref, "finalize", lambda *_, **__: None)
         patch.setattr(clip_min.files.os, "replace", lambda *_: None)
         run.save_adapter({"w": torch.ones(3)})
-        run.log_round({"step": 1})
+        run.write_json("results.json", {})
     assert len(list(run.path.iterdir())) == len(before) + 2
     Run.resume(run.path, CONFIG)
     assert contents(run.path) == before
@@ -246,8 +247,26 @@ def test_a_config_that_is_not_whole_is_an_error_that_names_the_file(run, text, s
         assert "\n" not in str(error.value)
 
 
-def test_a_log_that_is_not_whole_is_an_error_that_names_the_file(run):
-    (run.path / "log.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1, "seconds": 1}\n{"epo')
+def test_half_a_line_that_a_kill_left_in_the_log_is_dropped(run):
+    whole = '{"step": 1, "epoch": 1.0, "loss": 1.0, "seconds": 1.0}\n'
+    (run.path / "log.jsonl").write_text(whole + whole[:-1].replace("1", "2"))  # but for its end
+    again = Run.resume(run.path, CONFIG)
+    assert [line["step"] for line in again.log] == [1]
+    again.log_round({"step": 2})
+    assert (run.path / "log.jsonl").read_text() == whole + '{"step": 2}\n'
+
+
+def test_rounds_are_appended_and_what_stands_is_not_written_again(run, monkeypatch):
+    run.log_round({"step": 1})
+    before = (run.path / "log.jsonl").stat().st_ino
+    monkeypatch.setattr(fewshot.run, "write_text", lambda *_: pytest.fail("it was"))
+    run.log_round({"step": 2})
+    assert (run.path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (run.path / "log.jsonl").stat().st_ino == before
+
+
+def test_a_log_with_a_line_that_is_none_is_an_error_that_names_the_file(run):
+    (run.path / "log.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1, "seconds": 1}\n{"epo\n')
     with pytest.raises(UserError, match=r"log\.jsonl, line 2: cannot be read as JSON"):
         Run.resume(run.path, CONFIG)
 

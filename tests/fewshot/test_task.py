@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from clip_min import UserError
-from fewshot import images
-from fewshot import task as task_module
+from fewshot import pictures
 from fewshot.datasets import Dataset
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures, Reader
 from fewshot.task import make_task, shared
 
 
@@ -33,7 +32,7 @@ def dataset(numbered):
 
 
 def task_of(dataset, shots=3, seed=1, classes="base-novel"):
-    return make_task(dataset, shots, seed, classes, size=4, device=torch.device("cpu"))
+    return make_task(dataset, shots, seed, classes, Reader(4))
 
 
 @pytest.mark.parametrize(("count", "base"), [(4, 2), (5, 3), (6, 3), (7, 4), (102, 51)])
@@ -63,10 +62,9 @@ def test_base_is_the_first_half_and_the_larger_one(dataset, numbers, count, base
 def test_a_half_of_one_class_is_an_error_since_every_answer_would_be_right(
     dataset, count, base, said
 ):
-    cpu = torch.device("cpu")
     with pytest.raises(UserError, match=said):
-        make_task(dataset(count), 3, 1, "base-novel", 4, cpu, base=base)
-    assert list(make_task(dataset(count), 3, 1, "all", 4, cpu).tests) == ["all"]
+        make_task(dataset(count), 3, 1, "base-novel", Reader(4), base)
+    assert list(make_task(dataset(count), 3, 1, "all", Reader(4)).tests) == ["all"]
 
 
 def test_all_classes_are_learned_and_tested_together(dataset, numbers):
@@ -198,8 +196,8 @@ def test_of_ones_own_large_validation_part_some_are_drawn_and_that_is_noted(data
 
 
 def test_pictures_that_do_not_fit_in_memory_are_told_before_any_is_read(dataset, monkeypatch):
-    monkeypatch.setattr(images, "free_memory", lambda: 1000.0)
-    monkeypatch.setattr(task_module, "read", lambda *a: pytest.fail("it was read"))
+    monkeypatch.setattr(pictures, "free_memory", lambda: 1000.0)
+    monkeypatch.setattr(Reader, "read", lambda *a: pytest.fail("it was read"))
     with pytest.raises(UserError, match="^39 pictures of 4 x 4 pixels take"):  # 3 x (3 + 5 + 5)
         task_of(dataset(3, train=5, test=5, val=5), classes="all")
 
@@ -238,10 +236,9 @@ def test_unreadable_files_are_skipped_in_every_part_and_noted(noise, tmp_path):
         return Pictures(files, torch.tensor([0, 0, 1, 1]))
 
     data = Dataset(["a", "b"], "a {}", part("train"), part("val"), part("test"))
-    cpu = torch.device("cpu")
     with pytest.raises(UserError, match="train1.png"):
-        make_task(data, 2, 1, "all", 4, cpu, skip_bad=False, folder=None)
-    task = make_task(data, 2, 1, "all", 4, cpu, skip_bad=True, folder=None)
+        make_task(data, 2, 1, "all", Reader(4, folder=None))
+    task = make_task(data, 2, 1, "all", Reader(4, skip_bad=True, folder=None))
     for split in (task.train, task.val, task.tests["all"].batches):
         assert sorted(split.labels.tolist()) == [0, 1, 1]
         assert len(split.pixels) == 3
@@ -258,7 +255,7 @@ def test_a_test_picture_that_is_learned_from_is_noted_whatever_its_name(noise, t
     def notes(test_seeds: list[int]) -> list[str]:
         train, val = part("train", [1, 2, 3, 4]), part("val", [5, 6, 7, 8])
         data = Dataset(["a", "b"], "a {}", train, val, part("test", test_seeds))
-        return make_task(data, 2, 1, "all", 4, torch.device("cpu"), folder=None).notes
+        return make_task(data, 2, 1, "all", Reader(4, folder=None)).notes
 
     assert notes([9, 10, 11, 12]) == []
     assert notes([9, 10, 4, 5]) == [
@@ -273,7 +270,7 @@ def test_copies_among_the_pictures_are_noted(noise, tmp_path):
 
     parts = part("train", [1, 2, 3, 1]), part("val", [5, 6, 7, 3]), part("test", [8, 9, 9, 9])
     data = Dataset(["a", "b"], "a {}", *parts)
-    notes = make_task(data, 2, 1, "all", 4, torch.device("cpu"), folder=None).notes
+    notes = make_task(data, 2, 1, "all", Reader(4, folder=None)).notes
     said = "images that are copies of others, byte for byte: 2 ("
     assert [note[: len(said)] for note in notes] == [said, said]
     assert f"{tmp_path}/test2.png of {tmp_path}/test1.png" in notes[1]
@@ -290,8 +287,7 @@ def test_pictures_that_agree_in_their_middle_row_alone_are_not_the_same():
 @pytest.mark.parametrize("base", [[4, 1], [0, 3], [0, 2, 4]])
 def test_named_base_classes_are_learned_in_the_data_sets_order(dataset, numbers, base):
     data = dataset(5)
-    cpu = torch.device("cpu")
-    task = make_task(data, 3, 1, "base-novel", 4, cpu, base=base)
+    task = make_task(data, 3, 1, "base-novel", Reader(4), base)
     truth = dict(zip(numbers(data.train.source), data.train.labels.tolist(), strict=True))
     novel = [k for k in range(5) if k not in base]
     assert task.classnames == [f"class {k}" for k in sorted(base)]

@@ -90,7 +90,7 @@ class Guesses:
         other.batches = self.batches
         return other
 
-    def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
+    def classify(self, numbers: torch.Tensor) -> torch.Tensor:
         self.batches.append(numbers)
         dice = torch.Generator().manual_seed(self.shift)
         logits = torch.randn(len(LABELS), 8, generator=dice)
@@ -103,13 +103,13 @@ class Guesses:
 def task(parts) -> Task:
     batches = SimpleNamespace(labels=LABELS, inputs=lambda method, chosen: chosen)
     tests = {part: Part([str(k) for k in range(8)], batches) for part in parts}
-    return Task([], None, None, tests, [])
+    return Task([], "a {}", None, None, tests, [])
 
 
 def by_hand(method, queries: Queries) -> list[float]:
     found = []
     for chosen in queries.draw(LABELS):
-        rows = method(chosen).tolist()
+        rows = method.classify(chosen).tolist()
         right = [
             max(range(8), key=row.__getitem__) == LABELS[i]
             for row, i in zip(rows, chosen, strict=True)

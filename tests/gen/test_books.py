@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from clip_min import UserError
-from gen.manifest import Attempt, Caption, Manifest
+from gen.books import Attempt, Caption, Manifest
 
 NAMES = ["rose\u2028/ red?", "rose red", "ROSE  red"]
 SETTINGS, PLAN = {"classnames": NAMES, "seed": 1}, {"quotas": dict.fromkeys(NAMES, 1), "f1": None}

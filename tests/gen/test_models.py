@@ -9,7 +9,7 @@ from PIL import Image
 from clip_min import UserError
 from gen.caption import Llava, four_bits, sampler
 from gen.diffuse import Diffusion
-from gen.hub import locate
+from gen.pretrained import locate
 from gen.settings import Generation
 
 NAMES = ["ox-eye daisy", "rose", "a flower with a rather long name"]

@@ -5,10 +5,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fewshot.images import Batches, Pictures, read
-from fewshot.loop import Length, descend, shuffled
+from fewshot.batches import Batches
+from fewshot.loop import descend, shuffled
+from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
-from gen.manifest import fingerprint
+from fewshot.schedule import Length
+from gen.books import fingerprint
 from methods import Method, TrainingSettings
 
 CPU = torch.device("cpu")
@@ -17,7 +19,7 @@ CPU = torch.device("cpu")
 def numbered(numbers: list[int], labels: list[int]) -> Batches:
     """Pictures of 4 x 4 pixels that show their number."""
     pixels = torch.tensor(numbers, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 4, 4)
-    return Batches(Pictures(pixels, torch.tensor(labels)), pixels, CPU, None)
+    return Batches(Pictures(pixels, torch.tensor(labels)), pixels, Reader(4, folder=None))
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_drawn_apart_a_batch_has_as_many_of_each_and_an_epoch_ends_with_the_fewe
     s, seen = TrainingSettings(batch_size=2, drop_last=drop_last), set()
     assert Length.of(s, joined).epoch == len(sizes)
     for epoch in range(40):
-        order = shuffled(joined, 2, torch.Generator().manual_seed(epoch))[: len(sizes)]
+        order = shuffled(joined, 2, seed=1, epoch=epoch)[: len(sizes)]
         parts = [joined.targets(chosen)[1] for chosen in order]
         assert [(int((~p).sum()), int(p.sum())) for p in parts] == sizes
         chosen = torch.cat(order).tolist()
@@ -72,12 +74,14 @@ def test_drawn_apart_a_batch_has_as_many_of_each_and_an_epoch_ends_with_the_fewe
 
 def test_the_loop_tells_the_loss_which_are_synthetic(joined, tmp_path):
     class Toy(Method):
+        first_block = 0  # nothing is frozen
+
         def __init__(self):
             nn.Module.__init__(self)
             self.settings = TrainingSettings(epochs=2, batch_size=3)
             self.linear, self.given = nn.Linear(48, 2), []
 
-        def forward(self, images):
+        def classify(self, images):
             return self.linear(images.flatten(1))
 
         def loss(self, images, labels, synthetic=None):
@@ -110,9 +114,7 @@ def test_pictures_of_one_name_and_size_are_told_apart_by_what_they_hold(tmp_path
 
 def test_synthetic_pictures_join_with_their_digests(joined, tmp_path):
     assert joined.pictures.digests is None  # the real ones were never read
-    parts = [
-        read(Pictures([tmp_path / f"{n}.png"], torch.tensor([0])), 4, folder=None)
-        for n in (101, 102)
-    ]
-    one, two = (Batches(pictures, pixels, CPU, None) for pictures, pixels, _ in parts)
+    reader = Reader(4, folder=None)
+    files = [Pictures([tmp_path / f"{n}.png"], torch.tensor([0])) for n in (101, 102)]
+    one, two = (Batches(*reader.read(file, []), reader) for file in files)
     assert one.join(two).pictures.digests == one.pictures.digests + two.pictures.digests

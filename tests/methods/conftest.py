@@ -36,6 +36,6 @@ def pictures():
 
     def make(features: torch.Tensor, labels) -> SimpleNamespace:
         labels = torch.as_tensor(labels)
-        return SimpleNamespace(features=lambda clip: features, labels=labels)
+        return SimpleNamespace(encoded=lambda method: features, labels=labels)
 
     return make

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_min import UserError, tokenize
@@ -24,9 +25,7 @@ def new(name: str, clip, classnames=NAMES, seed: int = 0) -> Method:
     method = METHODS[name](clip, classnames, TEMPLATE, METHODS[name].Settings())
     if isinstance(method, WithSupport):  # three images of the first two classes
         features = torch.randn(3, clip.config.embed_dim)
-        method.remember(
-            SimpleNamespace(features=lambda _: features, labels=torch.tensor([0, 1, 0]))
-        )
+        method.remember(SimpleNamespace(encoded=lambda _: features, labels=torch.tensor([0, 1, 0])))
     return method
 
 
@@ -40,13 +39,9 @@ def train_by_chance(method: Method) -> Method:
     return method.eval()
 
 
-def inputs(method: Method, images: Tensor) -> Tensor:
-    return method.clip.encode_image(images) if method.input == "features" else images
-
-
 def logits(method: Method, images: Tensor) -> Tensor:
     with method.inference():
-        return method(inputs(method, images))
+        return method(images)
 
 
 def padded_text_features(clip, prompts: list[str]) -> Tensor:
@@ -68,7 +63,7 @@ def test_logits_are_a_row_for_each_image_and_a_column_for_each_class(name, new_c
 @every_method
 def test_gradients_reach_the_adapter_and_nothing_else(name, new_clip, images):
     method = train_by_chance(new(name, new_clip())).train()
-    loss = method.loss(inputs(method, images), torch.tensor([0, 1, 2, 3, 0]))
+    loss = method.loss(method.encode(images), torch.tensor([0, 1, 2, 3, 0]))
     assert loss.shape == ()
     learned = {n for n, tensor in method.adapter_state().items() if tensor.requires_grad}
     assert loss.requires_grad == bool(learned)
@@ -172,7 +167,7 @@ def test_one_seed_gives_one_start_and_one_first_loss(name, new_clip, images):
     for _ in range(2):
         method = new(name, new_clip(), seed=3).train()
         states.append(method.adapter_state())
-        losses.append(method.loss(inputs(method, images), labels))
+        losses.append(method.loss(method.encode(images), labels))
     assert torch.equal(*losses)
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][n]) for n, tensor in states[0].items())
@@ -183,8 +178,8 @@ def test_class_features_computed_once_in_inference_are_those_of_the_moment(name,
     method = train_by_chance(new(name, new_clip()))
     first = logits(method, images)
     with method.inference():
-        x = inputs(method, images)
-        assert torch.equal(method(x), method(x))
+        x = method.encode(images)
+        assert torch.equal(method.classify(x), method.classify(x))
     train_by_chance(method)
     if method.adapter_state():  # nothing of the earlier tensors is kept
         assert not torch.equal(logits(method, images), first)
@@ -211,8 +206,8 @@ def test_a_method_says_in_one_line_what_it_is_and_every_setting_what_it_means(na
     for field in fields(METHODS[name].Settings):
         kind, meaning = typing.get_args(hints[field.name])
         assert meaning
-        allowed = typing.get_args(kind) or [field.default]  # a Literal's values
-        assert field.default in allowed
+        if typing.get_origin(kind) is typing.Literal:
+            assert field.default in typing.get_args(kind)
 
 
 @pytest.mark.parametrize("name", ["zero_shot", "lora"])
@@ -264,14 +259,91 @@ def test_inference_computes_class_features_once_and_drops_gradients(new_clip, im
     assert len(calls) == 1
     for _ in range(3):
         method(images)
+    assert len(calls) == 1  # nothing in the texts learns
+    method.text_learns = True
+    for _ in range(3):
+        method(images)
     assert len(calls) == 4
 
 
-def test_a_clip_given_to_a_method_is_frozen(new_clip):
+@every_method
+def test_the_clip_that_a_method_is_lent_stays_as_it_is(name, new_clip, images):
+    """Its modules, its tensors, their flags and its logits, whatever the method learns and does."""
+    clip, same = new_clip(), new_clip()
+    modules, tensors = dict(clip.named_modules()), dict(clip.named_parameters())
+    method = train_by_chance(new(name, clip)).train()
+    loss = method.loss(method.encode(images), torch.tensor([0, 1, 2, 3, 0]))
+    if loss.requires_grad:
+        loss.backward()
+    logits(method, images)
+    train_by_chance(method)
+    assert all(now is modules[n] for n, now in clip.named_modules())
+    assert all(now is tensors[n] for n, now in clip.named_parameters())
+    assert all(p.requires_grad and p.grad is None for p in clip.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(clip.parameters(), same.parameters(), strict=True))
+    assert clip.training == same.training
+    tokens = tokenize(NAMES)
+    assert torch.equal(clip(images, tokens), same(images, tokens))
+
+
+def test_methods_over_one_clip_are_used_side_by_side(new_clip, images):
+    """Each as if it were alone, and the frozen tensors stand in memory once."""
     clip = new_clip()
-    assert all(parameter.requires_grad for parameter in clip.parameters())
-    Method(clip, NAMES, TEMPLATE, Settings())
-    assert not any(parameter.requires_grad for parameter in clip.parameters())
+    side_by_side = {name: train_by_chance(new(name, clip)) for name in METHODS}
+    for name, method in side_by_side.items():
+        alone = train_by_chance(new(name, new_clip()))
+        assert torch.equal(logits(method, images), logits(alone, images)), name
+        shared = {p.data_ptr() for p in clip.parameters()}
+        own = {
+            p.data_ptr() for n, p in method.named_parameters() if n not in method.adapter_state()
+        }
+        assert own - {0} <= shared | {p.data_ptr() for p in method.adapter_state().values()}, name
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "shape"),
+    [
+        ("zero_shot", {}, (5, 32)),
+        ("lora", {"towers": "text"}, (5, 32)),
+        ("finetune", {"train": "text"}, (5, 32)),
+        ("lora", {"blocks": "1/all"}, (5, 17, 64)),
+        ("finetune", {"train": "last-1"}, (5, 17, 64)),
+        ("vpt", {"first_block": 1}, (5, 17, 64)),
+        ("lora", {}, (5, 3, 32, 32)),
+        ("finetune", {}, (5, 3, 32, 32)),
+        ("vpt", {}, (5, 3, 32, 32)),
+        ("disef", {"blocks": "1/all", "mixup": 0.1}, (5, 3, 32, 32)),  # images are mixed
+    ],
+)
+def test_encode_is_what_stays_as_it_is_while_a_method_learns(
+    name, settings, shape, new_clip, images
+):
+    """The beginning of the tower before the first block that learns: an equal loss, gradients of
+    all that learns, and nothing to compute again.
+    """
+    clip, labels = new_clip(), torch.tensor([0, 1, 2, 3, 0])
+    method = METHODS[name](clip, NAMES, TEMPLATE, METHODS[name].Settings(**settings))
+    train_by_chance(method)
+    x = method.encode(images)
+    assert x.shape == shape
+    assert not x.requires_grad
+    assert torch.equal(method.classify(x), method(images))
+    if name == "zero_shot":
+        return
+    losses, gradients = [], []
+    for first in (method.first_block, 0):  # 0: all of it computed in every step
+        method.first_block = first
+        method.zero_grad()
+        loss = F.cross_entropy(method(images), labels)
+        loss.backward()
+        losses.append(loss)
+        gradients.append([p.grad for p in method.parameters() if p.requires_grad])
+    assert torch.equal(*losses)
+    for mine, naive in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, naive)
+    train_by_chance(method)
+    method.first_block = {2: None, 3: 1, 4: 0}[x.dim()]
+    assert torch.equal(method.encode(images), x)  # whatever was learned
 
 
 @pytest.mark.parametrize("value", [-1, float("nan")])
@@ -286,7 +358,7 @@ def test_the_default_loss_is_cross_entropy(new_clip, images):
     labels = torch.tensor([0, 3, 2, 1, 0])
     rows = method(images).log_softmax(-1)
     by_hand = -sum(row[label] for row, label in zip(rows, labels, strict=True)) / 5
-    torch.testing.assert_close(method.loss(images, labels), by_hand)
+    torch.testing.assert_close(method.loss(method.encode(images), labels), by_hand)
 
 
 def test_fit_by_default_hands_itself_to_the_gradient_loop(new_clip):

@@ -53,7 +53,7 @@ def test_logits_are_the_formulas(adapters, ratio, new_clip, features):
     expected = {f"adapters.{side}.layers.{i}.weight" for side in sides for i in (0, 2)}
     assert set(method.adapter_state()) == expected  # no biases, and no r
     logits = by_hand(method, features, dict.fromkeys(sides, ratio))
-    np.testing.assert_allclose(numbers(method(features)), logits, atol=1e-4)
+    np.testing.assert_allclose(numbers(method.classify(features)), logits, atol=1e-4)
 
 
 def test_a_learned_ratio_is_the_sigmoid_of_a_free_number_for_each_side(new_clip, features):
@@ -63,13 +63,13 @@ def test_a_learned_ratio_is_the_sigmoid_of_a_free_number_for_each_side(new_clip,
         assert free[side].item() == pytest.approx(log(0.3 / 0.7))  # it starts at r
         assert f"adapters.{side}.free" in method.adapter_state()
     start = by_hand(method, features, {"image": 0.3, "text": 0.3})
-    np.testing.assert_allclose(numbers(method(features)), start, atol=1e-4)
+    np.testing.assert_allclose(numbers(method.classify(features)), start, atol=1e-4)
     with torch.no_grad():
         free["image"].fill_(1.0)
         free["text"].fill_(-2.0)
     ratios = {"image": 1 / (1 + np.exp(-1)), "text": 1 / (1 + np.exp(2))}
     np.testing.assert_allclose(
-        numbers(method(features)), by_hand(method, features, ratios), atol=1e-4
+        numbers(method.classify(features)), by_hand(method, features, ratios), atol=1e-4
     )
     method.loss(features, torch.tensor([0, 1, 2, 0, 1])).backward()
     assert all(number.grad != 0 for number in free.values())
@@ -79,7 +79,9 @@ def test_a_learned_ratio_is_the_sigmoid_of_a_free_number_for_each_side(new_clip,
 def test_ratio_0_is_zero_shot_to_the_bit(adapters, new_clip, features):
     clip = new_clip()
     method = adapter(clip, adapters=adapters, ratio=0.0)
-    assert torch.equal(method(features), ZeroShot.plain(clip, NAMES, TEMPLATE)(features))
+    assert torch.equal(
+        method.classify(features), ZeroShot.plain(clip, NAMES, TEMPLATE).classify(features)
+    )
 
 
 @pytest.mark.parametrize(("reduction", "hidden"), [(4, 8), (1, 32), (5, 6), (100, 1)])

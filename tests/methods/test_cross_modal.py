@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fewshot.images import Batches, Pictures
+from fewshot.batches import Batches
 from fewshot.loop import descend
+from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
 from methods.cross_modal import CrossModal, CrossModalSettings
 from methods.zero_shot import ZeroShot
@@ -40,8 +41,8 @@ def test_logits_are_the_scaled_products_of_unit_features_and_the_head(new_clip, 
     method = trained(new_clip())
     scale = np.exp(numbers(method.clip.logit_scale))
     logits = scale * unit(numbers(features)) @ numbers(method.head).T  # whose rows are not unit
-    np.testing.assert_allclose(numbers(method(features)), logits, atol=1e-4)
-    np.testing.assert_allclose(numbers(method(9 * features)), logits, atol=1e-4)
+    np.testing.assert_allclose(numbers(method.classify(features)), logits, atol=1e-4)
+    np.testing.assert_allclose(numbers(method.classify(9 * features)), logits, atol=1e-4)
 
 
 def test_the_loss_is_over_images_and_as_many_texts(new_clip, features):
@@ -82,7 +83,7 @@ def test_the_loop_counts_the_steps_that_texts_follow(new_clip, tmp_path, monkeyp
     texts = method.texts
     monkeypatch.setattr(method, "texts", lambda: (seen.append(method.step), texts())[1])
     pixels = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
-    train = Batches(Pictures(pixels, torch.arange(5) % 4), pixels, torch.device("cpu"), None)
+    train = Batches(Pictures(pixels, torch.arange(5) % 4), pixels, Reader(32, folder=None))
     config = ["method", "recipe", "settings", "experiment", "model", "fingerprint", "classnames"]
     descend(method, train, train, Run.start(tmp_path / "run", dict.fromkeys(config, "x")), 1)
     assert seen == list(range(12))
@@ -94,8 +95,8 @@ def test_before_the_first_step_it_is_zero_shot(new_clip, features):
     head = F.normalize(method.class_features(), dim=-1)
     assert torch.equal(method.head, head)
     method = CrossModal(clip, NAMES, TEMPLATE, CrossModalSettings())
-    zero_shot = ZeroShot.plain(clip, NAMES, TEMPLATE)(features)
-    torch.testing.assert_close(method(features), zero_shot)
+    zero_shot = ZeroShot.plain(clip, NAMES, TEMPLATE).classify(features)
+    torch.testing.assert_close(method.classify(features), zero_shot)
 
 
 def test_texts_alone_would_teach_it_too(new_clip, features):
@@ -106,5 +107,5 @@ def test_texts_alone_would_teach_it_too(new_clip, features):
         optimizer.zero_grad()
         method.loss(features[:4], torch.tensor([0, 0, 1, 1])).backward()
         optimizer.step()
-    best = method(method.class_features()).argmax(dim=1)
+    best = method.classify(method.class_features()).argmax(dim=1)
     assert best.tolist() == [0, 1, 2, 3]

@@ -261,14 +261,14 @@ def test_logits_are_those_of_the_three_steps_by_hand(balance, assignment, suppor
     labels = [3, 0, 0, 1, 2, 3, 2, 1]
     method.fit(pictures(features_of(kept), labels), None, None)
     given = (kept, labels) if support else ()
-    found = method(features_of(log_z)).numpy()
+    found = method.classify(features_of(log_z)).numpy()
     expected = naive(log_z, method.settings, *given)
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_with_lambda_1_and_soft_assignments_the_mixtures_likelihood_never_falls(em, rounds):
     log_z, _ = planted_mixture()
-    em(balance=1.0, iterations=30, mm_steps=2)(features_of(log_z))
+    em(balance=1.0, iterations=30, mm_steps=2).classify(features_of(log_z))
     (first, _, _), observed = rounds[0], []
     np.testing.assert_allclose(first, log_z, atol=1e-5)
     for _, u, alpha in rounds:
@@ -284,7 +284,7 @@ def test_with_lambda_1_and_soft_assignments_the_mixtures_likelihood_never_falls(
 def test_a_planted_mixture_is_recovered(em, rounds):
     counts = np.array([400, 200, 300, 250])
     log_z, labels = planted_mixture(counts)
-    logits = em(balance=1.0, iterations=50)(features_of(log_z))
+    logits = em(balance=1.0, iterations=50).classify(features_of(log_z))
     right = (logits.argmax(dim=1).numpy() == labels).mean()
     alone = (log_z.argmax(axis=1) == labels).mean()
     known = np.stack([dirichlet.logpdf(np.exp(log_z).T, a) for a in PLANTED], axis=1)
@@ -299,7 +299,7 @@ def test_a_planted_mixture_is_recovered(em, rounds):
 @pytest.mark.parametrize("assignment", ["soft", "hard"])
 def test_hard_assignments_are_one_hot_and_soft_ones_are_not(assignment, em, rounds):
     log_z, _ = planted_mixture()
-    em(assignment=assignment, balance=1.0)(features_of(log_z))
+    em(assignment=assignment, balance=1.0).classify(features_of(log_z))
     assert len(rounds) == 10
     for _, u, _ in rounds[1:]:
         np.testing.assert_allclose(u.sum(axis=1), 1)
@@ -311,7 +311,7 @@ def test_support_images_join_with_their_labels(em, rounds, pictures):
     method = em(use_support=True, iterations=4)
     kept = points([2.0, 1.0, 3.0, 5.0], 6, seed=9)
     method.fit(pictures(features_of(kept), [3, 0, 0, 1, 2, 3]), None, None)
-    method(features_of(planted_mixture()[0]))
+    method.classify(features_of(planted_mixture()[0]))
     for every, u, _ in rounds:
         np.testing.assert_allclose(every[120:], kept, atol=1e-5)
         np.testing.assert_array_equal(u[120:], np.eye(4)[[3, 0, 0, 1, 2, 3]])  # in every round
@@ -321,7 +321,7 @@ def test_support_images_stay_out_unless_asked_for(em, pictures):
     method, kept = em(), points([2.0, 1.0, 3.0, 5.0], 6, seed=9)
     method.fit(pictures(features_of(kept), [3, 0, 0, 1, 2, 3]), None, None)
     x = features_of(planted_mixture()[0])
-    assert torch.equal(method(x), em()(x))
+    assert torch.equal(method.classify(x), em().classify(x))
     assert len(method.support) == 0
 
 
@@ -336,26 +336,26 @@ def test_support_of_classes_not_asked_for_is_ignored(em, pictures):
     mine = (labels == 0) | (labels == 2)
     few.fit(pictures(kept[mine], labels[mine]), None, None)
     asked = ["daisy", "rose"]
-    assert torch.equal(every.for_classes(asked)(x), few.for_classes(asked)(x))
+    assert torch.equal(every.for_classes(asked).classify(x), few.for_classes(asked).classify(x))
     foreign = every.for_classes(["tulip"])
     assert foreign.votes().sum() == 1
     none = em(use_support=True)
     none.fit(pictures(kept[labels == 3], labels[labels == 3]), None, None)
-    expected = em().for_classes(asked)(x)
-    torch.testing.assert_close(none.for_classes(asked)(x), expected)
+    expected = em().for_classes(asked).classify(x)
+    torch.testing.assert_close(none.for_classes(asked).classify(x), expected)
 
 
 def test_the_order_of_images_does_not_matter_but_their_company_does(em):
     x = features_of(planted_mixture()[0])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    logits = em()(x)
-    torch.testing.assert_close(em()(x[order]), logits[order])
-    assert not torch.allclose(em()(x[:60]), logits[:60], atol=0.1)
+    logits = em().classify(x)
+    torch.testing.assert_close(em().classify(x[order]), logits[order])
+    assert not torch.allclose(em().classify(x[:60]), logits[:60], atol=0.1)
 
 
 def test_a_larger_lambda_gives_fewer_classes(em):
     x = features_of(planted_mixture()[0])
-    counts = [em(balance=b)(x).argmax(dim=1).unique().numel() for b in (0.0, 1.0, 100.0)]
+    counts = [em(balance=b).classify(x).argmax(dim=1).unique().numel() for b in (0.0, 1.0, 100.0)]
     assert counts[0] == 4
     assert counts[0] >= counts[1] >= counts[2]
     assert counts[2] < 4
@@ -365,7 +365,7 @@ def test_below_0_lambda_is_a_fifth_of_the_classes_rounded_down(clip, images):
     names = [f"flower {k}" for k in range(13)]
     x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     logits = [
-        EMDirichlet(clip, names, TEMPLATE, EMDirichletSettings(balance=balance))(x)
+        EMDirichlet(clip, names, TEMPLATE, EMDirichletSettings(balance=balance)).classify(x)
         for balance in (-1.0, 2.0, 3.0)
     ]
     assert torch.equal(logits[0], logits[1])
@@ -388,6 +388,6 @@ def test_a_range_of_k_eff_the_wrong_way_round_is_an_error():
 
 
 def test_one_image_alone_is_labelled(em):
-    logits = em()(features_of(points(PLANTED[0], 1)))
+    logits = em().classify(features_of(points(PLANTED[0], 1)))
     assert logits.shape == (1, 4)
     assert logits.isfinite().all()

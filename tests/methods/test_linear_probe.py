@@ -156,7 +156,9 @@ def test_c_is_the_one_a_naive_search_on_validation_finds(seed, new_clip, picture
     right = 100 * theirs.score(val[0].double().numpy(), val[1].numpy())
     assert said.rstrip().endswith(f"{right:.2f} % on validation")
     with torch.no_grad():
-        agree = method(val[0]).argmax(dim=1).numpy() == theirs.predict(val[0].double().numpy())
+        agree = method.classify(val[0]).argmax(dim=1).numpy() == theirs.predict(
+            val[0].double().numpy()
+        )
     assert agree.all()
 
 

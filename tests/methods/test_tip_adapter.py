@@ -58,7 +58,7 @@ def test_logits_are_the_formulas(alpha, beta, new_clip, pictures):
     )
     method.fit(pictures(x, labels), pictures(*draw(5, 3)), descend=None)
     expected = by_hand(method, queries, x, labels, alpha, beta)
-    np.testing.assert_allclose(numbers(method(queries)), expected, atol=1e-4)
+    np.testing.assert_allclose(numbers(method.classify(queries)), expected, atol=1e-4)
 
 
 def naive_search(method, train, val, alphas=ALPHAS, betas=BETAS):
@@ -87,7 +87,7 @@ def test_alpha_and_beta_are_those_of_a_double_loop_over_validation(
     right, alpha, beta = naive_search(method, train, val, **grid)
     assert (method.alpha.item(), method.beta.item()) == pytest.approx((alpha, beta))
     assert method.alpha > 0  # the votes do help here
-    zero_shot = ZeroShot.plain(method.clip, NAMES, TEMPLATE)(val[0]).argmax(dim=1)
+    zero_shot = ZeroShot.plain(method.clip, NAMES, TEMPLATE).classify(val[0]).argmax(dim=1)
     assert right > (zero_shot == val[1]).double().mean()
 
 
@@ -107,7 +107,7 @@ def test_where_the_right_class_wins_is_where_it_has_the_largest_logit(beta, new_
     method, (queries, labels) = tip(new_clip()), draw(200, 2)
     method.remember(pictures(*draw(16, 1)))
     with torch.no_grad():
-        zero_shot = ZeroShot.forward(method, queries).double()
+        zero_shot = ZeroShot.classify(method, queries).double()
         votes = method.cache_logits(queries, beta).double()
     low, high = winning(zero_shot, votes, labels)
     for alpha in ALPHAS:
@@ -139,10 +139,10 @@ def test_votes_that_do_not_help_get_no_weight(new_clip, pictures):
 def test_alpha_0_is_zero_shot_to_the_bit(kind, new_clip, pictures):
     clip, (queries, _) = new_clip(), draw(7, 2)
     method = tip(clip, kind, alpha=0.0, beta=4.0)
-    zero_shot = ZeroShot.plain(clip, NAMES, TEMPLATE)(queries)
-    assert torch.equal(method(queries), zero_shot)  # before it has seen any image
+    zero_shot = ZeroShot.plain(clip, NAMES, TEMPLATE).classify(queries)
+    assert torch.equal(method.classify(queries), zero_shot)  # before it has seen any image
     method.remember(pictures(*draw(9, 1)))
-    assert torch.equal(method(queries), zero_shot)
+    assert torch.equal(method.classify(queries), zero_shot)
 
 
 def test_classes_without_images_get_no_votes(new_clip, pictures):
@@ -150,31 +150,33 @@ def test_classes_without_images_get_no_votes(new_clip, pictures):
     method = tip(clip, alpha=5.0, beta=2.0)
     method.remember(pictures(*draw(9, 1)))
     novel = ["sweet pea", "moon orchid", "tiger lily"]
-    expected = ZeroShot.plain(clip, novel, TEMPLATE)(queries)
-    assert torch.equal(method.for_classes(novel)(queries), expected)
+    expected = ZeroShot.plain(clip, novel, TEMPLATE).classify(queries)
+    assert torch.equal(method.for_classes(novel).classify(queries), expected)
 
 
 def test_a_class_keeps_its_votes_wherever_its_name_stands(new_clip, pictures):
     clip, (queries, _), (x, labels) = new_clip(), draw(7, 2), draw(9, 1)
     method = tip(clip, alpha=5.0, beta=2.0)
     method.remember(pictures(x, labels))
-    before = method(queries)
+    before = method.classify(queries)
     order = [2, 0, 3, 1]
-    moved = method.for_classes([NAMES[k] for k in order])(queries)
+    moved = method.for_classes([NAMES[k] for k in order]).classify(queries)
     torch.testing.assert_close(moved, before[:, order])
-    mixed = method.for_classes(["sweet pea", "dahlia", "rose"])(queries)
+    mixed = method.for_classes(["sweet pea", "dahlia", "rose"]).classify(queries)
     torch.testing.assert_close(mixed[:, 1:], before[:, [3, 0]])
-    alone = ZeroShot.plain(clip, ["sweet pea"], TEMPLATE)(queries)
+    alone = ZeroShot.plain(clip, ["sweet pea"], TEMPLATE).classify(queries)
     torch.testing.assert_close(mixed[:, :1], alone)
-    again = method.for_classes(NAMES[:2]).for_classes(NAMES)(queries)  # nothing was forgotten
+    again = (
+        method.for_classes(NAMES[:2]).for_classes(NAMES).classify(queries)
+    )  # nothing was forgotten
     assert torch.equal(again, before)
 
 
 def test_a_name_asked_for_twice_gets_its_votes_in_both_places(new_clip, pictures):
     method, (queries, _) = tip(new_clip(), alpha=5.0, beta=2.0), draw(7, 2)
     method.remember(pictures(*draw(9, 1)))
-    twice = method.for_classes(["rose", "dahlia", "rose"])(queries)
-    torch.testing.assert_close(twice, method(queries)[:, [0, 3, 0]])
+    twice = method.for_classes(["rose", "dahlia", "rose"]).classify(queries)
+    torch.testing.assert_close(twice, method.classify(queries)[:, [0, 3, 0]])
 
 
 def test_gradients_reach_the_keys_alone(new_clip, pictures):
@@ -238,7 +240,7 @@ def test_an_adapter_of_another_number_of_images_loads(kind, new_clip, pictures):
         if images:
             fresh.remember(pictures(*draw(images, 3)))
         fresh.load_adapter(state)
-        assert torch.equal(fresh(queries), trained(queries))
+        assert torch.equal(fresh.classify(queries), trained.classify(queries))
         assert {n for n, p in fresh.named_parameters() if p.requires_grad} == (
             {"support"} if kind is TipAdapterF else set()
         )

@@ -85,7 +85,7 @@ def test_logits_and_gradients_are_those_of_openai_clips_modules(
 @pytest.mark.parametrize("deep", [False, True])
 def test_no_tokens_are_zero_shot(deep, clip, images):
     method = vpt(clip, n_tokens=0, deep=deep)
-    zero_shot = ZeroShot.plain(clip, NAMES, TEMPLATE)(clip.encode_image(images))
+    zero_shot = ZeroShot.plain(clip, NAMES, TEMPLATE)(images)
     torch.testing.assert_close(method(images), zero_shot)
 
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from published import openai_text_tower
 
 from clip_min import UserError
-from methods.zero_shot import ENSEMBLE, TemplateSettings, ZeroShot
+from methods.templates import ENSEMBLE, TemplateSettings
+from methods.zero_shot import ZeroShot
 
 NAMES = ["rose", "red tulip", "ox-eye daisy", "a rather long name of a bird of paradise"]
 TWO = ["a photo of a {}.", "{}, drawn by a child, {}"]
@@ -48,18 +49,18 @@ def test_templates_average_over_the_sphere_as_the_naive_way_does(
     text = naive(clip, lines, NAMES)
     torch.testing.assert_close(F.normalize(method.class_features(), dim=-1), text)
     by_hand = clip.logit_scale.exp() * F.normalize(features, dim=-1) @ text.T
-    torch.testing.assert_close(method(features), by_hand, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(method.classify(features), by_hand, atol=1e-4, rtol=1e-4)
     others = ["sweet pea", "rose"]
-    assert method.for_classes(others)(features).shape == (5, 2)
+    assert method.for_classes(others).classify(features).shape == (5, 2)
     text = F.normalize(method.for_classes(others).class_features(), dim=-1)
     torch.testing.assert_close(text, naive(clip, lines, others))
 
 
 def test_one_template_in_templates_equals_template(new_clip, features):
     clip = new_clip()
-    one = zero_shot(clip, "a sketch of a {}.")(features)
-    assert torch.equal(one, ZeroShot.plain(clip, NAMES, "a sketch of a {}.")(features))
-    assert not torch.equal(one, ZeroShot.plain(clip, NAMES, "a photo of a {}.")(features))
+    one = zero_shot(clip, "a sketch of a {}.").classify(features)
+    assert torch.equal(one, ZeroShot.plain(clip, NAMES, "a sketch of a {}.").classify(features))
+    assert not torch.equal(one, ZeroShot.plain(clip, NAMES, "a photo of a {}.").classify(features))
 
 
 def test_settings_hold_the_templates_and_not_the_name_of_their_file(tmp_path):
@@ -67,10 +68,11 @@ def test_settings_hold_the_templates_and_not_the_name_of_their_file(tmp_path):
     file.write_text("a photo of a {}.\n\n {} in a field \n")
     settings = TemplateSettings(str(file))
     file.unlink()
-    assert settings.templates == "a photo of a {}.|{} in a field"
-    assert TemplateSettings(settings.templates) == settings  # as a saved run gives it back
-    assert TemplateSettings(TemplateSettings("ensemble").templates).templates.count("|") == 19
-    assert TemplateSettings().templates == ""
+    assert settings.templates == ("a photo of a {}.", "{} in a field")
+    assert TemplateSettings(list(settings.templates)) == settings  # as a saved run gives it back
+    assert TemplateSettings("|".join(settings.templates)) == settings  # as older runs do
+    assert len(TemplateSettings("ensemble").templates) == 20
+    assert TemplateSettings().templates == TemplateSettings([]).templates == ()
 
 
 @pytest.mark.parametrize(

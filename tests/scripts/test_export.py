@@ -13,7 +13,7 @@ import clip_min
 from clip_min import CLIP, CLIPConfig
 from fewshot.run import Run
 from methods import METHODS, Method
-from methods.zero_shot import ENSEMBLE
+from methods.templates import ENSEMBLE
 
 BASE = ["amber lily", "blue bell", "cyan lotus"]
 NOVEL = ["dark iris", "egg flower"]
@@ -24,11 +24,13 @@ class Whole(Method):
     """Learns a weight in each tower of CLIP itself, as full fine-tuning does all of them."""
 
     Settings = METHODS["lora"].Settings
+    first_block, text_learns = 0, True
 
     def __init__(self, clip, *rest):
         super().__init__(clip, *rest)
-        clip.visual.proj.requires_grad_(True)
-        clip.text_projection.requires_grad_(True)
+        for weight in (self.clip.visual.proj, self.clip.text_projection):
+            weight.data = weight.data.clone()  # not the lent CLIP's
+            weight.requires_grad_(True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,7 +93,7 @@ def our_logits(run: Path, classnames: list[str], images=IMAGES) -> torch.Tensor:
     method.load_adapter(Run.open(run).load_adapter())
     method.eval()
     method = method if classnames == learned else method.for_classes(classnames)
-    return method(clip.encode_image(images) if method.input == "features" else images)
+    return method(images)
 
 
 def tokens(classnames: list[str]) -> torch.Tensor:
@@ -423,7 +425,7 @@ def test_a_run_from_an_adapter_goes_on_with_the_same_flag(
 @torch.no_grad()
 def test_vit_b_16_of_full_size_in_every_library(tmp_path):
     from clip_min import CONFIGS, formats
-    from methods.export import merged_clip
+    from methods.interop.plain_weights import merged_clip
 
     torch.manual_seed(0)
     clip = CLIP(CONFIGS["ViT-B/16"]).eval()

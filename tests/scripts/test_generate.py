@@ -22,7 +22,7 @@ import generate
 from clip_min import UserError
 from fewshot import demo
 from gen import diffuse
-from gen.manifest import Manifest, slugs
+from gen.books import Manifest, slugs
 from methods import METHODS
 
 TWO = ("--per-class", 2)  # as `synthetic` has them
@@ -587,3 +587,18 @@ def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):
     with pytest.raises(UserError, match="is not empty and has no settings.json"):
         Manifest.start(tmp_path, {"classnames": []}, {"quotas": {}})
     assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("flags", "folder"), [((), "env"), (("--cache", "none"), None)])
+def test_pixels_are_kept_where_the_flag_says(flags, folder, script, monkeypatch, tmp_path):
+    asked = []
+
+    def load(self, folder):
+        asked.append(folder)
+        raise UserError("enough")
+
+    monkeypatch.setattr(generate.Experiment, "load", load)
+    monkeypatch.setenv("CLIP_MIN_CACHE", str(tmp_path / "env"))
+    assert script("generate", *flags).code == 2
+    assert asked == [folder and tmp_path / folder]
+    assert "--cache-gb -1.0: expected 0 or more" in script("generate", "--cache-gb", -1).err

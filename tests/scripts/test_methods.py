@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import clip_min
 from fewshot import demo
-from fewshot.images import Batches, Pictures
+from fewshot.batches import Batches
+from fewshot.pictures import Pictures, Reader
 from methods import METHODS, TrainingSettings
 from methods.support import WithSupport
 
@@ -186,7 +187,7 @@ def flowers() -> SimpleNamespace:
     images, labels = demo.split("train")
     chosen = torch.cat([(labels == k).nonzero().flatten()[:2] for k in range(8)])
     pictures = Pictures(images[chosen], labels[chosen])
-    batches = Batches(pictures, pictures.source, torch.device("cpu"), folder=None)
+    batches = Batches(pictures, pictures.source, Reader(64, folder=None))
     return SimpleNamespace(batches=batches, names=demo.CLASSNAMES[:8])
 
 

@@ -17,12 +17,12 @@ from clip_min import UserError, formats, weights
 from clip_min.pickled import read_pickled
 from fewshot.experiment import Experiment
 from fewshot.run import Run
-from gen.manifest import Manifest
-from gen.report import table
+from gen.books import Manifest
+from gen.summary import table
 from methods import METHODS
-from methods.init_from import load_into
-from methods.load import described
-from methods.load import trained as method_of
+from methods.interop.init_from import load_into
+from methods.interop.load import described
+from methods.interop.load import trained as method_of
 
 DEEP = '{"a":' * 3000 + "1" + "}" * 3000
 ODD = [None, True, -1, 0, 10**30, 1.5, "", "x", "\ud800", "\0", "../x", [], [1], {}, {"x": 1}]
@@ -105,7 +105,6 @@ def test_the_files_of_a_run(run, clip, model):
     empty = METHODS["lora"](
         clip, ["a"], "a {}", METHODS["lora"].Settings(image_rank=4, text_rank=3)
     )
-    fingerprint = weights.fingerprint(clip_min.load(model))
 
     def open_it():
         opened = Run.open(run)
@@ -116,7 +115,7 @@ def test_the_files_of_a_run(run, clip, model):
         method_of(Run.open(run), clip_min.load(model))
 
     def start_from():
-        load_into(empty, run, fingerprint)
+        load_into(empty, run)
 
     config = json.loads((run / "config.json").read_text())
 
@@ -145,7 +144,7 @@ def test_the_books_of_synthetic_images(synthetic, tmp_path):
 
     def read():
         manifest = Manifest.open(folder)
-        manifest.check({"seed": 1, "shots": 10})
+        manifest.check_settings({"seed": 1, "shots": 10})
         assert all(folder in (folder / a.image).resolve().parents for a in manifest.attempts)
         table(manifest), manifest.missing(), manifest.chosen()
         manifest._sweep()
@@ -155,14 +154,14 @@ def test_the_books_of_synthetic_images(synthetic, tmp_path):
 
 
 def test_a_peft_adapter_and_descriptions_beside_weights(clip, tmp_path):
-    from methods.export import to_peft
+    from methods.interop.peft import to_peft
 
     settings = METHODS["lora"].Settings(image_rank=4, text_rank=3)
     lora = METHODS["lora"](clip, ["a"], "a {}", settings)
     tensors, config = to_peft(lora)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    assert search(tmp_path / "adapter_config.json", lambda: load_into(lora, tmp_path, ""), 100) > 15
+    assert search(tmp_path / "adapter_config.json", lambda: load_into(lora, tmp_path), 100) > 15
 
     for save in (formats.save_hugging_face, formats.save_open_clip):
         save(clip_min.load("demo"), tmp_path / save.__name__)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import byhand
@@ -21,8 +22,8 @@ import clip_min
 import train as train_script
 from clip_min import UserError
 from fewshot import demo
-from fewshot.loop import Length
 from fewshot.run import Run
+from fewshot.schedule import Length
 from methods import METHODS, TrainingSettings
 from methods.base import Augment
 
@@ -158,7 +159,7 @@ def test_on_the_demo_zero_shot_is_fair_and_lora_adds_ten_points(script, tmp_path
     short = ("--shots", 4, "--epochs", 2, "--out", tmp_path)
     result = script("train", "--method", "lora", *short)  # the model is the demo's own
     assert result.code == 0, result.err
-    assert "recipe demo: " in result.out
+    assert "recipe demo, with epochs 2\n" in result.out
     found = results(tmp_path / "demo/demo/lora-s4-seed1")
     clip, (images, labels) = clip_min.load("demo"), demo.split("test")
     for part, half in (("base", slice(0, 51)), ("novel", slice(51, 102))):
@@ -531,7 +532,14 @@ def test_help_of_a_method_shows_its_settings_with_its_defaults(script):
     shown = " ".join(result.out.split())
     assert result.code == 0
     assert "--image-rank INT R in the image tower [16]" in shown  # the demo's recipe
-    assert "lora: recipe demo of default, notebook, paper, demo" in shown
+    heads = ["what most people change:", "lora: recipe demo of default, notebook, paper, demo:"]
+    heads = [shown.index(head) for head in (*heads, "training:", "experiment:", "run:")]
+    assert heads == sorted(heads)
+    first = ("method", "dataset", "data-root", "model", "shots", "seed", "seeds", "epochs", "lr")
+    for name in (*first, "batch-size", "image-rank", "text-rank", "out"):
+        assert shown.index(f"--{name} ", heads[0]) < heads[1]
+    assert "[--" not in shown  # no wall of flags stands before them
+    assert shown.index("--image-alpha ") < heads[2] < shown.index("--weight-decay ") < heads[3]
     result = script("train", "--method", "lora", "--recipe", "paper", "--help")
     assert "--image-rank INT R in the image tower [2]" in " ".join(result.out.split())
     assert "--image-rank" not in script("train", "--method", "zero_shot", "--help").out
@@ -554,8 +562,8 @@ def test_help_without_a_method_lists_the_methods(script):
         (["--model", "ViT-B/16"], "default", 2e-4, "ViT-B/16"),
         (["--dataset", "flowers102"], "notebook", 2e-4, "ViT-B/16"),
         (["--dataset", "flowers102", "--model", "demo"], "default", 2e-3, "demo"),
-        (["--dataset", "folder"], "default", 2e-3, "demo"),
-        (["--dataset", "folder", "--model", "ViT-B/16"], "default", 2e-4, "ViT-B/16"),
+        (["--dataset", "folder"], "default", 2e-4, "ViT-B/16"),
+        (["--dataset", "folder", "--model", "demo"], "default", 2e-3, "demo"),
         (["--dataset", "eurosat"], "default", 2e-4, "ViT-B/16"),
     ],
 )
@@ -624,12 +632,14 @@ def test_the_lora_run_that_filters_is_the_same_experiment(tmp_path, monkeypatch)
     plan = train_script.parse(["--method", "disef_f1", *other, "--out", str(tmp_path)])
     (own,) = plan.experiments
     asked = []
-    monkeypatch.setattr(train_script, "main", asked.append)
-    path = train_script.lora_run(plan, own)
-    plan = train_script.parse(asked[0])
-    assert plan.experiments == [own]
-    assert plan.cache is None
-    assert plan.out / plan.experiments[0].folder(plan.method) == path
+    monkeypatch.setattr(train_script, "train", lambda *run: asked.append(run))
+    path = train_script.lora_run(plan, own, SimpleNamespace(template="one {}"))
+    ((lora, experiment),) = asked
+    assert lora.experiments == [experiment] == [own]
+    assert lora.cache is None
+    assert lora.out / experiment.folder(lora.method) == path
+    alone = train_script.parse(["--method", "lora", *other])
+    assert (lora.recipe, lora.settings) == (alone.recipe, alone.settings)
 
 
 def test_a_recipe_that_a_method_lacks_is_an_error():

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from clip_min import UserError
 from fewshot.folder import Parts, read_text, spoken
-from fewshot.images import Pictures, few
-from fewshot.manifest import Row, exist, listed_once
+from fewshot.manifest import Row, check_files, check_listed_once
+from fewshot.pictures import Pictures, few
 
 FEW_VAL = 4  # validation pictures a class, at most
 
@@ -77,8 +77,8 @@ def read_split(file: Path, root: Path) -> Parts:
 
     base = _image_folder(file, root, [path for _, path, *_ in entries])
     rows = [Row(base / path, name, part, str(file)) for part, path, _, name in entries]
-    listed_once(rows)
-    exist([row.path for row in rows], [row.where for row in rows])
+    check_listed_once(rows)
+    check_files([row.path for row in rows], [row.where for row in rows])
 
     def pictures(part: str) -> Pictures:
         mine = [(base / path, label) for p, path, label, _ in entries if p == part]

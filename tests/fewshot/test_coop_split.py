@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from clip_min import UserError
 from fewshot import datasets
+from fewshot.pictures import Reader
 from fewshot.task import make_task
 
 NAMES = ["rose", "tiger lily", "blue bell", "daisy", "iris"]
@@ -90,7 +90,7 @@ def dassl(split: dict, shots: int, seed: int) -> tuple[list[Datum], list[Datum]]
 @pytest.mark.parametrize("classes", ["all", "base-novel"])
 @pytest.mark.parametrize(("shots", "seed"), [(1, 1), (2, 1), (2, 3), (8, 2), (12, 1), (16, 1)])
 def test_shots_are_those_of_the_rule_written_again(root, split, shots, seed, classes):
-    task = make_task(load(root), shots, seed, classes, 4, torch.device("cpu"), folder=None)
+    task = make_task(load(root), shots, seed, classes, Reader(4, folder=None))
     keep = range(5 if classes == "all" else 3)
     for batches, drawn in zip((task.train, task.val), dassl(split, shots, seed), strict=True):
         kept = [item for item in drawn if item.label in keep]
@@ -104,7 +104,7 @@ def test_shots_are_those_of_the_rule_written_again(root, split, shots, seed, cla
 
 
 def test_a_class_that_is_short_is_taken_once_in_the_files_order_and_a_note_says_so(root, split):
-    task = make_task(load(root), 8, 1, "all", 4, torch.device("cpu"), folder=None)
+    task = make_task(load(root), 8, 1, "all", Reader(4, folder=None))
     assert task.notes == ["fewer than 8 training images in 1 classes: iris 3"]
     files = [
         file
@@ -116,7 +116,7 @@ def test_a_class_that_is_short_is_taken_once_in_the_files_order_and_a_note_says_
 
 
 def test_the_test_pictures_are_all_of_the_split(root, split):
-    task = make_task(load(root), 2, 1, "base-novel", 4, torch.device("cpu"), folder=None)
+    task = make_task(load(root), 2, 1, "base-novel", Reader(4, folder=None))
     base = [entry for entry in split["test"] if entry[1] < 3]
     assert len(task.tests["base"].batches) == len(base)
     assert len(task.tests["novel"].batches) == len(split["test"]) - len(base)
@@ -200,12 +200,12 @@ def test_an_empty_class_name_is_an_error(root, split):
 def test_a_class_that_only_the_test_has_is_named_in_a_note(root, split):
     split["train"] = [entry for entry in split["train"] if entry[1] != 1]
     (root / "split_zhou_Mine.json").write_text(json.dumps(split))
-    notes = make_task(load(root), 2, 1, "all", 4, torch.device("cpu"), folder=None).notes
+    notes = make_task(load(root), 2, 1, "all", Reader(4, folder=None)).notes
     assert notes[0] == "1 classes have no training image, and are tested on: tiger lily"
 
 
 def test_all_shots_are_all_of_the_split(root, split):
-    task = make_task(load(root), "all", 1, "all", 4, torch.device("cpu"), folder=None)
+    task = make_task(load(root), "all", 1, "all", Reader(4, folder=None))
     for batches, part in ((task.train, "train"), (task.val, "val")):
         files = {str(file.relative_to(root / "deep/jpg")) for file in batches.pictures.source}
         assert len(batches) == len(split[part])
@@ -217,7 +217,7 @@ def test_a_split_without_validation_is_read_but_not_drawn_from(root, split):
     data = load(root)
     assert data.val is None
     with pytest.raises(UserError, match="no validation part"):
-        make_task(data, 2, 1, "all", 4, torch.device("cpu"), folder=None)
+        make_task(data, 2, 1, "all", Reader(4, folder=None))
 
 
 def test_two_splits_or_none_are_an_error_that_names_the_flag(root):

@@ -1,7 +1,7 @@
 """Making synthetic images in batches, against one at a time as published code does.
 
-    python bench/generate.py [--batch 8] [--images 16] [--rounds 3] [--acceptance 0.5]
-    python bench/generate.py --device cuda        LLaVA-1.5-7B's and SD 2.1's sizes: 20 GB of disk
+    python bench/generation.py [--batch 8] [--images 16] [--rounds 3] [--acceptance 0.5]
+    python bench/generation.py --device cuda        LLaVA-1.5-7B's and SD 2.1's sizes: 20 GB of disk
 
 Random weights (speed does not depend on them): tiny ones on a CPU, the real sizes on a GPU. First
 each stage alone; then a whole folder of images for 4 classes, with a filter that passes a given
@@ -17,19 +17,35 @@ from pathlib import Path
 import torch
 from PIL import Image
 from side_by_side import seconds, show
-from tiny_generators import LLAVA_7B, SD_21, save_diffusion, save_llava
 from torchvision.transforms import functional as tv
 
-from fewshot.images import Pictures
+from fewshot.pictures import Pictures
 from gen.batching import Batcher
+from gen.books import DONE, Manifest
 from gen.caption import Llava
 from gen.diffuse import Diffusion
-from gen.manifest import DONE, Manifest
 from gen.plan import plan
 from gen.settings import Generation
 from gen.studio import Studio
+from tests.tiny_generators import save_diffusion, save_llava
 
 CLASSES, SHOTS = [f"flower {k}" for k in range(4)], 4
+# The real sizes: 14 and 5 GB.
+LLAVA_7B = {
+    "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    | {"num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768},
+    "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064},
+}
+SD_21 = {
+    "unet": {"sample_size": 64, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024}
+    | {"use_linear_projection": True},
+    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
+    | {"down_block_types": ("DownEncoderBlock2D",) * 4}
+    | {"up_block_types": ("UpDecoderBlock2D",) * 4},
+    "text": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}
+    | {"num_attention_heads": 16, "projection_dim": 512, "hidden_act": "gelu"},
+}
 
 
 class Judge:

@@ -5,6 +5,7 @@ Each library computes with its own file; ours must compute the same.
 
 import json
 import math
+from dataclasses import asdict
 
 import loralib
 import pytest
@@ -16,8 +17,9 @@ from torch import nn
 from clip_min import UserError, formats, tokenize, weights
 from clip_min.files import write_safetensors
 from methods import METHODS
-from methods.export import to_peft
-from methods.init_from import _clip_lora_places, load_into
+from methods.interop.clip_lora import _clip_lora_places
+from methods.interop.init_from import load_into
+from methods.interop.peft import to_peft
 from methods.lora import LoRA, LoRASettings
 
 NAMES = ["rose", "red tulip", "ox-eye daisy"]
@@ -90,7 +92,7 @@ def test_peft_applies_it_with_our_logits_and_it_comes_back(
     assert not torch.allclose(expected, plain, atol=0.01)  # it did something
 
     back = new_lora(new_clip(), **SETTINGS[settings])
-    load_into(back, tmp_path, "whatever")
+    load_into(back, tmp_path)
     assert equal(back.adapter_state(), lora.adapter_state())
 
 
@@ -115,7 +117,7 @@ def test_an_adapter_that_peft_made_and_saved_is_read(
             nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path)
     lora = new_lora(new_clip(), scaling="sqrt" if rslora else "rank")
-    load_into(lora, tmp_path, "whatever")
+    load_into(lora, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(lora(images), their_logits(theirs, images), atol=1e-4, rtol=0)
 
@@ -134,7 +136,7 @@ def test_an_adapter_that_peft_made_and_saved_is_read(
 def test_other_settings_are_one_line_with_the_flags_to_give(there, here, flags, new_clip, tmp_path):
     write_peft(new_lora(new_clip(), trained=True, **there), tmp_path)
     with pytest.raises(UserError) as error:
-        load_into(new_lora(new_clip(), **here), tmp_path, "")
+        load_into(new_lora(new_clip(), **here), tmp_path)
     assert str(error.value).startswith(f"--init-from {tmp_path}: ")
     assert str(error.value).endswith(f"give {flags}")
 
@@ -142,7 +144,7 @@ def test_other_settings_are_one_line_with_the_flags_to_give(there, here, flags, 
 @pytest.mark.parametrize("written", ["qv", "vq"])
 def test_settings_written_otherwise_but_meaning_the_same_fit(written, new_clip, tmp_path):
     write_peft(new_lora(new_clip(), trained=True), tmp_path)
-    load_into(new_lora(new_clip(), parts=written, blocks="0-1"), tmp_path, "")
+    load_into(new_lora(new_clip(), parts=written, blocks="0-1"), tmp_path)
 
 
 def test_towers_may_learn_in_different_blocks(new_clip, tmp_path):
@@ -150,7 +152,7 @@ def test_towers_may_learn_in_different_blocks(new_clip, tmp_path):
     assert len(there.adapter_state()) == 2 * (1 + 2)
     write_peft(there, tmp_path)
     lora = new_lora(new_clip(), blocks="1/0-1")
-    load_into(lora, tmp_path, "")
+    load_into(lora, tmp_path)
     assert equal(lora.adapter_state(), there.adapter_state())
 
 
@@ -196,7 +198,7 @@ def test_a_peft_adapter_that_does_not_fit_is_one_line(spoil, said, new_clip, tmp
     lora = new_lora(new_clip(), text_rank=4, text_alpha=6.0)
     before = {name: tensor.clone() for name, tensor in lora.adapter_state().items()}
     with pytest.raises(UserError) as error:
-        load_into(lora, tmp_path, "")
+        load_into(lora, tmp_path)
     assert said in str(error.value)
     assert str(error.value).startswith(f"--init-from {tmp_path}: ")
     assert str(error.value).isprintable()
@@ -249,7 +251,7 @@ def test_loralibs_tensors_compute_what_they_computed_there(
     path = tmp_path / f"lora.{ending}"
     (torch.save if ending == "pt" else save_file)(saved, path)
     lora = new_lora(new_clip())
-    load_into(lora, path, "")
+    load_into(lora, path)
     tokens = tokenize([TEMPLATE.format(n) for n in NAMES])
     with torch.no_grad():
         torch.testing.assert_close(lora(images), theirs(images, tokens), atol=1e-4, rtol=0)
@@ -289,7 +291,7 @@ def test_clip_loras_file_adds_root_scaled_products_text_tower_first(
     content = clip_lora_file(tmp_path / "lora.pt", depths, encoder=encoder, params=params)
     towers = {"both": "both", "text": "text", "vision": "image"}[encoder]
     lora = new_lora(new_clip(), **PAPER | {"parts": params, "towers": towers})
-    load_into(lora, tmp_path / "lora.pt", "")
+    load_into(lora, tmp_path / "lora.pt")
     plain, i = new_clip(), 0
     for tower in ["text", "image"] if encoder == "both" else [towers]:
         for block in range(2):
@@ -325,7 +327,7 @@ def test_clip_loras_file_adds_root_scaled_products_text_tower_first(
 def test_a_clip_lora_file_that_does_not_fit_is_one_line(options, said, new_clip, tmp_path):
     clip_lora_file(tmp_path / "lora.pt", **{"depths": [2, 2]} | options)
     with pytest.raises(UserError) as error:
-        load_into(new_lora(new_clip(), **PAPER), tmp_path / "lora.pt", "")
+        load_into(new_lora(new_clip(), **PAPER), tmp_path / "lora.pt")
     assert said in str(error.value)
     assert str(error.value).startswith(f"--init-from {tmp_path / 'lora.pt'}: ")
     assert str(error.value).isprintable()
@@ -376,7 +378,7 @@ def test_a_file_of_something_else_is_one_line_and_runs_nothing(
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "lora.pt")
     with pytest.raises(UserError, match=said):
-        load_into(new_lora(new_clip()), tmp_path / "lora.pt", "")
+        load_into(new_lora(new_clip()), tmp_path / "lora.pt")
     assert not (tmp_path / "marker").exists()
 
 
@@ -384,9 +386,13 @@ def test_a_file_of_something_else_is_one_line_and_runs_nothing(
 
 
 def write_run(method, folder, **more) -> None:
-    from dataclasses import asdict
-
-    config = {"settings": asdict(method.settings), "fingerprint": "abc", "model": "tiny"} | more
+    name = next(name for name, kind in METHODS.items() if type(method) is kind)
+    config = {"method": name, "recipe": "default", "settings": asdict(method.settings)}
+    config |= {"experiment": {"seed": 1, "template": TEMPLATE, "model": "tiny"}, "model": "tiny"}
+    config |= {
+        "fingerprint": weights.fingerprint(method.lent[0]),
+        "classnames": {"all": NAMES},
+    } | more
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder / "adapter.safetensors", method.adapter_state())
 
@@ -401,13 +407,13 @@ def test_a_run_of_the_same_method_is_taken_over_to_the_bit(name, new_clip, tmp_p
         nn.init.normal_(tensor)
     write_run(made, tmp_path)
     method = METHODS[name](new_clip(), NAMES, TEMPLATE, METHODS[name].Settings())
-    load_into(method, tmp_path, "abc")
+    load_into(method, tmp_path)
     assert equal(method.adapter_state(), load_file(tmp_path / "adapter.safetensors"))
 
 
 def test_settings_of_a_tower_that_does_not_learn_do_not_count(new_clip, tmp_path):
     write_run(new_lora(new_clip(), towers="image", text_rank=7), tmp_path)
-    load_into(new_lora(new_clip(), towers="image", text_rank=3), tmp_path, "abc")
+    load_into(new_lora(new_clip(), towers="image", text_rank=3), tmp_path)
 
 
 def test_a_switch_to_give_is_written_as_one(new_clip, tmp_path):
@@ -419,38 +425,38 @@ def test_a_switch_to_give_is_written_as_one(new_clip, tmp_path):
         )
         write_run(made, tmp_path)
         with pytest.raises(UserError, match=f"; give {flag}$"):
-            load_into(method, tmp_path, "abc")
+            load_into(method, tmp_path)
 
 
 def test_a_run_that_does_not_fit_is_one_line(new_clip, tmp_path):
-    lora = new_lora(new_clip())
+    lora, other = new_lora(new_clip()), new_clip()
     write_run(lora, tmp_path)
-    for method, fingerprint, said in (
-        (lora, "other", "fingerprint abc, but the model here has other"),
-        (new_lora(new_clip(), parts="qk"), "abc", "give --parts qv"),
-        (
-            METHODS["coop"](new_clip(), NAMES, TEMPLATE, METHODS["coop"].Settings()),
-            "abc",
-            "context is missing",
-        ),
+    with torch.no_grad():
+        other.logit_scale.add_(1.0)
+    here, there = weights.fingerprint(other), weights.fingerprint(new_clip())
+    coop = METHODS["coop"](new_clip(), NAMES, TEMPLATE, METHODS["coop"].Settings())
+    for method, said in (
+        (new_lora(other), f"fingerprint {there}, but the model here has {here}"),
+        (new_lora(new_clip(), parts="qk"), "give --parts qv"),
+        (coop, "context is missing"),
     ):
         with pytest.raises(UserError, match=said):
-            load_into(method, tmp_path, fingerprint)
+            load_into(method, tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="fingerprint is missing"):
-        load_into(lora, tmp_path, "abc")
+    with pytest.raises(UserError, match="method is missing"):
+        load_into(lora, tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="expected a run of train.py or a PEFT adapter"):
-        load_into(lora, tmp_path, "abc")
+        load_into(lora, tmp_path)
     with pytest.raises(UserError, match="no such folder or file"):
-        load_into(lora, tmp_path / "nowhere", "abc")
+        load_into(lora, tmp_path / "nowhere")
 
 
 def test_a_lora_of_others_is_no_start_for_a_prompt_method(new_clip, tmp_path):
     write_peft(new_lora(new_clip()), tmp_path)
     coop = METHODS["coop"](new_clip(), NAMES, TEMPLATE, METHODS["coop"].Settings())
     with pytest.raises(UserError, match="is a LoRA adapter, and CoOp learns something else"):
-        load_into(coop, tmp_path, weights.fingerprint(new_clip()))
+        load_into(coop, tmp_path)
 
 
 # ------------------------------------------------------------------------------------ hostile files
@@ -476,7 +482,7 @@ def test_a_peft_config_of_another_kind_is_one_line_at_once(change, said, new_cli
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=f"adapter_config.json.*{said}"):
-        load_into(new_lora(new_clip()), tmp_path, "")
+        load_into(new_lora(new_clip()), tmp_path)
 
 
 def test_a_peft_pattern_that_is_a_plain_regular_expression_is_taken(new_clip, tmp_path):
@@ -485,7 +491,7 @@ def test_a_peft_pattern_that_is_a_plain_regular_expression_is_taken(new_clip, tm
     file = tmp_path / "adapter_config.json"
     pattern = {r"vision_model\..*_proj": 6.0}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": pattern}))
-    load_into(new_lora(new_clip(), text_rank=4), tmp_path, "")
+    load_into(new_lora(new_clip(), text_rank=4), tmp_path)
 
 
 @pytest.mark.parametrize("tensor", [torch.tensor(1.0), torch.zeros(0, 4), torch.full((2, 2), 1.0)])
@@ -496,23 +502,23 @@ def test_tensors_that_are_no_lora_matrices_are_named(tensor, new_clip, tmp_path)
     name = next(name for name in state if "lora_A" in name)
     save_file(state | {name: tensor}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="is no matrix|differ in shape|has ranks"):
-        load_into(new_lora(new_clip()), tmp_path, "")
+        load_into(new_lora(new_clip()), tmp_path)
     save_file(
         {"visual.transformer.resblocks.0.attn.in_proj.lora_B": tensor}, tmp_path / "a.safetensors"
     )
     with pytest.raises(UserError, match="is no matrix|with other settings"):
-        load_into(new_lora(new_clip()), tmp_path / "a.safetensors", "")
+        load_into(new_lora(new_clip()), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"adapter_sha256": "0" * 64}, "is not the adapter that this training ended with"),
-        ({"settings": {"parts": 3}}, "config.json: settings.parts is 3, expected text"),
+        ({"settings": {"parts": 3}}, "config.json: settings: --parts 3: expected text"),
         ({"settings": 3}, "config.json: settings is 3, expected an object"),
     ],
 )
 def test_a_run_whose_config_does_not_vouch_for_it_is_refused(change, said, new_clip, tmp_path):
     write_run(new_lora(new_clip()), tmp_path, **change)
     with pytest.raises(UserError, match=said):
-        load_into(new_lora(new_clip()), tmp_path, "abc")
+        load_into(new_lora(new_clip()), tmp_path)

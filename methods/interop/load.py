@@ -3,12 +3,13 @@
 Runs are the experiment's (fewshot/run.py) and are only read here: config, names, learned tensors.
 """
 
-from clip_min import CLIP, UserError
+from clip_min import CLIP, UserError, weights
 from clip_min.errors import nearest
+from fewshot.run import Run
 from methods import METHODS, Method, Settings
 
 
-def described(run) -> tuple[type[Method], Settings]:
+def described(run: Run) -> tuple[type[Method], Settings]:
     """The method and the settings that a run's config.json names."""
     name = nearest(f"{run.path}/config.json: method", run.config["method"], METHODS)
     try:
@@ -19,12 +20,12 @@ def described(run) -> tuple[type[Method], Settings]:
         raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
 
 
-def trained(run, clip: CLIP, template: str = "") -> Method:
+def trained(run: Run, clip: CLIP, template: str = "") -> Method:
     """The method as it was after its training, for the classes it learned from.
 
-    clip: the one it was trained on, which may get new parts. template: if not the run's own.
+    clip: the one it was trained on. template: if not the run's own.
     """
-    run.check_model(clip)
+    run.check_model(weights.fingerprint(clip))
     method_class, settings = described(run)
     method = method_class(clip, run.learned, template or run.template, settings)
     state = run.load_adapter()

@@ -1,10 +1,10 @@
 """What every method costs at ViT-B/16: a training step, and 1,000 images tested.
 
-    python bench/methods.py [--methods lora,vpt] [--batch 16] [--classes 51]
+    python bench/method_costs.py [--methods lora,vpt] [--batch 16] [--classes 51]
 
 Random weights; each method in a fresh process, with the settings of its default recipe. A step is
-loss, backward and optimizer on one batch: of cached features where the method learns on features,
-of images where it does not. Memory is the peak of the first step above what the process held before
+loss, backward and optimizer on one batch: of encoded images, as it is kept where part of
+the method is frozen. Memory is the peak of the first step above what the process held before
 it. `fit` is what a method solves or searches beside such steps, on 10 features a class. Testing
 starts from images for all of them, and is timed on one batch.
 """
@@ -17,7 +17,7 @@ import time
 from types import SimpleNamespace
 
 import torch
-from cocoop import classnames
+from cocoop_step import classnames
 from side_by_side import first_step_mb, seconds, show
 
 from clip_min import CLIP, CONFIGS
@@ -27,11 +27,11 @@ SHOTS = 10
 
 
 def random_set(classes: int, embed: int) -> SimpleNamespace:
-    """Stands in for cached features: SHOTS of each class."""
+    """Stands in for features that are kept: SHOTS of each class."""
     labels = torch.arange(classes).repeat_interleave(SHOTS)
     centres, noise = torch.randn(classes, embed), torch.randn(len(labels), embed)
     x = centres[labels] + noise
-    return SimpleNamespace(features=lambda clip: x, labels=labels)
+    return SimpleNamespace(encoded=lambda method: x, labels=labels)
 
 
 def measure(name: str, classes: int, batch: int, rounds: int) -> dict:
@@ -44,15 +44,16 @@ def measure(name: str, classes: int, batch: int, rounds: int) -> dict:
     started = time.perf_counter()
     train, val = (random_set(classes, clip.config.embed_dim) for _ in range(2))
     method.fit(train, val, lambda *_: None)
-    row = {"method": name, "learns on": method.input, "fit s": time.perf_counter() - started}
+    row = {"method": name, "fit s": time.perf_counter() - started}
 
     images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
+    x = method.encode(images)
+    row["learns on"] = {2: "features", 3: "tokens", 4: "images"}[x.dim()]
     learned = [p for p in method.parameters() if p.requires_grad]
     row["parameters"] = sum(p.numel() for p in learned)
     row["ms/step"] = row["step MB"] = None
     if learned:
         optimizer = torch.optim.AdamW(learned, lr=1e-5)
-        x = torch.randn(batch, clip.config.embed_dim) if method.input == "features" else images
 
         def step() -> None:
             method.train()
@@ -64,7 +65,7 @@ def measure(name: str, classes: int, batch: int, rounds: int) -> dict:
         row["ms/step"] = 1000 * seconds({"step": step}, rounds)["step"]
 
     def test() -> None:
-        method(clip.encode_image(images) if method.input == "features" else images)
+        method(images)
 
     with method.inference():
         row["s/1000 tested"] = 1000 / batch * seconds({"test": test}, rounds)["test"]

@@ -5,8 +5,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 from clip_min.files import replacing
-from fewshot.images import Pictures, open_image
-from gen.manifest import DONE, Attempt, Manifest
+from fewshot.pictures import Pictures, open_image
+from gen.books import DONE, Attempt, Manifest
 
 CELL, LABEL = 96, 16  # pixels: a picture's side, the height of a line of text
 CLASSES, KEPT, REJECTED = 8, 6, 3  # on the sheet: classes, and of each so many images

@@ -1,6 +1,6 @@
 """What CoCoOp costs: ours (one PromptTree per image) beside the published way (K full prompts).
 
-    python bench/cocoop.py [--classes 10,51,102,397,1000] [--batch 1,8,32] [--plot FILE.png]
+    python bench/cocoop_step.py [--classes 10,51,102,397,1000] [--batch 1,8,32] [--plot FILE.png]
 
 ViT-B/16, random weights, the same in both; image features are given (cached), so that only what the
 methods do differently is compared. The published way is rebuilt on openai-clip's own text tower:

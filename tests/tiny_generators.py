@@ -1,7 +1,6 @@
-"""A LLaVA and a Stable Diffusion with random weights, of any size, from the libraries' own classes.
+"""A LLaVA and a Stable Diffusion with few random weights, from the libraries' own classes.
 
-save_llava(folder); save_diffusion(folder)            tiny: for tests and timings on a CPU
-save_llava(folder, LLAVA_7B); …(folder, SD_21)        the real sizes: 14 and 5 GB
+bench/generation.py times them too, and on a GPU gives the real ones' sizes.
 """
 
 import contextlib
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from clip_min.tokenizer import MERGES, byte_alphabet
-from gen.hub import quiet
+from clip_min.tokenizer import ALPHABET, MERGES
+from gen.pretrained import quiet
 
 # The format of llava-hf/llava-1.5-7b-hf: "USER: <image>\n… ASSISTANT:".
 CHAT_TEMPLATE = (
@@ -25,12 +24,6 @@ TINY_LLAVA = {
     "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.5},
 }
-LLAVA_7B = {
-    "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-    | {"num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768},
-    "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064},
-}
 TINY_SD = {
     "unet": {"sample_size": 16, "block_out_channels": (16, 32), "layers_per_block": 1}
     | {"attention_head_dim": 4, "cross_attention_dim": 32, "norm_num_groups": 8}
@@ -41,15 +34,6 @@ TINY_SD = {
     | {"up_block_types": ("UpDecoderBlock2D",) * 2},
     "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     | {"num_attention_heads": 2, "projection_dim": 32},
-}
-SD_21 = {
-    "unet": {"sample_size": 64, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024}
-    | {"use_linear_projection": True},
-    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
-    | {"down_block_types": ("DownEncoderBlock2D",) * 4}
-    | {"up_block_types": ("UpDecoderBlock2D",) * 4},
-    "text": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}
-    | {"num_attention_heads": 16, "projection_dim": 512, "hidden_act": "gelu"},
 }
 
 
@@ -113,7 +97,7 @@ def save_diffusion(folder: Path, sizes: dict = TINY_SD, dtype: torch.dtype = tor
     quiet()
     with gzip.open(MERGES, "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1:2001]
-    symbols = list(byte_alphabet().values())
+    symbols = list(ALPHABET.values())
     words = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges)]
     vocabulary = {w: i for i, w in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     pairs = [tuple(merge.split()) for merge in merges]

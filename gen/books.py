@@ -35,7 +35,7 @@ from clip_min.files import (
     write_text,
 )
 from fewshot import cache
-from fewshot.images import Pictures, digests
+from fewshot.pictures import Pictures, digests
 
 DONE = ("kept", "waived")  # states of an image that is used in training
 SETTINGS = {"classnames": list[str]}  # what is read of settings.json, and of plan.json
@@ -104,7 +104,7 @@ class Manifest:
         if here.exists():
             old = cls.open(folder)
             if old.captions or old.attempts:
-                old.check(settings)
+                old.check_settings(settings)
             elif odd := old.settings.keys() ^ settings.keys():  # someone else's: not overwritten
                 raise UserError(
                     f"{here}: is none of generate.py's, by its {min(odd)}; give a new folder"
@@ -133,7 +133,7 @@ class Manifest:
             )
         return cls(folder, settings, plan)
 
-    def check(self, settings: dict) -> None:
+    def check_settings(self, settings: dict) -> None:
         """Refuse to go on with other settings."""
         for key, value in settings.items():
             if (made := self.settings.get(key)) != value:

@@ -1,0 +1,211 @@
+"""Pictures in memory, as batches that a method reads: normalised, augmented, or encoded."""
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import (
+    Compose,
+    InterpolationMode,
+    RandAugment,
+    RandomCrop,
+    RandomResizedCrop,
+    Resize,
+)
+from torchvision.transforms import functional as tv
+from tqdm import tqdm
+
+from clip_min import normalize
+from clip_min.errors import Note
+from fewshot import cache
+from fewshot.pictures import READERS, Pictures, Reader, free_memory
+
+KEPT = 1e9  # bytes of whole pictures that are kept in memory where crops are drawn anew each time
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """fp32: changes nothing. bf16, fp16: matrix products run in it, weights and sums stay fp32."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+class Batches:
+    """N labelled pictures in memory, ready to be fed to a method.
+
+    pixels (N, 3, n, n) uint8 crops; labels (N,).
+    synthetic (N,) bool: which ones gen/ painted; None if all are real. `apart`: are these drawn
+    into batches apart from the real ones?
+    """
+
+    def __init__(self, pictures: Pictures, pixels: Tensor, reader: Reader):
+        self.pictures, self.pixels, self.reader = pictures, pixels, reader
+        self.device, self.precision = reader.device, reader.precision
+        self.labels = pictures.labels.to(self.device)
+        self.synthetic: Tensor | None = None
+        self.apart = False
+        self.room = pixels.nbytes  # that encoded pictures may take in memory
+        self._encoded: dict[tuple, Tensor] = {}  # by what encodes them
+        self._fits: dict[tuple | None, bool] = {}
+        self._originals: dict[int, Image.Image] = {}
+        self._room = KEPT
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shots(self) -> int:
+        """Pictures in the largest class, synthetic ones not counted."""
+        labels = self.labels if self.synthetic is None else self.labels[~self.synthetic]
+        return int(labels.cpu().bincount().max())
+
+    @property
+    def drawn(self) -> list[Tensor]:
+        """Numbers of the pictures that are drawn together: all, or the real and the synthetic."""
+        if self.synthetic is None or not self.apart:
+            return [torch.arange(len(self))]
+        synthetic = self.synthetic.cpu()
+        return [(~synthetic).nonzero().flatten(), synthetic.nonzero().flatten()]
+
+    def real(self) -> "Batches":
+        """The pictures that are not synthetic, in their order."""
+        if self.synthetic is None:
+            return self
+        return self.part((~self.synthetic).nonzero().flatten().cpu())
+
+    def part(self, chosen: Tensor) -> "Batches":
+        """The pictures with the numbers `chosen` (B,), as real ones."""
+        part = Batches(self.pictures[chosen], self.pixels[chosen], self.reader)
+        part._encoded = {encoder: x[chosen] for encoder, x in self._encoded.items()}
+        part._fits = dict(self._fits)
+        return part
+
+    def join(self, synthetic: "Batches") -> "Batches":
+        """These pictures, which are real, and then synthetic ones of the same size."""
+        sources = [*self.pictures.source, *synthetic.pictures.source]
+        labels = torch.cat([self.pictures.labels, synthetic.pictures.labels])
+        pixels = torch.cat([self.pixels, synthetic.pixels])
+        known = self.pictures.digests, synthetic.pictures.digests
+        digests = None if None in known else known[0] + known[1]
+        joined = Batches(Pictures(sources, labels, digests), pixels, self.reader)
+        joined.synthetic = torch.arange(len(joined), device=self.device) >= len(self)
+        return joined
+
+    def targets(self, chosen: Tensor) -> tuple[Tensor, ...]:
+        """What `method.loss` takes besides inputs: labels (B,) and, if any picture here is
+        synthetic, which ones of these are (B,).
+        """
+        if self.synthetic is None:
+            return (self.labels[chosen],)
+        return self.labels[chosen], self.synthetic[chosen]
+
+    def autocast(self) -> torch.autocast:
+        """What a method's forward pass on these pictures runs in."""
+        return autocast(self.device, self.precision)
+
+    def images(self, chosen: Tensor, augment: str = "none") -> Tensor:
+        """The pictures with the numbers `chosen` (B,), as the image tower reads them: (B, 3, n, n),
+        normalised, on the device.
+        """
+        pixels = self.pixels[chosen] if augment == "none" else self._views(chosen, augment)
+        if augment == "randaugment":  # after the crop, two operations of magnitude 9
+            change = RandAugment(num_ops=2, magnitude=9)
+            pixels = torch.stack([change(image) for image in pixels])
+        return normalize(pixels.to(self.device))
+
+    def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
+        """The pictures with the numbers `chosen`, encoded for `method.classify` (B, …); augmented
+        ones each time anew.
+        """
+        if augment == "none" and self.keeps(method):
+            return self.encoded(method)[chosen]
+        return method.encode(self.images(chosen, augment))
+
+    def keeps(self, method) -> bool:
+        """Whether encoded pictures are kept: not if nothing of the method is frozen, so that they
+        are the pictures themselves; nor if they take more than `room` bytes.
+        """
+        if (encoder := method.encoder) not in self._fits:
+            with torch.no_grad(), self.autocast():
+                one = encoder and method.encode(self.images(torch.tensor([0])))
+            size = len(self) * one.nbytes if encoder else 0
+            self._fits[encoder] = 0 < size <= self.room
+            if size > self.room > self.pixels.nbytes:
+                warnings.warn(
+                    f"encoded training or validation images take {size / 1e9:.1f} GB, more than "
+                    f"the {self.room / 1e9:.1f} GB they may (--cache-gb, or half of what is free): "
+                    "the frozen blocks compute them again in each step",
+                    Note,
+                    stacklevel=1,
+                )
+        return self._fits[encoder]
+
+    def encoded(self, method, batch_size: int = 64) -> Tensor:
+        """Every picture as `method.encode` gives it (N, …), computed once.
+
+        What takes no more room than the pixels (features) is kept on disk for the next run, too,
+        under a name that follows from the pixels, from what encodes them, from CLIP's config (its
+        heads) and from what computes (whose rounding may differ).
+        """
+        encoder = method.encoder
+        if encoder not in self._encoded:
+            machine = (torch.__version__, torch.get_num_threads(), self.device.type)
+            machine += () if self.precision == "fp32" else (self.precision,)
+            name = cache.key(self.pixels, encoder, method.clip.config, batch_size, machine)
+            found = cache.load(self.reader.folder, "features", name)
+            if found is None or found.shape[:1] != (len(self),):
+                parts = torch.arange(len(self)).split(batch_size)
+                parts = tqdm(parts, "encoding images", leave=False, disable=None)
+                found = None
+                with torch.no_grad(), self.autocast():
+                    for part in parts:
+                        x = method.encode(self.images(part))  # (B, …)
+                        if found is None:
+                            found = x.new_empty(len(self), *x.shape[1:])
+                        found[part] = x
+                if found.nbytes <= self.pixels.nbytes:
+                    cache.save(self.reader.folder, "features", name, found)
+            self._encoded[encoder] = found.to(self.device)
+        return self._encoded[encoder]
+
+    def _views(self, chosen: Tensor, augment: str) -> Tensor:
+        """A fresh random view of each picture, uint8 (B, 3, n, n), from torch's global generator.
+
+        Most are crops of 8 to 100 % of the area, flipped half the time.
+        """
+        size = self.pixels.shape[-1]
+        bicubic = InterpolationMode.BICUBIC  # as CLIP's own crop
+        cut = RandomResizedCrop(size, interpolation=bicubic)
+        if augment == "random-crop":  # VPT's: at 224 pixels, of 256
+            cut = Compose([Resize(size * 8 // 7, bicubic), RandomCrop(size)])
+        elif augment == "randaugment-crop":  # DISEF's
+            cut = Compose([RandAugment(num_ops=2, magnitude=9), cut])
+        crops = torch.stack([tv.pil_to_tensor(cut(whole)) for whole in self._whole(chosen)])
+        if augment == "randaugment-crop":  # which does not flip
+            return crops
+        flip = torch.rand(len(crops)) < 0.5  # (B,)
+        return torch.where(flip[:, None, None, None], crops.flip(-1), crops)  # (B, 3, n, n)
+
+    def _whole(self, chosen: Tensor) -> list[Image.Image]:
+        """The pictures, uncropped; decoded once, as long as there is room for them."""
+        numbers = chosen.tolist()
+        new = [i for i in dict.fromkeys(numbers) if i not in self._originals]
+        with ThreadPoolExecutor(READERS) as pool:
+            images = pool.map(lambda i: self.pictures.open(i).convert("RGB"), new)
+            opened = dict(zip(new, images, strict=True))
+        for i, image in opened.items():
+            self._room -= (needed := 3 * image.width * image.height)
+            if self._room >= 0:
+                self._originals[i] = image
+            else:
+                self._room += needed
+        return [self._originals.get(i) or opened[i] for i in numbers]
+
+
+def room(device: torch.device) -> float:
+    """Bytes that encoded training images may take in memory, and as many those of validation."""
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
+    return min(cache.most(), free / 3)

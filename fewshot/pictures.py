@@ -1,0 +1,221 @@
+"""Labelled pictures: as files, and read as uint8 pixels.
+
+A JPEG is decoded and resized once. The uint8 crop that comes out is exactly what CLIP's
+normalisation reads, so keeping it loses nothing; it is kept in memory for the run and in a cache
+file for the next one.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import PIL
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as tv
+from tqdm import tqdm
+
+from clip_min import UserError, crop
+from fewshot import cache
+
+with contextlib.suppress(ImportError):  # phones' HEIC, which Pillow reads with this alone
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+# All that is opened, whatever a file is called: others start programs (EPS), or are seldom tried.
+_WANTED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
+_ENDINGS = Image.registered_extensions()  # of what Pillow was built with; fills Image.OPEN
+FORMATS = [name for name in _WANTED if name in Image.OPEN]
+ENDINGS = {ending for ending, name in _ENDINGS.items() if name in FORMATS} - {".pfm"}  # floats
+
+LONGEST = 100  # sides: a picture's longer one is at most so many times its shorter one
+TINY = 16  # pixels: what is smaller is seldom meant
+READERS = min(os.cpu_count() or 1, 8)  # threads: Pillow and hashes work outside Python's lock
+ODD = {1: "animated, and read as their first frame", 2: f"under {TINY} pixels wide or high"}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """N labelled pictures: files, uint8 images (N, 3, h, w), or a list of both."""
+
+    source: list[Path | Tensor] | Tensor
+    labels: Tensor  # (N,) int64
+    digests: list[str] | None = None  # sha256 of what each holds; None: they are not yet read
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: Tensor) -> "Pictures":
+        """The pictures with the numbers `chosen`, in that order."""
+        numbers = chosen.tolist()
+        digests = self.digests and [self.digests[i] for i in numbers]
+        if isinstance(self.source, Tensor):
+            return Pictures(self.source[chosen], self.labels[chosen], digests)
+        return Pictures([self.source[i] for i in numbers], self.labels[chosen], digests)
+
+    def name(self, i: int) -> str:
+        """Its file, or its number where it is not a file."""
+        picture = self.source[i]
+        return f"picture {i}" if isinstance(picture, Tensor) else str(picture)
+
+    def open(self, i: int) -> Image.Image:
+        picture = self.source[i]
+        return tv.to_pil_image(picture) if isinstance(picture, Tensor) else open_image(picture)
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture, decoded to its last byte; an unreadable one is an error that names it."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("a folder, pipe or device, not a file")  # to open a pipe is to wait
+        image = Image.open(path, formats=FORMATS)
+        image.load()
+    except Exception as error:  # Pillow's decoders raise more kinds than it documents
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
+    if image.mode.startswith("I") or image.mode == "F":
+        raise UserError(
+            f"{path}: cannot be used with more than 8 bits a pixel (Pillow's mode {image.mode}): "
+            "CLIP's transform would cut all that is above 255 to white; save it with 8"
+        )
+    if max(image.size) > LONGEST * min(image.size):  # resized, it would fill the memory
+        raise UserError(
+            f"{path}: cannot be used with {image.width} x {image.height} pixels: CLIP reads the "
+            f"middle square, and one side is over {LONGEST} times the other; cut it"
+        )
+    return image
+
+
+def digest(picture: Path | Tensor) -> str:
+    """sha256 of what a file or an image in memory holds; "" if it cannot be read."""
+    if isinstance(picture, Tensor):
+        return hashlib.sha256(picture.contiguous().numpy().data).hexdigest()
+    made = hashlib.sha256()
+    try:
+        if picture.is_file():  # to open a pipe is to wait
+            with picture.open("rb") as file:
+                while block := file.read(1 << 20):
+                    made.update(block)
+            return made.hexdigest()
+    except OSError:
+        pass
+    return ""
+
+
+def digests(pictures: Pictures) -> list[str]:
+    """The digest of each picture, files read by several threads."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(digest, pictures.source))
+
+
+def free_memory() -> float:
+    """The bytes that this process can still take, as far as the system tells; else infinity."""
+    free = float("inf")
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line[:12] == "MemAvailable")
+    with contextlib.suppress(OSError, ValueError):  # a container has a limit of its own, or "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = sum(int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
+        free = min(free, limit - used + files)  # copies of files give way
+    return free
+
+
+def check_memory(count: int, size: int) -> None:
+    """UserError, if `count` crops of `size` pixels do not fit in memory."""
+    needed, free = count * 3 * size * size, free_memory()
+    if needed > free:
+        raise UserError(
+            f"{count:,} pictures of {size} x {size} pixels take {needed / 1e9:,.1f} GB of memory, "
+            f"and {max(free, 0) / 1e9:,.1f} GB are free; test on fewer, or use a larger machine"
+        )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a run reads pictures, and what a method computes with on what was read."""
+
+    size: int  # pixels, the model's
+    device: torch.device = torch.device("cpu")
+    skip_bad: bool = False  # leave out files that cannot be read, with a note; else: an error
+    folder: Path | None = cache.FOLDER  # keeps pixels and features for the next run; None: nowhere
+    precision: str = "fp32"  # of the forward pass, see `autocast`
+
+    def read(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
+        """Decode and crop -> (the readable pictures, uint8 (N, 3, size, size)).
+
+        Pixels are kept in the cache under a name that follows from what the files hold. What was
+        skipped, and what is odd about pictures that can be read, is added to `notes`.
+        """
+        pictures = replace(pictures, digests=pictures.digests or digests(pictures))
+        in_memory = isinstance(pictures.source, Tensor)
+        if in_memory and pictures.source.shape[-2:] == (self.size, self.size):
+            return pictures, pictures.source
+        pixels = odd = name = None
+        if not in_memory and all(pictures.digests):
+            name = cache.key(pictures.digests, self.size, PIL.__version__)
+            pixels, odd = (cache.load(self.folder, kind, name) for kind in ("pixels", "odd"))
+        errors, expected = {}, ((len(pictures), 3, self.size, self.size), (len(pictures),))
+        if None in (pixels, odd) or (pixels.shape, odd.shape) != expected:
+            pixels, odd, errors = self._decode(pictures)
+            if errors:
+                good = torch.tensor([i for i in range(len(pictures)) if i not in errors])
+                pictures, pixels, odd = pictures[good], pixels[good], odd[good]
+            elif name:
+                cache.save(self.folder, "pixels", name, pixels)
+                cache.save(self.folder, "odd", name, odd)
+        for kind, said in {} if in_memory else ODD.items():
+            if found := (odd == kind).nonzero().flatten().tolist():
+                notes.append(f"{len(found)} images are {said}: {few(map(pictures.name, found))}")
+        if errors:
+            skipped = ", ".join(str(error).split(": cannot")[0] for error in errors.values())
+            notes.append(f"skipped {len(errors)} unreadable files: {skipped}")
+        return pictures, pixels
+
+    def _decode(self, pictures: Pictures) -> tuple[Tensor, Tensor, dict[int, UserError]]:
+        """-> pixels (N, 3, size, size), what is odd (N,), and why pictures cannot be read.
+
+        One tensor, written in place: as many bytes as are kept, and no more. Flowers102 whole is
+        8,189 x 3 x 224 x 224 = 1.23 GB.
+        """
+        count = len(pictures)
+        check_memory(count, self.size)
+        pixels = torch.empty(count, 3, self.size, self.size, dtype=torch.uint8)
+        odd = torch.zeros(count, dtype=torch.uint8)  # 0: nothing, else a number in ODD
+
+        def attempt(i: int) -> UserError | None:
+            try:
+                image = pictures.open(i)
+                pixels[i] = crop(image, self.size)
+                moves = image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated
+                odd[i] = 1 if moves else 2 if min(image.size) < TINY else 0
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor(READERS) as pool:
+            hide = None if count > 200 else True  # None: only where there is a terminal
+            results = pool.map(attempt, range(count))
+            results = tqdm(results, "reading", count, leave=False, disable=hide)
+            errors = {i: error for i, error in enumerate(results) if error}
+        first, more = next(iter(errors.values()), None), len(errors) - 1
+        if errors and not self.skip_bad:
+            more = f" (and {more} more files)" if more else ""
+            raise UserError(f"{first}{more}; replace or remove it, or pass --skip-bad-images")
+        if errors and len(errors) == count:
+            raise UserError(f"none of {count} image files can be read, as: {first}")
+        return pixels, odd, errors
+
+
+def few(names: Iterable[str], most: int = 5) -> str:
+    """The first names of a list: "a, b, c, d, e, …"."""
+    shown = [*itertools.islice(names, most + 1)]
+    return ", ".join([*shown[:most], "…"] if len(shown) > most else shown)

@@ -1,0 +1,71 @@
+"""How long training is, and at which learning rate each of its gradient steps is taken."""
+
+import math
+from dataclasses import dataclass
+
+from fewshot.batches import Batches
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long training is, counted in gradient steps."""
+
+    epoch: int  # in one pass over the training images
+    total: int
+    round: int  # between two validations; the state to resume from is saved then, too
+    chooses: bool  # does validation decide anything? else there is none
+
+    @classmethod
+    def of(cls, s, train: Batches) -> "Length":
+        """The length that settings `s` ask for, on these training images."""
+        fewest = min(len(part) for part in train.drawn)
+        epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
+        total = s.steps_per_shot * train.shots or max(s.epochs * epoch, s.min_steps)
+        rounds = math.ceil(total / s.validations) if s.validations else epoch
+        return cls(epoch, total, max(1, rounds), s.keep != "last" or s.patience > 0)
+
+    def place(self, step: int) -> str:
+        """For people: "epoch 3", or, where rounds are not epochs, "step 120"."""
+        return f"epoch {step // self.epoch}" if self.round == self.epoch else f"step {step}"
+
+
+def announce(s, train: Batches, val: Batches, length: Length, done: int) -> str:
+    """What is to come, in a line: gradient steps, and validations."""
+    left = length.total - done
+    sizes = [len(part) for part in train.drawn]
+    text = f"{left} gradient steps of {sum(min(s.batch_size, size) for size in sizes)} images, "
+    passes = left / length.epoch
+    text += f"{passes:,.{1 if passes < 10 else 0}f} passes over {min(sizes)}"
+    if length.chooses:
+        text += f"; {math.ceil(left / length.round)} validations on {len(val)} images"
+    return text
+
+
+def duration(seconds: float) -> str:
+    """40 -> "40 s", 400 -> "7 min", 40000 -> "11.1 h"."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def learning_rate(s, length: Length, step: int) -> float:
+    """The rate of a step; time is counted in steps, or in epochs where the schedule says so.
+
+    A warm-up, and then half a cosine from `lr` down to `min_lr`. The warm-up is
+    constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever;
+    proportional, as cross-modal's code has it: the same, but for a rise from 0, which the first
+    rate itself is not;
+    linear, as VPT's code has it: the cosine fills the time that is left.
+    """
+    if s.schedule == "step":
+        now, end, warm = step, length.total, s.warmup_steps or s.warmup_epochs * length.epoch
+    else:
+        now, end = step // length.epoch, math.ceil(length.total / length.epoch)
+        warm = s.warmup_epochs
+    if now < warm:
+        share = now / warm
+        if s.warmup == "proportional":
+            return share * s.lr or s.warmup_lr  # of the first step, whose share is 0
+        return s.warmup_lr + (share * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0)
+    progress = (now - warm) / (end - warm if s.warmup == "linear" else end)
+    return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,107 @@
+"""Start from an adapter made elsewhere: `train.py --init-from PATH`.
+
+    our own          a run folder: config.json and adapter.safetensors; any method's
+    PEFT             a folder: adapter_config.json and adapter_model.safetensors, made on
+                     `transformers.CLIPModel`
+    CLIP-LoRA        a .pt file of github.com/MaxZanella/CLIP-LoRA: {"weights", "metadata"}
+    loralib          a .pt or .safetensors file of `loralib.MergedLinear` tensors on OpenAI's names
+
+All hold the same correction s·B·A; where q, k and v are kept apart, fused.py stacks them.
+Shapes do not tell everything: neither s nor which parts a stack holds. Where the file does, it is
+compared with the settings of the method that is to go on, which must be the same.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from clip_min import UserError, weights
+from fewshot.run import Run
+from methods.base import Method
+from methods.interop.clip_lora import read_file
+from methods.interop.fused import OUR_TOWER, tower_depths
+from methods.interop.load import described
+from methods.interop.peft import read_peft
+from methods.linear_probe import LinearProbe
+from methods.lora import LoRA, block_numbers
+from methods.support import WithSupport
+
+# Settings that say what tensors mean, beyond their shapes.
+MEANING = ("image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks")
+MEANING += ("scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation")
+
+
+def load_into(method: Method, path: Path) -> None:
+    """Put the adapter at `path` into `method`, as if it had been learned here."""
+    try:
+        if isinstance(method, LinearProbe | WithSupport):
+            raise UserError(
+                f"{path}: {type(method).__name__} takes all it learns from the training images, "
+                "wherever it starts; drop the flag, or test that run with eval.py"
+            )
+        state, settings = read(path, method)
+        differ = [k for k in MEANING if k in settings and not _same(method, k, settings[k])]
+        if differ:
+            flags = " ".join(_flag(key, settings[key]) for key in differ)
+            raise UserError(f"{path}: was made with other settings than these; give {flags}")
+        try:
+            method.load_adapter(state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"--init-from {error}") from None
+
+
+def _flag(key: str, value) -> str:
+    """What to type for a setting: --image-rank 4, --class-specific, --no-class-specific."""
+    key = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no-{key}"
+    return f"--{key} {value}"
+
+
+def read(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
+    """Whichever of the four kinds it is -> tensors under our names, settings as far as known."""
+    if path.is_file() or (path / "adapter_config.json").is_file():
+        check_lora(method, path)
+        return (read_file if path.is_file() else read_peft)(path, method)
+    if (path / "config.json").exists():
+        return read_run(path, method)
+    neither = "is neither, expected a run of train.py or a PEFT adapter"
+    raise UserError(f"{path}: {neither if path.is_dir() else 'there is no such folder or file'}")
+
+
+def check_lora(method: Method, path: Path) -> None:
+    """UserError, unless the method learns what a LoRA adapter holds."""
+    if not isinstance(method, LoRA):
+        raise UserError(
+            f"{path}: is a LoRA adapter, and {type(method).__name__} learns something "
+            "else; use --method lora, or give a run of the same method"
+        )
+
+
+def _same(method: Method, key: str, value) -> bool:
+    """Whether a setting of the method means the same as `value`, however it is written."""
+    if not hasattr(method.settings, key):
+        return True  # the tensors' names and shapes will tell
+    mine = getattr(method.settings, key)
+    if key == "parts":
+        return set(mine) == set(value)
+    if key == "blocks":
+        depth = max(tower_depths(method).values())
+        return all(
+            block_numbers(mine, depth, tower) == block_numbers(value, depth, tower)
+            for tower in OUR_TOWER
+        )
+    return mine == value
+
+
+def read_run(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
+    """A folder that train.py left -> its learned tensors and settings."""
+    run = Run.open(path)
+    run.check_model(weights.fingerprint(method.lent[0]))
+    settings = asdict(described(run)[1])
+    unused = {"image": "text_", "text": "image_"}.get(settings.get("towers"), "no such setting")
+    settings = {key: value for key, value in settings.items() if not key.startswith(unused)}
+    return run.load_adapter(), settings

@@ -1,0 +1,77 @@
+"""Templates: the sentences that class names are put into.
+
+A class may have several prompts, one of each of J templates (the prompt ensemble of Radford et al.,
+arXiv:2103.00020, section 3.1.4); its text feature is then their mean on the unit sphere, see
+`Method.text_features`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from clip_min import UserError
+from methods.base import Settings
+
+ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 80
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a good photo of a {}.",
+    "a bad photo of a {}.",
+    "a blurry photo of a {}.",
+    "a sharp photo of a {}.",
+    "a bright photo of a {}.",
+    "a dark photo of a {}.",
+    "a close-up of a {}.",
+    "a photo of a {} from afar.",
+    "a photo of part of a {}.",
+    "a photo of many {}.",
+    "a photo of a small {}.",
+    "a photo of a large {}.",
+    "a photo of a {} outdoors.",
+    "a photo of a {} in front of a plain background.",
+    "a cropped picture of a {}.",
+    "a black and white photo of a {}.",
+    "a drawing of a {}.",
+    "a picture that shows a {}.",
+)
+
+
+@dataclass(frozen=True)
+class TemplateSettings(Settings):
+    templates: Annotated[
+        tuple[str, ...],
+        "templates to average over: 'ensemble' (a list of ours), a file of one a line, or the "
+        "templates themselves with | between them; empty: --template alone",
+    ] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "templates", read_templates(self.templates))
+        super().__post_init__()
+
+
+def read_templates(given: str | list | tuple) -> tuple[str, ...]:
+    """ "a {}.|the {}." -> ("a {}.", "the {}."); or 'ensemble', or a file of one a line.
+
+    The lines stand in for the file's name, so that a run does not depend on the file. A sequence
+    is taken as it is.
+    """
+    if not isinstance(given, str):
+        return tuple(given) if isinstance(given, list) else given
+    text = given
+    if text == "ensemble":
+        return ENSEMBLE
+    if text and "{}" not in text:
+        try:
+            text = Path(text).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--templates {given}: cannot be read as a text file ({error}); "
+                "expected 'ensemble', a file of templates, or templates with {} in them"
+            ) from None
+    lines = "|".join(text.splitlines()).split("|")  # in a file too, | stands between two
+    lines = tuple(line.strip() for line in lines if line.strip())
+    if bad := [line for line in lines if "{}" not in line]:
+        raise UserError(f"--templates: {bad[0]!r} has no {{}} for the class name; add one")
+    if given and not lines:
+        raise UserError(f"--templates {given}: expected templates, found none")
+    return lines
