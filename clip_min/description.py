@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clip_min.errors import Note, UserError
 from clip_min.files import parse_json, read_json
-from clip_min.model import CLIPConfig
+from clip_min.model import ACTIVATIONS, CLIPConfig
 from clip_min.typed import expect
 
 DEEPEST = 200  # blocks of a tower; the deepest CLIP there is has 64
@@ -35,7 +35,6 @@ _TELL_SIZES = {  # what the sizes of a CLIP are read off, and how many dimension
 }
 OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
 PROCESSOR = "preprocessor_config.json"
-ACTIVATIONS = ("quick_gelu", "gelu")
 UNTOLD = ("activation", "mean", "std", "resize", "interpolation")  # by tensors, as are heads
 # In open_clip's vision_cfg and text_cfg: sizes, and what else a plain CLIP may say there.
 _PLAIN = {

@@ -44,16 +44,14 @@ def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    image_size: int | None = None,
+    image_size: int = 0,
 ) -> CLIP:
     """A CLIP with weights, in eval mode. `name_or_path`: see the top of this file.
 
-    image_size: pixels of the pictures it is to read, where not those it was trained with; a
-    multiple of its patches. Its positions are then resized.
+    image_size: pixels of the pictures it is to read, a multiple of its patches, to which its
+    positions are resized; 0: those it was trained with.
     """
     state, config = read(name_or_path, device, dtype)
-    if odd := [key for key in UNTOLD if getattr(config, key) != getattr(CLIPConfig, key)]:
-        raise UserError(f"{name_or_path}: its {' and '.join(odd)} cannot be computed here yet")
     with torch.device("meta"):  # shapes only: no time or memory for an initialisation
         clip = CLIP(config)
     problems = mismatches(state, clip.state_dict())
@@ -72,7 +70,7 @@ def load(
             f"; and {len(problems) - 20} more" * (len(problems) > 20)
         )
         raise UserError(f"{name_or_path}: not the weights of one CLIP (ViT): {shown}")
-    if image_size not in (None, config.image_size):
+    if image_size not in (0, config.image_size):
         if image_size < 1 or image_size % config.patch_size:
             raise UserError(
                 f"{name_or_path}: cannot read pictures of {image_size} pixels; expected a multiple "
