@@ -37,8 +37,9 @@ from methods.interop.load import described, trained
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
-# All that pictures of one's own are classified by; a run knows the last four.
-PICTURES = ("image", "classes", "device", "model", "template", "templates", "precision", "threads")
+# All that pictures of one's own are classified by; a run knows the last five.
+PICTURES = ("image", "classes", "device", "model", "image_size", "template", "templates")
+PICTURES += ("precision", "threads")
 BATCH = 64  # pictures in memory at once
 
 
@@ -117,7 +118,7 @@ def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
     """
     known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
     other = Experiment(**pick(Experiment, given | known))
-    clip = weights.load(other.model, other.device)
+    clip = weights.load(other.model, other.device, image_size=experiment.image_size)
     other.prepare(clip)
     dataset = other.load_dataset()
     run.check_model(weights.fingerprint(clip))
@@ -166,7 +167,7 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     """Print the five likeliest classes of each picture."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
-    clip = weights.load(experiment.model, experiment.device)
+    clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
     if "classes" in given:
         known = named(given["classes"])
@@ -217,18 +218,19 @@ def inputs(
 
     Why one could not be read is added to `skipped`; if none can, that is an error.
     """
-    size = method.clip.config.image_size
+    config = method.clip.config
     bar = tqdm(total=len(files), unit=" pictures", disable=None)  # None: only on a terminal
     for batch in (files[i : i + BATCH] for i in range(0, len(files), BATCH)):
         read, pixels = [], []
         for path in batch:
             try:
-                pixels.append(crop(open_image(path), size))
+                pixels.append(crop(open_image(path), config))
                 read.append(path)
             except UserError as error:
                 skipped.append(str(error))
         if read:
-            x = normalize(torch.stack(pixels).to(method.clip.device))  # (B, 3, n, n)
+            pixels = torch.stack(pixels).to(method.clip.device)
+            x = normalize(pixels, config=config)  # (B, 3, n, n)
             yield read, method.encode(x)
         bar.update(len(batch))
     bar.close()

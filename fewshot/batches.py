@@ -113,7 +113,7 @@ class Batches:
         if augment == "randaugment":  # after the crop, two operations of magnitude 9
             change = RandAugment(num_ops=2, magnitude=9)
             pixels = torch.stack([change(image) for image in pixels])
-        return normalize(pixels.to(self.device))
+        return normalize(pixels.to(self.device), config=self.reader.prepared)
 
     def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
         """The pictures with the numbers `chosen`, encoded for `method.classify` (B, …); augmented

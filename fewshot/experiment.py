@@ -15,7 +15,7 @@ import torch
 
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
-from clip_min.hub import HUB, IN_FOLDERS, locate
+from clip_min.hub import DEMO, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets, shots
 from fewshot.folder import read_text, spoken
@@ -34,7 +34,8 @@ class Experiment:
 
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
     data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
-    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, file or folder"] = ""
+    model: Annotated[str, "demo, ViT-B/16, …, the hub's OWNER/NAME, a file or folder"] = ""
+    image_size: Annotated[int, "pixels the model reads pictures at; 0: as it was trained"] = 0
     shots: Annotated[int | str, "training images of a class, S, or all"] = 10
     seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
     classes: Annotated[
@@ -95,7 +96,7 @@ class Experiment:
         """
         locate(self.model, download=False)  # first: to tell a mistyped name takes no time
         dataset = self.load_dataset()
-        clip = weights.load(self.model, self.device)
+        clip = weights.load(self.model, self.device, image_size=self.image_size)
         base = self.base(dataset.classnames) if self.base_classes else None
         reader = self.reader(clip, folder)
         if record is not None:
@@ -137,7 +138,8 @@ class Experiment:
     def reader(self, clip: CLIP, folder: Path | None) -> Reader:
         """How pictures are read for this model; `folder` is the cache."""
         size, device = clip.config.image_size, torch.device(self.device)
-        return Reader(size, device, self.skip_bad_images, folder, self.precision)
+        how = (self.skip_bad_images, folder, self.precision)
+        return Reader(size, device, *how, prepared=clip.config)
 
     def base(self, classnames: list[str]) -> list[int]:
         """The numbers of the classes that the file `base_classes` names."""
@@ -160,11 +162,12 @@ class Experiment:
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
         model = self.model.replace("/", "-")
-        if self.model not in ("demo", *HUB):
+        if locate(self.model, download=False) not in (None, DEMO):
             path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
             model = path.name if path.is_dir() else path.stem
             if path.name in IN_FOLDERS:  # all are called so
                 model = path.parent.name
+        model += f"-{self.image_size}px" if self.image_size else ""
         drawn = Path(self.shots_file).stem if self.shots_file else f"s{self.shots}"
         return Path(data) / model / f"{method}-{drawn}-seed{self.seed}"
 

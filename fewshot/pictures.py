@@ -21,7 +21,8 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
-from clip_min import UserError, crop
+from clip_min import CLIPConfig, UserError, crop
+from clip_min.preprocess import OPENAI
 from fewshot import cache
 
 with contextlib.suppress(ImportError):  # phones' HEIC, which Pillow reads with this alone
@@ -149,6 +150,7 @@ class Reader:
     skip_bad: bool = False  # leave out files that cannot be read, with a note; else: an error
     folder: Path | None = cache.FOLDER  # keeps pixels and features for the next run; None: nowhere
     precision: str = "fp32"  # of the forward pass, see `autocast`
+    prepared: CLIPConfig = OPENAI  # how the model has its pictures prepared, but for their size
 
     def read(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
         """Decode and crop -> (the readable pictures, uint8 (N, 3, size, size)).
@@ -162,7 +164,9 @@ class Reader:
             return pictures, pictures.source
         pixels = odd = name = None
         if not in_memory and all(pictures.digests):
-            name = cache.key(pictures.digests, self.size, PIL.__version__)
+            way = (self.prepared.resize, self.prepared.interpolation)
+            way = () if way == (OPENAI.resize, OPENAI.interpolation) else way  # as ever
+            name = cache.key(pictures.digests, self.size, PIL.__version__, *way)
             pixels, odd = (cache.load(self.folder, kind, name) for kind in ("pixels", "odd"))
         errors, expected = {}, ((len(pictures), 3, self.size, self.size), (len(pictures),))
         if None in (pixels, odd) or (pixels.shape, odd.shape) != expected:
@@ -191,11 +195,12 @@ class Reader:
         check_memory(count, self.size)
         pixels = torch.empty(count, 3, self.size, self.size, dtype=torch.uint8)
         odd = torch.zeros(count, dtype=torch.uint8)  # 0: nothing, else a number in ODD
+        prepared = replace(self.prepared, image_size=self.size)
 
         def attempt(i: int) -> UserError | None:
             try:
                 image = pictures.open(i)
-                pixels[i] = crop(image, self.size)
+                pixels[i] = crop(image, prepared)
                 moves = image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated
                 odd[i] = 1 if moves else 2 if min(image.size) < TINY else 0
             except UserError as error:
