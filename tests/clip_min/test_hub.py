@@ -377,3 +377,11 @@ def test_the_table_of_known_models_is_whole_and_has_nothing_made_up(capsys):
     for known in hub.KNOWN:
         repo = hub.HUB[known.name][0] if known.name in hub.HUB else known.name
         assert quick[repo] == (known.activation == "quick_gelu"), repo
+
+
+def test_the_page_on_models_has_the_same_table(root):
+    page = (root / "docs" / "models.md").read_text().splitlines()
+    for known in hub.KNOWN:
+        figures = f"{known.flowers:.2f} | {known.imagenet:.2f} |"
+        row = f"| `{known.name}` | {known.size} | {known.activation} | {known.licence} | {figures}"
+        assert row in page

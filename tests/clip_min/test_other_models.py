@@ -159,6 +159,16 @@ def test_from_a_librarys_folder_and_back_logits_and_pixels_are_theirs(library, w
         assert torch.equal(load(path)(images, tokens), clip(images, tokens))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_photographs_are_prepared_as_open_clip_does(way, flowers12):
+    config = dataclasses.replace(TINY, **WAYS[way], image_size=224)
+    how = {"resize_mode": config.resize, "interpolation": config.interpolation}
+    transform = open_clip.image_transform(224, False, config.mean, config.std, **how)
+    for path in sorted(flowers12.rglob("*.jpg"))[::50]:
+        with Image.open(path) as image:
+            assert torch.equal(normalize(crop(image, config), config=config), transform(image))
+
+
 def test_what_openai_clip_takes_for_granted_is_not_exported_otherwise(tmp_path):
     plain = dataclasses.replace(TINY, vision_heads=1, text_width=64, text_heads=1)
     for way, said in (("LAION's", "activation, and .* gelu"), ("DFN's", "resize, and .* squash")):

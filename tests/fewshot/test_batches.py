@@ -1,6 +1,7 @@
 """What a method reads is what its settings say: crops, features, views after augmentation."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode, RandAugment
 
 from clip_min import crop, normalize
+from clip_min.preprocess import OPENAI
 from fewshot import batches as module
 from fewshot.batches import Batches
 from fewshot.pictures import Pictures, Reader
@@ -224,3 +226,12 @@ def test_a_method_of_which_nothing_is_frozen_is_given_images():
     few, method = six_pictures(), Encoding()
     few.room, method.encoder, method.encode = 1e9, None, lambda images: images
     assert few.inputs(method, torch.tensor([0, 2])).shape == (2, 3, 8, 8)
+
+
+def test_images_are_normalised_as_the_models_config_says(pictures, files):
+    config = replace(OPENAI, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    reader = Reader(32, folder=None, prepared=config)
+    images = Batches(*reader.read(pictures, []), reader).images(torch.tensor([2]))
+    expected = crop(Image.open(files[2]), 32) / 255 - torch.tensor(config.mean)[:, None, None]
+    expected /= torch.tensor(config.std)[:, None, None]
+    torch.testing.assert_close(images[0], expected)

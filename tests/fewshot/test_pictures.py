@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import time
+from dataclasses import replace
 
 import PIL
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image, ImageFile, features
 from safetensors.torch import load_file, save_file
 
 from clip_min import UserError, crop
+from clip_min.preprocess import OPENAI
 from fewshot import pictures as module
 from fewshot.pictures import ENDINGS, Pictures, Reader
 
@@ -374,3 +376,13 @@ def test_reading_makes_one_tensor_and_no_copy_of_it(pictures, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
     pixels = read(pictures, 32, folder=None)[1]
     assert pixels.data_ptr() in [tensor.data_ptr() for tensor in made]
+
+
+def test_pictures_are_prepared_as_the_models_config_says(pictures, files, tmp_path):
+    """And kept apart from pixels that were prepared otherwise."""
+    for way in ({}, {"resize": "squash"}, {"interpolation": "bilinear"}):
+        config = replace(OPENAI, image_size=32, **way)
+        expected = torch.stack([crop(Image.open(path), config) for path in files])
+        for _ in range(2):  # decoded, and from the cache
+            assert torch.equal(read(pictures, 32, folder=tmp_path, prepared=config)[1], expected)
+    assert len(cached(tmp_path)) == 3

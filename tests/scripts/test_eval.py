@@ -228,7 +228,9 @@ def test_pictures_of_a_folder_are_classified_a_batch_at_a_time(
     monkeypatch.setattr(eval_script, "BATCH", 3)
     sizes = []
     real = eval_script.normalize
-    monkeypatch.setattr(eval_script, "normalize", lambda x: sizes.append(len(x)) or real(x))
+    monkeypatch.setattr(
+        eval_script, "normalize", lambda x, **how: sizes.append(len(x)) or real(x, **how)
+    )
     whole = script("eval", "--run", trained.path, "--image", data / "test")
     assert whole.code == 0, whole.err
     assert sizes == [3] * 6 + [2]
