@@ -30,7 +30,7 @@ def place(flag: str = "") -> Path | None:
 
 
 FOLDER = place()
-KINDS = ("pixels", "odd", "features")
+KINDS = ("pixels", "hashes", "odd", "features")
 _most = 10e9  # bytes, see `chosen`
 
 

@@ -11,10 +11,11 @@ from fewshot.batches import Batches
 
 def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
     """Logits (N, K) of a method for all pictures, on the CPU."""
-    parts = torch.arange(len(batches)).split(batch_size)
-    parts = tqdm(parts, "testing", leave=False, disable=None if len(parts) > 8 else True)
+    count = math.ceil(len(batches) / batch_size)
     with method.inference(), batches.autocast():
-        return torch.cat([method.classify(batches.inputs(method, p)) for p in parts]).float().cpu()
+        encoded = batches.each(method, batch_size)  # read and encoded when it is asked for
+        encoded = tqdm(encoded, "testing", count, False, disable=None if count > 8 else True)
+        return torch.cat([method.classify(x) for x in encoded]).float().cpu()
 
 
 def train_accuracy(method, train: Batches, most: int = 500) -> float:

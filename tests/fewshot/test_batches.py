@@ -224,3 +224,32 @@ def test_a_method_of_which_nothing_is_frozen_is_given_images():
     few, method = six_pictures(), Encoding()
     few.room, method.encoder, method.encode = 1e9, None, lambda images: images
     assert few.inputs(method, torch.tensor([0, 2])).shape == (2, 3, 8, 8)
+
+
+def test_what_is_streamed_equals_what_is_in_memory_to_the_bit(pictures, tmp_path):
+    """Logits, encoded images and single pictures; kept or not, for all batch sizes."""
+    reader = Reader(32, folder=tmp_path)
+    whole = Batches(*reader.read(pictures, []), reader)
+    found, hashes = reader.check(pictures, [])
+    stream = Batches(found, None, reader, hashes)
+    assert torch.equal(stream.hashes, whole.hashes)
+    assert torch.equal(stream.images(torch.tensor([4, 1])), whole.images(torch.tensor([4, 1])))
+    for encoder in (("pixels",), None):  # kept, or handed on
+        method = Encoding()
+        method.encoder = encoder
+        whole.room = stream.room = 1e9
+        for size in (1, 3, 64):
+            for x, y in zip(stream.each(method, size), whole.each(method, size), strict=True):
+                assert torch.equal(x, y)
+    assert stream.pixels is None
+
+
+def test_features_of_what_is_streamed_are_kept_on_disk(pictures, tmp_path, monkeypatch):
+    reader = Reader(32, folder=tmp_path)
+    found, hashes = reader.check(pictures, [])
+    method = Encoding()
+    method.encode = lambda images: images.mean(dim=(2, 3))
+    first = Batches(found, None, reader, hashes).encoded(method)
+    monkeypatch.setattr(Reader, "_decode", None)  # nothing is decoded any more
+    again, hashes = reader.check(pictures, [])
+    assert torch.equal(Batches(again, None, reader, hashes).encoded(method), first)
