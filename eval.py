@@ -2,6 +2,7 @@
 
 python eval.py --run runs/demo/demo/lora-s10-seed1            the table training printed
 python eval.py --run DIR --dataset other                      the run on another data set
+python eval.py --run DIR --dataset coop-11                    on several, and their mean
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
 python eval.py --method zero_shot --dataset demo              CLIP as it is
@@ -18,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_min.errors import nearest
-from fewshot import cache, datasets
+from fewshot import cache, datasets, grid
 from fewshot.batches import autocast
+from fewshot.catalogue import chosen, implied
 from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.folder import find_pictures
@@ -35,8 +37,9 @@ from methods.interop.load import described, trained
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
-# All that pictures of one's own are classified by; a run knows the last four.
-PICTURES = ("image", "classes", "device", "model", "template", "templates", "precision", "threads")
+# All that pictures of one's own are classified by; a run knows the last five.
+PICTURES = ("image", "classes", "device", "model", "image_size", "template", "templates")
+PICTURES += ("precision", "threads")
 BATCH = 64  # pictures in memory at once
 
 
@@ -52,12 +55,15 @@ def main() -> None:
         described(run)  # which says at once if it is not one
     else:
         nearest("--method", given["method"], ["zero_shot"])
-        names = {"classes": "all"} if "image" in given else {}  # there, --classes names them
-        run, experiment = None, Experiment(**pick(Experiment, given | names))
+        more = {"classes": "all"} if "image" in given else {}  # there, --classes names them
+        asked = given.get("dataset", Experiment.dataset)
+        each = [implied(asked) | given | more | {"dataset": name} for name in chosen(asked)]
+        run, experiments = None, [Experiment(**pick(Experiment, flags)) for flags in each]
+        experiment = experiments[0]
     if "image" in given:
         classify(run, experiment, given)
     elif run is None:
-        test_zero_shot(experiment, given)
+        show_mean({each.dataset: test_zero_shot(each, given) for each in experiments})
     elif "dataset" in given:
         transfer(run, experiment, given)
     else:
@@ -88,13 +94,31 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
 
 
 def transfer(run: Run, experiment: Experiment, given: dict) -> None:
-    """Print the table of a run on all classes of a data set that it has not learned from.
+    """Print the tables of a run on data sets that it has not learned from, and their mean.
+
+    Of several, the one that it learned from is left out, as in the published protocols.
+    """
+    names = chosen(given["dataset"])
+    others = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
+    more = implied(given["dataset"]) | given
+    show_mean({name: on_other(run, experiment, more | {"dataset": name}) for name in others})
+
+
+def show_mean(tables: dict[str, dict[str, dict]]) -> None:
+    """Print the tables of several data sets as one, with their mean."""
+    if len(tables) > 1:
+        of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
+        print(f"\n{grid.table_of_data_sets(of)}")
+
+
+def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
+    """Print and return the table of a run on all classes of another data set.
 
     The names and the template are that data set's; what was learned is the run's.
     """
     known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
     other = Experiment(**pick(Experiment, given | known))
-    clip = weights.load(other.model, other.device)
+    clip = weights.load(other.model, other.device, image_size=experiment.image_size)
     other.prepare(clip)
     dataset = other.load_dataset()
     run.check_model(weights.fingerprint(clip))
@@ -104,26 +128,29 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
         print(f"note: {note}")
     sizes = f"{len(task.classnames)} classes, {len(task.tests['all'].batches)} test images"
     print(f"{other.dataset}: {sizes}; {task.template!r}")
-    compare(run, clip, task)
+    return compare(run, clip, task)
 
 
-def compare(run: Run, clip: CLIP, task: Task) -> None:
-    """Print the table of zero-shot CLIP and of the run on `task`."""
+def compare(run: Run, clip: CLIP, task: Task) -> dict[str, dict]:
+    """Print and return the table of zero-shot CLIP and of the run on `task`."""
     queries = Queries.of(*described(run), run.config["experiment"]["seed"])
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
     rows = {"zero-shot": evaluate(unadapted, task, queries)}
     method = trained(run, clip, task.template)
-    if task.classnames != run.learned:
+    if task.classnames != run.learned and (
+        method.names_unseen or not {*task.classnames} <= {*run.learned}
+    ):
         method = method.for_classes(task.classnames)
     rows[run.config["method"]] = evaluate(method, task, queries)
     if queries:
         print(queries.describe(rows[run.config["method"]]))
     print(table(rows))
+    return rows
 
 
-def test_zero_shot(experiment: Experiment, given: dict) -> None:
-    """Print the table of CLIP as it is and, if some are given, with several templates."""
-    clip, task = experiment.load(cache.chosen(given))
+def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
+    """Print and return the table of CLIP as it is and, if any are given, with templates."""
+    clip, task = experiment.load(cache.chosen(given), record={})  # nothing is learned
     experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
@@ -134,12 +161,13 @@ def test_zero_shot(experiment: Experiment, given: dict) -> None:
         settings = zero_shot.Settings(given["templates"])
         rows["zero-shot, templates"] = evaluate(zero_shot(clip, names, template, settings), task)
     print(table(rows))
+    return rows
 
 
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     """Print the five likeliest classes of each picture."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
-    clip = weights.load(experiment.model, experiment.device)
+    clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
     if "classes" in given:
         known = named(given["classes"])
@@ -190,18 +218,19 @@ def inputs(
 
     Why one could not be read is added to `skipped`; if none can, that is an error.
     """
-    size = method.clip.config.image_size
+    config = method.clip.config
     bar = tqdm(total=len(files), unit=" pictures", disable=None)  # None: only on a terminal
     for batch in (files[i : i + BATCH] for i in range(0, len(files), BATCH)):
         read, pixels = [], []
         for path in batch:
             try:
-                pixels.append(crop(open_image(path), size))
+                pixels.append(crop(open_image(path), config))
                 read.append(path)
             except UserError as error:
                 skipped.append(str(error))
         if read:
-            x = normalize(torch.stack(pixels).to(method.clip.device))  # (B, 3, n, n)
+            pixels = torch.stack(pixels).to(method.clip.device)
+            x = normalize(pixels, config=config)  # (B, 3, n, n)
             yield read, method.encode(x)
         bar.update(len(batch))
     bar.close()

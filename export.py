@@ -70,7 +70,8 @@ def main() -> None:
     remove_half_written(out.parent, out.name)  # what an export there that was killed has left
     run = Run.open(Path(given["run"]))
     model = given.get("model", run.config["experiment"]["model"])
-    method = trained(run, weights.load(model)).eval()
+    size = run.config["experiment"].get("image_size", 0)  # none in old ones
+    method = trained(run, weights.load(model, image_size=size)).eval()
     if "classes" in given:
         names = named(given["classes"])
     elif method.names_unseen:

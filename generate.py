@@ -124,7 +124,7 @@ def load_painter(options: Generation, device: str):
 
 def load_filter(name: str, experiment: Experiment, task: Task) -> Filter:
     """Zero-shot CLIP, or the method of a run, among the task's classes; with a CLIP of its own."""
-    clip = weights.load(experiment.model, experiment.device)
+    clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     if name == "zero_shot":
         method = METHODS[name].plain(clip, task.classnames, task.template)
         return Filter(method, name, weights.fingerprint(clip))

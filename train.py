@@ -4,10 +4,12 @@ python train.py --method lora                                 the demo task, off
 python train.py --method lora --dataset folder --data-root DIR
 python train.py --method lora --dataset flowers102            downloads data and model
 python train.py --method lora --shots 1,2,4 --seeds 1,2,3     nine runs, and their mean ± std
+python train.py --method lora --dataset coop-11               eleven data sets, and their mean
 python train.py --method lora --help                          that method's settings
 """
 
 import functools
+import itertools
 import json
 import sys
 import time
@@ -21,6 +23,7 @@ import torch
 from clip_min.errors import nearest
 from clip_min.files import read_json, write_text
 from fewshot import cache, datasets, grid
+from fewshot.catalogue import chosen, implied
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, changes, pick
 from fewshot.loop import descend
@@ -45,9 +48,10 @@ OFTEN += ("image_rank", "text_rank")
 
 @dataclass
 class Plan:
-    """What the command line asks for: a method, and a run for each number of shots and seed."""
+    """What the command line asks for: a method, and a run for each data set, shots and seed."""
 
     method: str
+    data: str  # one data set, or several: "coop-11"
     recipe: str
     usual: Settings  # the recipe's
     settings: Settings  # the same, as flags have changed them
@@ -61,16 +65,23 @@ class Plan:
 def main(argv: list[str] | None = None) -> None:
     plan = parse(argv or sys.argv[1:])
     first = plan.experiments[0]
-    print(f"{plan.method} on {first.dataset}, model {first.model}, {first.device}")
+    print(f"{plan.method} on {plan.data}, model {first.model}, {first.device}")
     differs = changes(plan.settings, plan.usual)
     print(f"recipe {plan.recipe}{', with ' if differs else ''}{differs}")
-    results = {}
+    # The first of each data set: one that is missing is told before hours of training.
+    firsts = [e for e in plan.experiments if (e.shots, e.seed) == (first.shots, first.seed)]
+    for experiment in firsts if len(firsts) > 1 else ():
+        experiment.load_dataset()
+    results: dict[str, dict] = {e.dataset: {} for e in firsts}
     for number, experiment in enumerate(plan.experiments, 1):
         if len(plan.experiments) > 1:
             print(f"\nrun {number}/{len(plan.experiments)}: {experiment.folder(plan.method)}")
-        results[experiment.shots, experiment.seed] = train(plan, experiment)
+        results[experiment.dataset][experiment.shots, experiment.seed] = train(plan, experiment)
+    for experiment in firsts:
+        if len(runs := results[experiment.dataset]) > 1:
+            summarise(plan, experiment, runs)
     if len(results) > 1:
-        summarise(plan, results)
+        summarise_data_sets(plan, results)
 
 
 def train(plan: Plan, experiment: Experiment) -> dict:
@@ -79,16 +90,20 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     experiment.prepare(clip)
     for note in task.notes:
         print(f"note: {note}")
-    tested = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
+    counts = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
     print(
         f"{len(task.classnames)} classes to learn from {len(task.train)} images "
-        f"({len(task.val)} for validation); test images: {tested}"
+        f"({len(task.val)} for validation); test images: {counts}"
     )
     torch.manual_seed(experiment.seed)
     names, template, settings = task.classnames, task.template, plan.settings
     method = METHODS[plan.method](clip, names, template, settings)
     if plan.init_from:
         load_into(method, plan.init_from)
+    unadapted = METHODS["zero_shot"].plain(clip, names, template)
+    for tested, test in itertools.product((unadapted, method), task.tests.values()):
+        if tested.names_unseen:
+            tested.for_classes(test.classnames)  # a name too long for a prompt is told now
     synthetic = {}
     if isinstance(settings, DISEFSettings):
         with torch.random.fork_rng():  # what is random in training does not depend on it
@@ -143,7 +158,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         save_curves(run.log, run.path / "curves.png")
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
-    zero_shot = evaluate(METHODS["zero_shot"].plain(clip, names, template), task, queries)
+    zero_shot = evaluate(unadapted, task, queries)
     scores = evaluate(method, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
@@ -160,23 +175,42 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     return results
 
 
-def summarise(plan: Plan, results: dict[tuple[int, int], dict]) -> None:
+def summarise(plan: Plan, first: Experiment, results: dict[tuple[int, int], dict]) -> None:
     """Mean and spread over the seeds: a table, a JSON file and a plot, beside the runs."""
+    summary = grid.summarise(results)
+    file = keep(plan, (plan.out / first.folder(plan.method)).parent, summary, summary)
+    grid.save_plot(plan.method, summary, file.with_suffix(".png"))
+    print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
+    print(grid.table(plan.method, summary))
+    print(f"grid: {file}")
+
+
+def summarise_data_sets(plan: Plan, results: dict[str, dict[tuple[int, int], dict]]) -> None:
+    """The same of each data set and their mean: tables and one JSON file, DATA/MODEL/…"""
+    summaries = {dataset: grid.summarise(runs) for dataset, runs in results.items()}
+    of = {dataset: grid.rows(plan.method, summary) for dataset, summary in summaries.items()}
+    means = {k: grid.mean([rows[k] for rows in of.values()]) for k in next(iter(of.values()))}
+    first = plan.experiments[0]
+    data, model, _ = first.folder(plan.method).parts
+    folder = plan.out / data.replace(first.dataset, plan.data, 1) / model
+    one = next(iter(summaries.values()))
+    file = keep(plan, folder, one, {"datasets": summaries, "mean": means})
+    print(f"\n{grid.table_of_data_sets(of)}")
+    print(f"data sets: {file}")
+
+
+def keep(plan: Plan, folder: Path, of: dict, summary: dict) -> Path:
+    """Write a summary as JSON, and keep another that is in its place -> the file."""
     settings = {"recipe": plan.recipe, "settings": asdict(plan.settings)}
-    summary = {"method": plan.method, **settings, **grid.summarise(results)}
-    shots, seeds = "-".join(summary["shots"]), "-".join(map(str, summary["seeds"]))
-    folder = (plan.out / plan.experiments[0].folder(plan.method)).parent
+    shots, seeds = "-".join(of["shots"]), "-".join(map(str, of["seeds"]))
     file = folder / f"{plan.method}-grid-s{shots}-seed{seeds}.json"
-    text = json.dumps(summary, indent=2) + "\n"
+    text = json.dumps({"method": plan.method, **settings, **summary}, indent=2) + "\n"
     if file.exists() and file.read_bytes() != text.encode():
         for earlier in (file, file.with_suffix(".png")):
             if earlier.exists():
                 set_aside(earlier, "grid")
     write_text(file, text)
-    grid.save_plot(plan.method, summary, file.with_suffix(".png"))
-    print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
-    print(grid.table(plan.method, summary))
-    print(f"grid: {file}")
+    return file
 
 
 def lora_run(plan: Plan, experiment: Experiment, task: Task) -> Path:
@@ -184,14 +218,12 @@ def lora_run(plan: Plan, experiment: Experiment, task: Task) -> Path:
     path = plan.out / experiment.folder("lora")
     if experiment.dataset != "demo":
         return path
-    recipe = recipe_for(METHODS["lora"], experiment)
+    recipe = recipe_for(METHODS["lora"], "demo", experiment.model)
     settings = METHODS["lora"].Settings(**METHODS["lora"].preset(recipe, experiment.model))
     if not (path / "results.json").exists():
         print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
-        lora = Plan(
-            "lora", recipe, settings, settings, [experiment], plan.out, None, False, plan.cache
-        )
-        train(lora, experiment)
+        known = ("lora", "demo", recipe, settings, settings)
+        train(Plan(*known, [experiment], plan.out, None, False, plan.cache), experiment)
         return path
     config = Run.open(path).config
     found = {**config["settings"], **config["experiment"], "init_from": config.get("init_from")}
@@ -207,10 +239,10 @@ def lora_run(plan: Plan, experiment: Experiment, task: Task) -> Path:
     return path
 
 
-def recipe_for(method: type[Method], experiment: Experiment) -> str:
+def recipe_for(method: type[Method], data: str, model: str) -> str:
     """The recipe that is taken if none is named: one made for the data, or the default."""
-    of_its_world = (experiment.dataset == "demo") == (experiment.model == "demo")
-    wanted = MADE_FOR.get(experiment.dataset, ()) if of_its_world else ()
+    of_its_world = (data == "demo") == (model == "demo")
+    wanted = MADE_FOR.get(data, ()) if of_its_world else ()
     return next(r for r in (*wanted, "default", *method.recipes) if r in method.recipes)
 
 
@@ -236,8 +268,10 @@ def parse(argv: list[str]) -> Plan:
     if known.method is not None:
         method = METHODS[nearest("--method", known.method, METHODS)]
         named = {key: value for key, value in vars(known).items() if value is not None}
-        defaults = Experiment(**pick(Experiment, named))
-        recipe = recipe_for(method, defaults) if known.recipe is None else known.recipe
+        data = named.get("dataset", Experiment.dataset)
+        defaults = Experiment(**pick(Experiment, named | {"dataset": chosen(data)[0]}))
+        if (recipe := known.recipe) is None:
+            recipe = recipe_for(method, data, defaults.model)
         preset = method.preset(nearest("--recipe", recipe, method.recipes), defaults.model)
         usual = method.Settings(**preset)
         shared = [f.name for f in fields(TrainingSettings) if f.name not in OFTEN]
@@ -273,14 +307,16 @@ def parse(argv: list[str]) -> Plan:
     settings = method.Settings(**{**preset, **pick(method.Settings, given)})
     if "epochs" in given and "min_steps" not in given:  # as many as asked for, then
         settings = replace(settings, min_steps=0)
-    common = pick(Experiment, given)
+    common = implied(data) | pick(Experiment, given)
     experiments = [
-        Experiment(**{**common, "shots": shots, "seed": seed})
+        Experiment(**{**common, "dataset": dataset, "shots": shots, "seed": seed})
+        for dataset in chosen(data)
         for shots in given.get("shots", [defaults.shots])
         for seed in given.get("seeds", [given.get("seed", defaults.seed)])
     ]
     return Plan(
         known.method,
+        data,
         recipe,
         usual,
         settings,

@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 from clip_min import normalize
-from clip_min.preprocess import MEAN, STD
+from clip_min.preprocess import OPENAI
 from fewshot.pictures import Pictures, Reader
 
 SIZE = 224
@@ -47,7 +47,7 @@ def measure(folder: Path, images: int, rounds: int) -> list[dict]:
     make(folder / "data", images)
     cut = [transforms.Resize(SIZE, InterpolationMode.BICUBIC), transforms.CenterCrop(SIZE)]
     crops = ImageFolder(folder / "data", transforms.Compose([*cut, transforms.PILToTensor()]))
-    openai = [*cut, transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    openai = [*cut, transforms.ToTensor(), transforms.Normalize(OPENAI.mean, OPENAI.std)]
     floats = ImageFolder(folder / "data", transforms.Compose(openai))
     paths = [Path(path) for path, _ in crops.samples]
     pictures = Pictures(paths, torch.tensor([label for _, label in crops.samples]))

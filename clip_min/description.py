@@ -1,16 +1,19 @@
-"""What a CLIP is: read off its tensors, and off the description beside them.
+"""What a CLIP is: its sizes, read off its tensors, and what no tensor tells, read beside them.
 
-Which activation a model was trained with, no tensor tells, nor how many heads it has. Everything
-here computes QuickGELU, as all of OpenAI's models do; many of open_clip's own (LAION's and
-DataComp's ViT-B/16, say) were trained with plain GELU. So the description beside the weights is
-read, if there is one (Hugging Face's config.json, open_clip's open_clip_config.json): it tells the
-heads, and GELU in it is an error, as is another way to prepare pictures (in preprocess_cfg or
-preprocessor_config.json). Of a file that lies alone, heads are taken to be 64 wide, and the
-activation, with a warning, to be QuickGELU: open_clip's name for weights trained with GELU has no
-"-quickgelu" and is not tagged "openai".
+No tensor tells which activation a model was trained with, how many heads it has, nor how its
+pictures were prepared. OpenAI's models compute QuickGELU, most of LAION's and DataComp's plain
+GELU; a wrong one costs some percent, and nothing fails. So it is read where it is written:
+
+    header                    of a file that we saved
+    open_clip_config.json     open_clip's: model_cfg and preprocess_cfg
+    config.json               Hugging Face's, with preprocessor_config.json
+
+Of the last two the one that belongs to the file of weights counts, by its name; where the other
+contradicts it, that is said. What nothing tells is taken to be as OpenAI's models have it, and that
+is said, too. Other architectures are refused, each with what makes it another.
 """
 
-import json
+import functools
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +22,7 @@ from torch import Tensor
 
 from clip_min.errors import Note, UserError
 from clip_min.files import parse_json, read_json
-from clip_min.hub import OPENAI_SHA256
-from clip_min.model import CLIPConfig
-from clip_min.preprocess import MEAN, STD
+from clip_min.model import ACTIVATIONS, CLIPConfig
 from clip_min.typed import expect
 
 DEEPEST = 200  # blocks of a tower; the deepest CLIP there is has 64
@@ -32,16 +33,24 @@ _TELL_SIZES = {  # what the sizes of a CLIP are read off, and how many dimension
     "positional_embedding": 2,
     "token_embedding.weight": 2,
 }
+OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
+PROCESSOR = "preprocessor_config.json"
+UNTOLD = ("activation", "mean", "std", "resize", "interpolation")  # by tensors, as are heads
+# In open_clip's vision_cfg and text_cfg: sizes, and what else a plain CLIP may say there.
+_PLAIN = {
+    **dict.fromkeys(("image_size", "patch_size", "width", "layers", "head_width", "heads")),
+    **dict.fromkeys(("context_length", "vocab_size", "patch_dropout", "output_tokens")),
+    "mlp_ratio": (4,),
+    "pool_type": ("tok", "argmax"),
+    "proj_type": ("linear",),
+}
 
 
 def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
-    """The sizes of a CLIP, read off its tensors (our names). Heads: 64 wide, as OpenAI's are."""
+    """The sizes of a CLIP, read off its tensors (our names). Heads: 64 wide, as OpenAI's are.
 
-    for name, dims in _TELL_SIZES.items():
-        if state[name].dim() != dims or not state[name].numel():
-            raise ValueError(
-                f"{name} has shape {tuple(state[name].shape)}, expected {dims} dimensions"
-            )
+    KeyError, ValueError: these are of no CLIP with ViT.
+    """
     layers = {}
     for tower in ("visual.transformer.resblocks.", "transformer.resblocks."):
         layers[tower] = len({n.split(tower)[1].split(".")[0] for n in state if n.startswith(tower)})
@@ -49,16 +58,27 @@ def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
             raise KeyError(f"{tower}0")
         if layers[tower] > DEEPEST:  # each costs time and memory before a tensor is missed
             raise ValueError(f"has {layers[tower]} blocks {tower}…, expected {DEEPEST} or fewer")
-    vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
+    for name, dims in _TELL_SIZES.items():
+        if state[name].dim() != dims or not state[name].numel():
+            raise ValueError(
+                f"{name} has shape {tuple(state[name].shape)}, expected {dims} dimensions"
+            )
+    width, _, patch_size, _ = state["visual.conv1.weight"].shape
     grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
     text_width, embed_dim = state["text_projection"].shape
+    hidden = len(state.get("visual.transformer.resblocks.0.mlp.c_fc.bias", range(4 * width)))
+    if hidden in (6144, 8192) and hidden != 4 * width:
+        raise ValueError(
+            f"an MLP of its image tower is {hidden} wide, {hidden / width:.2f} times the tower's "
+            "width, as in ViT-g/14 and ViT-bigG/14: another architecture; expected 4 times"
+        )
     return CLIPConfig(
         embed_dim=embed_dim,
         image_size=grid * patch_size,
         patch_size=patch_size,
-        vision_width=vision_width,
+        vision_width=width,
         vision_layers=layers["visual.transformer.resblocks."],
-        vision_heads=max(1, vision_width // 64),
+        vision_heads=max(1, width // 64),
         text_width=text_width,
         text_layers=layers["transformer.resblocks."],
         text_heads=max(1, text_width // 64),
@@ -68,102 +88,190 @@ def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
 
 
 def described(config: CLIPConfig, path: Path, header: str | None, known: bool) -> CLIPConfig:
-    """`config` with the heads that the file's own header tells, or else a description beside it.
+    """`config` of the weights in the file `path`, with all that no tensor tells.
 
-    known: the file is one of OpenAI's, so that there is nothing to be told.
+    header: what the file says of itself. known: it is one of OpenAI's, so that all is known.
     """
-    vision, text, where = config.vision_heads, config.text_heads, f"{path}"
+    where, told = f"{path}", {}
     if header is not None:
         where = f"{path}: its header"
-        saved = parse_json(header, {"vision_heads": int, "text_heads": int}, where)
-        vision, text = saved["vision_heads"], saved["text_heads"]
+        told = parse_json(header, {"vision_heads": int, "text_heads": int}, where)
+        told = {k: v for k, v in told.items() if k in UNTOLD or k.endswith("_heads")}
+        told |= _pictures(told, where)
     elif not known:
-        vision, text, where = _beside(config, path)
-    for heads, width in ((vision, config.vision_width), (text, config.text_width)):
-        if heads < 1 or width % heads:
-            raise UserError(
-                f"{where}: its numbers of heads, {vision} and {text}, do not divide the towers' "
-                f"widths, {config.vision_width} and {config.text_width}; give the file that "
-                "belongs to these weights, or none"
-            )
-    return replace(config, vision_heads=vision, text_heads=text)
-
-
-def _beside(config: CLIPConfig, path: Path) -> tuple[int, int, str]:
-    """Heads of the towers, and where that is told: in a file beside the weights, if there is one.
-
-    UserError, if the description is of what cannot be computed here.
-    """
-    heads, where = (config.vision_heads, config.text_heads), f"{path}"
-    known = path.name in OPENAI_SHA256
-    for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
-        found = read_json(file, "") if file.exists() else {}
-        if "vision_config" in found:  # Hugging Face's; what it leaves out is OpenAI's
-            own = {"vision": config.vision_heads, "text": config.text_heads}
-            towers = {f"{t}_config": dict for t in own}
-            expect(found, towers, str(file))
-            parts = []
-            for tower in own:
-                part = {"hidden_act": "quick_gelu", "num_attention_heads": own[tower]}
-                parts.append(part | found[f"{tower}_config"])
-                kind = {"hidden_act": str, "num_attention_heads": int}
-                expect(parts[-1], kind, str(file), f"{tower}_config")
-            heads = tuple(part["num_attention_heads"] for part in parts)
-            quick = all(part["hidden_act"] == "quick_gelu" for part in parts)
-        elif "model_cfg" in found:
-            model = found["model_cfg"]
-            expect(model, {"vision_cfg": dict, "text_cfg": dict}, str(file), "model_cfg")
-            vision = {"head_width": 64} | model["vision_cfg"]
-            text = {"heads": 8} | model["text_cfg"]
-            expect(vision, {"head_width": int}, str(file), "model_cfg.vision_cfg")
-            expect(text, {"heads": int}, str(file), "model_cfg.text_cfg")
-            quick = model.get("quick_gelu", False)
-            width = vision["head_width"]
-            heads = config.vision_width // width if width else 0, text["heads"]
-        else:  # of something else
-            continue
-        if quick is not True:
-            raise UserError(
-                f"{path}: was trained with GELU, says {file.name} beside it, and CLIP computes "
-                "QuickGELU here, as OpenAI's do: its features would be wrong; take other weights"
-            )
-        known, where = True, f"{file}"
-    if not known:
-        warnings.warn(
-            f"{path}: no config.json or open_clip_config.json beside it says how it was trained; "
-            "QuickGELU and heads 64 wide are assumed, as OpenAI's models have them",
-            Note,
-            stacklevel=1,  # so that it is said once for a file
+        where, told = _beside(config, path)
+    config = replace(config, **told)
+    if config.activation not in ACTIVATIONS:
+        raise UserError(
+            f"{where}: computes {config.activation!r:.100} in its MLPs, but here a CLIP computes "
+            f"{' or '.join(ACTIVATIONS)}, the same in both towers"
         )
-    _check_transform(path, config.image_size)
-    return *heads, where
+    heads, widths = (
+        (config.vision_heads, config.text_heads),
+        (config.vision_width, config.text_width),
+    )
+    if any(n < 1 or width % n for n, width in zip(heads, widths, strict=True)):
+        raise UserError(
+            f"{where}: its numbers of heads, {heads[0]} and {heads[1]}, do not divide the towers' "
+            f"widths, {widths[0]} and {widths[1]}; give the file that belongs to these weights, or "
+            "none"
+        )
+    return config
 
 
-def _check_transform(path: Path, size: int) -> None:
-    """UserError, if a file beside the weights says that pictures are prepared in another way."""
-    # What may stand there for what preprocess.py does; `resample` 3 is Pillow's bicubic.
-    own = {
-        **dict.fromkeys(("mean", "image_mean"), (MEAN,)),
-        **dict.fromkeys(("std", "image_std"), (STD,)),
-        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
-        "interpolation": ("bicubic",),
-        "resample": (3,),
-        "resize_mode": ("shortest",),
-        "size": (size, (size, size), {"shortest_edge": size}),
-        "crop_size": (size, {"height": size, "width": size}),
+def _beside(config: CLIPConfig, path: Path) -> tuple[str, dict]:
+    """Which file beside the weights describes them, and what it tells; notes what is assumed."""
+    names, found = [HUGGING_FACE, OPEN_CLIP], {}
+    for name in reversed(names) if path.name.startswith("open_clip") else names:
+        content = plain(path.with_name(name))
+        if content is not None:
+            read = _open_clip if name == OPEN_CLIP else _hugging_face
+            found[name] = read(content, config, path.with_name(name))
+    pictures = "pictures are taken to be prepared as OpenAI's models have them"
+    if not found:
+        wide = 80 if config.vision_width == 1280 else 64  # ViT-H/14's, and all others'
+        told = {"vision_heads": max(1, config.vision_width // wide)}
+        alone = not (processor := _processor(path.with_name(PROCESSOR), config.image_size))
+        _note(
+            f"{path}: no {HUGGING_FACE} or {OPEN_CLIP} beside it says how it was trained; "
+            f"QuickGELU and heads {wide} wide are assumed{'; ' + pictures if alone else ''}; "
+            "if that is wrong, put the file that says so beside it"
+        )
+        return f"{path}", told | processor
+    first, *others = found
+    for other in others:
+        differ = [k for k, v in found[first].items() if found[other].get(k, v) != v]
+        if differ:
+            _note(
+                f"{path}: {first} and {other} beside it differ in {', '.join(differ)}; "
+                f"{first}, which belongs to it, is followed"
+            )
+    if "mean" not in found[first]:
+        _note(f"{path}: {first} beside it does not say how its pictures were prepared; {pictures}")
+    return f"{path.with_name(first)}", found[first]
+
+
+@functools.cache  # so that it is said once for a file
+def _note(text: str) -> None:
+    warnings.warn(text, Note, stacklevel=2)
+
+
+def plain(file: Path) -> dict | None:
+    """What open_clip's or Hugging Face's file says of a CLIP; None: it is of something else.
+
+    UserError, if it describes another architecture.
+    """
+    found, why = read_json(file, "") if file.exists() else {}, ""
+    if file.name == HUGGING_FACE:
+        kind = found.get("model_type", "clip")
+        if kind != "clip":
+            why = f"model_type is {kind!r:.100}"
+    elif "model_cfg" in found:
+        model = found["model_cfg"]
+        expect(model, {"vision_cfg": dict, "text_cfg": dict}, str(file), "model_cfg")
+        if model.get("multimodal_cfg"):
+            why = "it has a multimodal_cfg (CoCa)"
+        for part in ("vision_cfg", "text_cfg"):
+            for key, value in model[part].items():
+                odd = value not in (_PLAIN[key] or (value,)) if key in _PLAIN else bool(value)
+                if odd or (key == "layers" and isinstance(value, list)):  # which a ResNet has
+                    why = why or f"{part}.{key} is {value!r:.100}"
+    if why:
+        raise UserError(
+            f"{file}: {why}: another architecture than CLIP's ViTs, which is not computed here; "
+            "python -m clip_min.weights list shows models that are"
+        )
+    return found if "vision_config" in found or "model_cfg" in found else None
+
+
+def _open_clip(found: dict, config: CLIPConfig, file: Path) -> dict:
+    model = found["model_cfg"]
+    vision, text = {"head_width": 64} | model["vision_cfg"], {"heads": 8} | model["text_cfg"]
+    expect(vision, {"head_width": int}, str(file), "model_cfg.vision_cfg")
+    expect(text, {"heads": int}, str(file), "model_cfg.text_cfg")
+    quick = model.get("quick_gelu", False)
+    expect(quick, bool, str(file), "model_cfg.quick_gelu")
+    heads, rest = divmod(config.vision_width, vision["head_width"] or config.vision_width + 1)
+    told = {
+        "activation": "quick_gelu" if quick else "gelu",
+        "vision_heads": 0 if rest else heads,
+        "text_heads": text["heads"],
     }
-    for name in ("open_clip_config.json", "preprocessor_config.json"):
-        file = path.with_name(name)
-        told = read_json(file, "") if file.exists() else {}
-        told = told.get("preprocess_cfg") if name == "open_clip_config.json" else told
-        for key, value in told.items() if isinstance(told, dict) else ():
-            if key in own and _rounded(value) not in _rounded(own[key]):
-                raise UserError(
-                    f"{file}: {key} is {value}, but here pictures are prepared as CLIP does it, "
-                    f"with {own[key][0]}: its features would be wrong; take other weights"
-                )
+    if not isinstance(pictures := found.get("preprocess_cfg"), dict):
+        return told
+    size = config.image_size
+    _only(pictures, file, size=(size, [size, size]), mode=("RGB",))
+    asked = pictures | {"resize": pictures.get("resize_mode")}
+    if pictures.get("interpolation") == "random":  # in training
+        del asked["interpolation"]
+    return told | _pictures(asked, str(file))
 
 
-def _rounded(value):
-    """A JSON value with three digits of every float, and no tuples."""
-    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 3))
+def _hugging_face(found: dict, config: CLIPConfig, file: Path) -> dict:
+    expect(found, {"vision_config": dict, "text_config": dict}, str(file))
+    acts, told = [], {}
+    for tower, heads in (("vision", config.vision_heads), ("text", config.text_heads)):
+        part = {"hidden_act": "quick_gelu", "num_attention_heads": heads, "layer_norm_eps": 1e-5}
+        part |= found[f"{tower}_config"]  # what it leaves out is OpenAI's
+        kind = {"hidden_act": str, "num_attention_heads": int, "layer_norm_eps": float}
+        expect(part, kind, str(file), f"{tower}_config")
+        _only(part, file, layer_norm_eps=(1e-5,))
+        told[f"{tower}_heads"] = part["num_attention_heads"]
+        acts.append(part["hidden_act"])
+    told["activation"] = acts[0] if acts[0] == acts[1] else " and ".join(acts)
+    return told | _processor(file.with_name(PROCESSOR), config.image_size)
+
+
+def _processor(file: Path, size: int) -> dict:
+    """How pictures are prepared, says Hugging Face's file, if it is there."""
+    if not file.exists():
+        return {}
+    found = {"size": size, "do_center_crop": True} | read_json(file, "")
+    short, whole = (size, {"shortest_edge": size}), {"height": size, "width": size}
+    _only(found, file, do_resize=(True,), do_rescale=(True,), do_normalize=(True,))
+    _only(found, file, size=(*short, whole), crop_size=(size, whole), resample=(2, 3))
+    if found["size"] in short:
+        _only(found, file, do_center_crop=(True,))
+    asked = {"mean": found.get("image_mean"), "std": found.get("image_std")}
+    asked["resize"] = "shortest" if found["size"] in short else "squash"
+    asked["interpolation"] = "bilinear" if found.get("resample") == 2 else "bicubic"  # Pillow's 3
+    return _pictures(asked, str(file))
+
+
+def _only(found: dict, file: Path, **allowed: tuple) -> None:
+    """UserError, where a key is there and has none of the values that can be computed here."""
+    for key, values in allowed.items():
+        if found.get(key, values[0]) not in values:
+            raise UserError(
+                f"{file}: {key} is {found[key]!r:.100}, but here a CLIP computes with "
+                f"{' or '.join(map(str, values))}: its features would be wrong; take other weights"
+            )
+
+
+def _pictures(told: dict, where: str) -> dict:
+    """mean and std, of three channels, and how pictures are resized, checked; None is OpenAI's."""
+    asked = {key: told.get(key) for key in UNTOLD[1:]}
+    for key in ("mean", "std"):
+        if asked[key] is None:
+            asked[key] = getattr(CLIPConfig, key)
+        elif not isinstance(asked[key], list):
+            asked[key] = [asked[key]] * 3
+        expect([*asked[key]], list[float], where, key)
+        if len(asked[key]) != 3 or (key == "std" and min(asked[key]) <= 0):
+            raise UserError(
+                f"{where}: {key} is {asked[key]!r:.100}, expected three numbers above 0"
+            )
+        own = getattr(CLIPConfig, key)
+        rounded = [round(x, 3) for x in asked[key]] == [round(x, 3) for x in own]
+        asked[key] = own if rounded else tuple(asked[key])
+    for key, known in (
+        ("resize", ("shortest", "squash")),
+        ("interpolation", ("bicubic", "bilinear")),
+    ):
+        asked[key] = asked[key] or getattr(CLIPConfig, key)
+        if asked[key] not in known:
+            raise UserError(
+                f"{where}: {key} is {asked[key]!r:.100}, but pictures are prepared with "
+                f"{' or '.join(known)} here: its features would be wrong; take other weights"
+            )
+    return asked

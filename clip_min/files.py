@@ -102,8 +102,7 @@ def append_line(path: Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: dict) -> None:
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(
@@ -118,8 +117,13 @@ def write_safetensors(
 # -------------------------------------------------------------------------------------------- read
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and the strings of its header."""
+def read_safetensors(
+    path: str | Path, name: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, or the one of this name, and the strings of its header.
+
+    They lie in the file, mapped into memory: what is not looked at takes none.
+    """
     try:
         open(path, "rb").close()  # safetensors calls all that it cannot open "no such file"
     except FileNotFoundError:
@@ -128,8 +132,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            names = file.keys() if name is None else [name]
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except MemoryError:
         raise
     except Exception as error:  # SafetensorError, and torch's where it lacks a type of numbers

@@ -9,7 +9,7 @@ What a model is about, {"classnames": […], "template": …}, goes along: in th
 in the config of a folder (Hugging Face's with the names as id2label and label2id).
 
 A folder is complete: sizes, preprocessing and (Hugging Face) tokenizer lie beside the weights, so
-that nothing is downloaded or guessed, least of all that these models use QuickGELU.
+that nothing is downloaded or guessed, least of all the activation.
 
 There is no `.pt` for `clip.load`: a state dict saved by torch is a pickle, and is not written here.
 """
@@ -18,17 +18,26 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from clip_min.description import UNTOLD
 from clip_min.errors import UserError
 from clip_min.files import new_folder, write_json, write_safetensors, write_text
 from clip_min.model import CLIP, CLIPConfig
 from clip_min.names import to_hugging_face, to_openai_names
-from clip_min.preprocess import MEAN, STD
 from clip_min.tokenizer import END, START, tokenizer
 
 
 def save_openai(clip: CLIP, path: str | Path, about: dict | None = None) -> None:
-    """OpenAI's names. Their CLIP takes heads 64 wide for granted; another one is an error."""
+    """OpenAI's names. Their CLIP takes heads 64 wide, QuickGELU and how it prepares pictures for
+    granted; another one is an error.
+    """
     config = clip.config
+    differ = [key for key in UNTOLD if getattr(config, key) != getattr(CLIPConfig, key)]
+    if differ:
+        raise UserError(
+            f"openai-clip computes with OpenAI's own {' and '.join(differ)}, and this model's is "
+            f"{' and '.join(str(getattr(config, key)) for key in differ)}; transformers and "
+            "open_clip can load it"
+        )
     for tower in ("vision", "text"):
         width, heads = getattr(config, f"{tower}_width"), getattr(config, f"{tower}_heads")
         if heads != width // 64:
@@ -52,7 +61,7 @@ def save_hugging_face(clip: CLIP, folder: str | Path, about: dict | None = None)
             config |= {"id2label": dict(enumerate(names)), "template": about["template"]}
             config |= {"label2id": {name: label for label, name in enumerate(names)}}
         write_json(folder / "config.json", config)
-        write_json(folder / "preprocessor_config.json", _image_processor(clip.config.image_size))
+        write_json(folder / "preprocessor_config.json", _image_processor(clip.config))
         bpe = tokenizer()
         write_json(folder / "vocab.json", bpe.ids)
         merges = "".join(f"{first} {second}\n" for first, second in bpe.rank)
@@ -75,10 +84,10 @@ def save_open_clip(clip: CLIP, folder: str | Path, about: dict | None = None) ->
             {
                 "model_cfg": open_clip_config(clip.config),
                 "preprocess_cfg": {
-                    "mean": MEAN,
-                    "std": STD,
-                    "interpolation": "bicubic",
-                    "resize_mode": "shortest",
+                    "mean": clip.config.mean,
+                    "std": clip.config.std,
+                    "interpolation": clip.config.interpolation,
+                    "resize_mode": clip.config.resize,
                 },
                 **(about or {}),
             },
@@ -87,7 +96,7 @@ def save_open_clip(clip: CLIP, folder: str | Path, about: dict | None = None) ->
 
 def hugging_face_config(config: CLIPConfig) -> dict:
     """What `transformers.CLIPConfig(**…)` takes."""
-    shared = {"hidden_act": "quick_gelu", "projection_dim": config.embed_dim}
+    shared = {"hidden_act": config.activation, "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -122,7 +131,7 @@ def open_clip_config(config: CLIPConfig) -> dict:
     """What `open_clip.model.CLIP(**…)` takes."""
     return {
         "embed_dim": config.embed_dim,
-        "quick_gelu": True,
+        "quick_gelu": config.activation == "quick_gelu",
         "vision_cfg": {
             "image_size": config.image_size,
             "patch_size": config.patch_size,
@@ -140,19 +149,21 @@ def open_clip_config(config: CLIPConfig) -> dict:
     }
 
 
-def _image_processor(size: int) -> dict:
-    """preprocess.py in Hugging Face's words; 3 is Pillow's number for bicubic."""
+def _image_processor(config: CLIPConfig) -> dict:
+    """preprocess.py in Hugging Face's words; 3 is Pillow's number for bicubic, 2 for bilinear."""
+    square = {"height": config.image_size, "width": config.image_size}
+    squash = config.resize == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "size": square if squash else {"shortest_edge": config.image_size},
+        "resample": 2 if config.interpolation == "bilinear" else 3,
+        "do_center_crop": not squash,
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": MEAN,
-        "image_std": STD,
+        "image_mean": config.mean,
+        "image_std": config.std,
     }

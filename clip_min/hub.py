@@ -1,24 +1,34 @@
 """Where weights come from: a name, a file or a folder -> a local file.
 
-locate("demo")          the small CLIP that ships with this package
-locate("ViT-B/16")      OpenAI's weights from the Hugging Face hub, cached where it caches
-locate("ViT-B-16.pt")   a file, as it is
-locate("folder")        the weights in a folder of Hugging Face's or open_clip's
+    locate("demo")                        the small CLIP that ships with this package
+    locate("ViT-B/16")                    OpenAI's weights, at a revision and sha256 that are pinned
+    locate("apple/DFN2B-CLIP-ViT-B-16")   a repository of the Hugging Face hub, or its @REVISION
+    locate("ViT-B-16.pt")                 a file, as it is
+    locate("folder")                      the weights in a folder of Hugging Face's or open_clip's
+
+What is downloaded is kept where the hub's client keeps it, and from then on no network is asked. Of
+a repository the files that describe the model come first, so that one of another architecture is
+refused before its gigabytes are fetched; then its weights: safetensors, if it has them.
 """
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from clip_min.description import HUGGING_FACE, OPEN_CLIP, PROCESSOR, plain
 from clip_min.errors import UserError, first_line
 from clip_min.files import sha256_of
 
-# How the file of weights is called in a folder of open_clip's or Hugging Face's.
+# How the file of weights is called in a folder or repository of open_clip's or Hugging Face's.
 IN_FOLDERS = (
     "open_clip_model.safetensors",
     "model.safetensors",
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
 )
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# OWNER/NAME or OWNER/NAME@REVISION; "ViT-…" is a mistyped name of OpenAI's.
+REPOSITORY = re.compile(r"(?!ViT-)([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
 # OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them: where,
@@ -56,67 +66,146 @@ OPENAI_SHA256 = {
 }
 
 
+class Known(NamedTuple):
+    """A model that is known to be of this architecture. Empty: not known here."""
+
+    name: str  # for --model
+    size: str
+    activation: str
+    licence: str
+    flowers: float | None  # zero-shot accuracy in percent as open_clip publishes it, on Flowers102
+    imagenet: float | None  # … and on ImageNet
+
+
+QUICK, GELU, NC = "quick_gelu", "gelu", "CC BY-NC 4.0"
+# Figures: open_clip's docs/openclip_results.csv; of DFN2B-CLIP-ViT-L-14-39B its own card's.
+KNOWN = [
+    Known("ViT-B/32", "ViT-B/32", QUICK, "MIT", 66.70, 63.32),
+    Known("ViT-B/16", "ViT-B/16", QUICK, "MIT", 69.07, 68.34),
+    Known("ViT-L/14", "ViT-L/14", QUICK, "MIT", 79.23, 75.54),
+    Known("ViT-L/14@336px", "ViT-L/14", QUICK, "MIT", 78.52, 76.56),
+    Known("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "ViT-B/32", GELU, "MIT", 70.24, 66.56),
+    Known("laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K", "ViT-B/32", GELU, "MIT", 73.53, 69.17),
+    Known("laion/CLIP-ViT-B-32-256x256-DataComp-s34B-b86K", "ViT-B/32", GELU, "", 78.22, 72.81),
+    Known("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", "ViT-B/16", GELU, "MIT", 70.84, 70.23),
+    Known("laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K", "ViT-B/16", GELU, "", 77.01, 73.49),
+    Known("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "ViT-L/14", GELU, "MIT", 74.79, 75.25),
+    Known("laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K", "ViT-L/14", GELU, "", 82.62, 79.21),
+    Known("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "ViT-H/14", GELU, "", 79.82, 77.96),
+    Known("apple/DFN2B-CLIP-ViT-B-16", "ViT-B/16", QUICK, "", 82.01, 76.24),
+    Known("apple/DFN2B-CLIP-ViT-L-14", "ViT-L/14", QUICK, "", 86.54, 81.41),
+    Known("apple/DFN2B-CLIP-ViT-L-14-39B", "ViT-L/14", GELU, "Apple sample code", 87.84, 82.19),
+    Known("apple/DFN5B-CLIP-ViT-H-14", "ViT-H/14", QUICK, "", 89.95, 83.44),
+    Known("apple/DFN5B-CLIP-ViT-H-14-378", "ViT-H/14", QUICK, "Apple sample code", 89.35, 84.37),
+    Known("timm/vit_base_patch32_clip_224.laion400m_e32", "ViT-B/32", QUICK, "", 66.20, 62.93),
+    Known("timm/vit_base_patch32_clip_224.metaclip_400m", "ViT-B/32", QUICK, NC, 68.11, 65.58),
+    Known("timm/vit_base_patch32_clip_224.metaclip_2pt5b", "ViT-B/32", QUICK, NC, 69.35, 67.66),
+    Known("timm/vit_base_patch16_clip_224.metaclip_400m", "ViT-B/16", QUICK, NC, 72.29, 70.80),
+    Known("timm/vit_base_patch16_clip_224.metaclip_2pt5b", "ViT-B/16", QUICK, NC, 73.58, 72.12),
+    Known("timm/vit_large_patch14_clip_224.metaclip_400m", "ViT-L/14", QUICK, NC, 76.48, 76.20),
+    Known("timm/vit_large_patch14_clip_224.metaclip_2pt5b", "ViT-L/14", QUICK, NC, 81.43, 79.17),
+    Known("timm/vit_huge_patch14_clip_224.metaclip_2pt5b", "ViT-H/14", QUICK, NC, 84.48, 80.51),
+]
+
+
 def locate(name: str, download: bool = True) -> Path | None:
     """The local file of a model; UserError, unless there is such a model.
 
-    download: fetch a named one, if it is not in the hub's cache; else only see that it is known
-    (-> None), which takes no time.
+    download: fetch what the hub has, if it is not in its cache; else only see that the name can be
+    one of the hub's (-> None), which takes no time.
     """
     if name == "demo":
         return DEMO
     if name in HUB:
-        return _download(name) if download else None
+        return _download(name, *HUB[name]) if download else None
     path = Path(name).expanduser()
     inside = (path / file for file in IN_FOLDERS)
-    found = next((file for file in (path, *inside) if file.is_file()), None)
-    if found is None:
+    if found := next((file for file in (path, *inside) if file.is_file()), None):
+        return found
+    repository = REPOSITORY.fullmatch(name)
+    if path.exists() or path.suffix in SUFFIXES or not repository:
         known = ", ".join(["demo", *HUB])
         raise UserError(
             f"{name}: neither a weights file nor a folder with {' or '.join(IN_FOLDERS)}, nor a "
-            f"known model; models are {known}"
+            f"known model; models are {known} and the hub's OWNER/NAME, of which "
+            "python -m clip_min.weights list shows some"
         )
-    return found
+    return _download(name, repository[1], repository[2] or "main") if download else None
 
 
-def _download(name: str) -> Path:
-    """The file in the hub's cache; fetched first, if it is not there."""
+def _download(name: str, repo: str, revision: str, sha256: str | None = None) -> Path:
+    """The file of weights in the hub's cache; fetched first, if it is not there."""
     from huggingface_hub import (
         get_hf_file_metadata,
         hf_hub_download,
         hf_hub_url,
         try_to_load_from_cache,
     )
-    from huggingface_hub.utils import HfHubHTTPError
-
-    repo, revision, sha256 = HUB[name]
-    advice = (
-        f"or give a file: --model path/to/{re.sub('[/@]', '-', name)}.pt; --model demo, which has "
-        "never seen a photo, is there to try things"
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.utils import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
     )
+
+    own = re.sub("[/@]", "-", name) + ".pt" if sha256 else repo.split("/")[1]
+    advice = f"or give a file: --model path/to/{own}"
+    if sha256:
+        advice += "; --model demo, which has never seen a photo, is there to try things"
+    beside = () if sha256 else (OPEN_CLIP, HUGGING_FACE, PROCESSOR)
+    weights = (HUB_FILE,) if sha256 else IN_FOLDERS
     try:
-        path = try_to_load_from_cache(repo, HUB_FILE, revision=revision)
-        if not isinstance(path, str):
-            url = hf_hub_url(repo, HUB_FILE, revision=revision)
+        cached = {
+            file: path
+            for file in (*beside, *weights)
+            if isinstance(path := try_to_load_from_cache(repo, file, revision=revision), str)
+        }
+        path = next((cached[file] for file in weights if file in cached), None)
+        if path is None or (beside and not {OPEN_CLIP, HUGGING_FACE} & set(cached)):
+            url = hf_hub_url(repo, (*beside, *weights)[0], revision=revision)
             try:  # once: the download itself would knock for half a minute at a closed door
                 get_hf_file_metadata(url)
+            except EntryNotFoundError:
+                pass
             except HfHubHTTPError:
                 raise
             except Exception as error:
+                here = "" if sha256 else "there is no such file or folder here, and "
                 raise UserError(
-                    f"{name}: {repo} is not in the hub's cache and the hub cannot be reached "
+                    f"{name}: {here}{repo} is not in the hub's cache and the hub cannot be reached "
                     f"({first_line(error)}); connect once to download it, {advice}"
                 ) from None
-            path = hf_hub_download(repo, HUB_FILE, revision=revision)
-    except UserError:
-        raise
+            path = None
+            for file in (*beside, *weights):
+                try:
+                    found = hf_hub_download(repo, file, revision=revision)
+                except LocalEntryNotFoundError:  # the hub cannot be reached any more
+                    raise
+                except EntryNotFoundError:
+                    continue
+                if file in weights:
+                    path = found
+                    break
+                if file != PROCESSOR:
+                    plain(Path(found))
+            if path is None:
+                raise UserError(
+                    f"{name}: {repo} has no {' or '.join(weights)} (404), so no weights that can "
+                    f"be read here; take another repository, {advice}"
+                )
+    except UserError as error:
+        raise (error if str(error).startswith(name) else UserError(f"{name}: {error}")) from None
     except Exception as error:  # refused, cut off, no room: types of three libraries
         status = getattr(getattr(error, "response", None), "status_code", None)
-        login = "log in with `hf auth login`, " if status in (401, 403) else ""
+        hint = "log in with `hf auth login`, " if status in (401, 403) else ""
+        if isinstance(error, GatedRepoError):
+            hint = f"its owners give it to those who accept their terms on its page; then {hint}"
+        elif isinstance(error, RepositoryNotFoundError) and not sha256:
+            hint = f"there is no such file, folder or repository, or it is private: {hint}"
         raise UserError(
-            f"{name}: {repo}/{HUB_FILE} could not be downloaded ({first_line(error)}); "
-            f"{login}{advice}"
+            f"{name}: {repo} could not be downloaded ({first_line(error)}); {hint}{advice}"
         ) from None
-    found = sha256_of(path)
+    found = sha256_of(path) if sha256 else sha256
     if found != sha256:
         raise UserError(
             f"{path}: sha256 is {found[:16]}…, but {repo} has {sha256[:16]}…; delete this file, "

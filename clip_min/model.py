@@ -31,7 +31,10 @@ from clip_min.prompts import Chunk, PromptTree
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The sizes of a CLIP. Every OpenAI ViT has heads 64 wide: heads = width / 64."""
+    """The sizes of a CLIP, and what no tensor tells: its activation, and how pictures are prepared.
+
+    Every OpenAI ViT has heads 64 wide: heads = width / 64.
+    """
 
     embed_dim: int  # E, the shared space
     image_size: int  # pixels, square
@@ -44,13 +47,19 @@ class CLIPConfig:
     text_heads: int
     context_length: int = 77  # tokens, start and end included
     vocab_size: int = 49408
+    activation: str = "quick_gelu"  # of every MLP, a key of ACTIVATIONS
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in [0, 1]
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    resize: str = "shortest"  # side to image_size, of which the centre is read; or "squash": both
+    interpolation: str = "bicubic"  # or "bilinear"
 
 
-CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), and the one the demo task runs on
+CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), a larger one, and the demo task's
     "ViT-B/32": CLIPConfig(512, 224, 32, 768, 12, 12, 512, 12, 8),
     "ViT-B/16": CLIPConfig(512, 224, 16, 768, 12, 12, 512, 12, 8),
     "ViT-L/14": CLIPConfig(768, 224, 14, 1024, 24, 16, 768, 12, 12),
     "ViT-L/14@336px": CLIPConfig(768, 336, 14, 1024, 24, 16, 768, 12, 12),
+    "ViT-H/14": CLIPConfig(1024, 224, 14, 1280, 32, 16, 1024, 24, 16),  # others'; heads 80 wide
     "demo": CLIPConfig(64, 64, 8, 128, 3, 4, 64, 3, 2),
 }
 
@@ -60,6 +69,9 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fast.QuickGELU.apply(x) if fast.enabled else x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class Attention(nn.Module):
@@ -90,14 +102,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then an MLP four times as wide."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, activation: str = "quick_gelu"):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
                 c_fc=fast.Linear(width, 4 * width),
-                gelu=QuickGELU(),
+                gelu=ACTIVATIONS[activation](),
                 c_proj=fast.Linear(4 * width, width),
             )
         )
@@ -111,9 +123,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int):
+    def __init__(self, width: int, layers: int, heads: int, activation: str = "quick_gelu"):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, read=None, first: int = 0) -> Tensor:
         """x (B, T, D) -> (B, read, D): the blocks from `first` on, the last for `read` alone."""
@@ -135,7 +147,8 @@ class VisionTower(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, config.vision_heads)
+        layers, heads = config.vision_layers, config.vision_heads
+        self.transformer = Transformer(width, layers, heads, config.activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
         for block in self.transformer.resblocks:  # as nn.MultiheadAttention starts, which CLIP used
@@ -177,11 +190,11 @@ class TextTower(nn.Module):
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        width, layers = config.text_width, config.text_layers
+        width, layers, heads = config.text_width, config.text_layers, config.text_heads
         self.context_length = config.context_length
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.transformer = Transformer(width, layers, config.text_heads)
+        self.transformer = Transformer(width, layers, heads, config.activation)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 

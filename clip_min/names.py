@@ -1,6 +1,6 @@
 """How other libraries name a CLIP's tensors: their names -> ours, and back.
 
-    to_our_names       a state dict of OpenAI, open_clip or Hugging Face -> ours, told by its keys
+    to_our_names       tensors of OpenAI, open_clip or Hugging Face -> ours, told by their names
     to_openai_names    ours -> OpenAI's, which are open_clip's, too
     to_hugging_face    ours -> `transformers.CLIPModel`'s
 
@@ -10,6 +10,7 @@ and keeps the two projections into the shared space as Linear layers, (E, D) whe
 """
 
 import re
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -47,34 +48,31 @@ _NOT_WEIGHTS = re.compile(
 )
 
 
-def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename (and, for Hugging Face, fuse and transpose) a CLIP's tensors to our names."""
-    state = {name: t for name, t in state.items() if not _NOT_WEIGHTS.search(name)}
-    if "vision_model.embeddings.class_embedding" in state:
-        return _from_hugging_face(state)
-    return {  # OpenAI's names; open_clip's are the same, or have the text tower under "text."
-        re.sub(r"attn\.in_proj_", "attn.in_proj.", name.removeprefix("text.")): tensor
-        for name, tensor in state.items()
-    }
+def to_our_names(names: list[str], take: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A CLIP's tensors under our names (and, of Hugging Face's, fused and transposed), one by one.
 
-
-def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {}
-    for name, tensor in state.items():
-        if re.search(r"\.self_attn\.[kv]_proj\.", name):
-            continue  # fused with its q_proj
+    take: gives the tensor of a name in a file. KeyError, ValueError: what does not fit together.
+    """
+    hugging_face = "vision_model.embeddings.class_embedding" in names
+    for name in names:
+        if _NOT_WEIGHTS.search(name) or re.search(r"\.self_attn\.[kv]_proj\.", name):
+            continue  # the latter fused with their q_proj
+        if not hugging_face:  # OpenAI's names; open_clip's text tower may be under "text."
+            ours = name.removeprefix("text.").replace("attn.in_proj_", "attn.in_proj.")
+            yield ours, take(name)
+            continue
+        parts = [name]
         if ".self_attn.q_proj." in name:
-            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            if len({part.shape for part in parts}) > 1:
-                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-                raise ValueError(
-                    f"{name} and its k_proj and v_proj have shapes {shapes}: not equal"
-                )
-            tensor = torch.cat(parts)
-            name = name.replace(".self_attn.q_proj.", ".attn.in_proj.")  # (3D, D), (3D,)
-        name = _renamed(name, _TO_OURS)
-        ours[name] = tensor.T if name in _TRANSPOSED else tensor
-    return ours
+            parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if missing := [part for part in parts if part not in names]:
+            raise KeyError(missing[0])
+        tensors = [take(part) for part in parts]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise ValueError(f"{name} and its k_proj and v_proj have shapes {shapes}: not equal")
+        ours = _renamed(name.replace(".self_attn.q_proj.", ".attn.in_proj."), _TO_OURS)
+        tensor = torch.cat(tensors) if len(parts) > 1 else tensors[0]  # (3D, D), (3D,)
+        yield ours, tensor.T if ours in _TRANSPOSED else tensor
 
 
 def to_openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

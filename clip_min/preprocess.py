@@ -7,7 +7,12 @@ OpenAI's transform, pixel for pixel, cut where it can be: everything slow happen
 (decoding, resizing) and loses nothing by being kept as uint8; what comes after is one pass that
 runs on the device. Like theirs, `crop` resizes in the picture's own mode (palette, grey, RGBA) and
 turns it into RGB afterwards, and does not act on EXIF rotation.
+
+Other models' pictures are prepared otherwise, as their config says: both sides to n pixels
+("squash"), bilinear, another mean and deviation. open_clip's transform is the same, then.
 """
+
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -15,19 +20,30 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from clip_min.model import CONFIGS, CLIPConfig
+
+OPENAI = CONFIGS["ViT-B/16"]  # 224 pixels
 
 
-def crop(image: Image.Image, size: int = 224) -> Tensor:
-    """A picture of any size and mode -> its uint8 crop (3, size, size)."""
-    image = tv.resize(image, size, InterpolationMode.BICUBIC)
+def crop(image: Image.Image, config: CLIPConfig | int = OPENAI) -> Tensor:
+    """A picture of any size and mode -> its uint8 crop (3, n, n).
+
+    config: of the model that is to read it; or n, for a crop as OpenAI's models read it.
+    """
+    if not isinstance(config, CLIPConfig):
+        config = replace(OPENAI, image_size=config)
+    size, squash = config.image_size, config.resize == "squash"
+    image = tv.resize(
+        image, [size, size] if squash else size, InterpolationMode(config.interpolation)
+    )
     image = tv.center_crop(image, size).convert("RGB")
     return tv.pil_to_tensor(image)
 
 
-def normalize(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalize(
+    pixels: Tensor, dtype: torch.dtype = torch.float32, config: CLIPConfig = OPENAI
+) -> Tensor:
     """uint8 crops (..., 3, n, n) -> what `CLIP.encode_image` reads, same shape, same device."""
-    mean = torch.tensor(MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=pixels.device).view(3, 1, 1)
+    mean = torch.tensor(config.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(config.std, device=pixels.device).view(3, 1, 1)
     return pixels.float().div_(255).sub_(mean).div_(std).to(dtype)

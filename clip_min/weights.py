@@ -7,6 +7,7 @@
     load("folder")             the weights in a folder of Hugging Face's or open_clip's
 
     python -m clip_min.weights convert IN OUT.safetensors
+    python -m clip_min.weights list                         models of the hub that are known good
 
 What no tensor tells is read in the description beside the weights (see description.py).
 
@@ -21,16 +22,17 @@ import io
 import json
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_min.description import described, infer_config
+from clip_min.description import UNTOLD, described, infer_config
 from clip_min.errors import FROM_OUTSIDE, UserError, told
 from clip_min.files import read_safetensors, remove_half_written, sha256_of, write_safetensors
-from clip_min.hub import HUB, OPENAI_SHA256, locate
+from clip_min.hub import HUB, KNOWN, OPENAI_SHA256, SUFFIXES, locate
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
 from clip_min.names import to_our_names
 from clip_min.pickled import read_pickled
@@ -42,28 +44,54 @@ def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    image_size: int = 0,
 ) -> CLIP:
-    """A CLIP with weights, in eval mode. `name_or_path`: see the top of this file."""
-    state, config = read(name_or_path)
+    """A CLIP with weights, in eval mode. `name_or_path`: see the top of this file.
+
+    image_size: pixels of the pictures it is to read, a multiple of its patches, to which its
+    positions are resized; 0: those it was trained with.
+    """
+    state, config = read(name_or_path, device, dtype)
     with torch.device("meta"):  # shapes only: no time or memory for an initialisation
         clip = CLIP(config)
-    expected = clip.state_dict()
-    problems = mismatches(state, expected)
+    problems = mismatches(state, clip.state_dict())
     problems += [
         f"{name} is {tensor.dtype}, expected floating point"  # quantised, say
         for name, tensor in state.items()
         if not tensor.is_floating_point()
     ]
-    if not problems:
-        state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
-        problems = [f"{n} has NaN or infinity" for n, t in state.items() if not t.isfinite().all()]
+    problems = problems or [
+        f"{name} has NaN or infinity"
+        for name, tensor in state.items()
+        if not torch.stack(tensor.aminmax()).isfinite().all()
+    ]
     if problems:
         shown = "; ".join(problems[:20]) + (
             f"; and {len(problems) - 20} more" * (len(problems) > 20)
         )
         raise UserError(f"{name_or_path}: not the weights of one CLIP (ViT): {shown}")
+    if image_size not in (0, config.image_size):
+        if image_size < 1 or image_size % config.patch_size:
+            raise UserError(
+                f"{name_or_path}: cannot read pictures of {image_size} pixels; expected a multiple "
+                f"of its patches' {config.patch_size}"
+            )
+        positions = state["visual.positional_embedding"]
+        grid = image_size // config.patch_size
+        state["visual.positional_embedding"] = resized(positions, grid)
+        with torch.device("meta"):
+            clip = CLIP(replace(config, image_size=image_size))
     clip.load_state_dict(state, assign=True)
     return clip.eval()
+
+
+def resized(positions: Tensor, grid: int) -> Tensor:
+    """An image tower's positions (1 + g·g, D) -> (1 + grid·grid, D), as open_clip resizes them."""
+    rows = round((len(positions) - 1) ** 0.5)  # g
+    patches = positions[1:].float().unflatten(0, (rows, rows)).permute(2, 0, 1)  # (D, g, g)
+    how = {"mode": "bicubic", "antialias": True, "align_corners": False}
+    patches = F.interpolate(patches[None], (grid, grid), **how)[0]  # (D, grid, grid)
+    return torch.cat([positions[:1], patches.flatten(1).T.to(positions.dtype)])
 
 
 def mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
@@ -91,18 +119,32 @@ def save(
     write_safetensors(path, state, {"clip_min": header})
 
 
-def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
-    """The tensors of a model under our names, and the sizes they imply."""
+def read(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, Tensor], CLIPConfig]:
+    """The tensors of a model under our names, and what it is.
+
+    Each is cast as it is read, so that memory holds the model once, in the precision asked for.
+    """
     path = locate(str(name_or_path))
-    metadata = {}
-    if path.suffix == ".safetensors":
-        state, metadata = read_safetensors(path)
-    elif path.suffix in (".pt", ".pth", ".bin"):
-        state = _read_torch(path)
+    metadata, state, mapped = {}, {}, path.suffix == ".safetensors"
+    if mapped:
+        tensors, metadata = read_safetensors(path)
+    elif path.suffix in SUFFIXES:
+        tensors = _read_torch(path)
     else:
         raise UserError(f"{path}: weights are .safetensors, .pt, .pth or .bin, not {path.suffix!r}")
+
+    def take(name: str) -> Tensor:  # mapped anew, so that it is unmapped once it is copied
+        return read_safetensors(path, name)[0][name] if mapped else tensors.pop(name)
+
+    largest_first = sorted(tensors, key=lambda name: tensors[name].numel(), reverse=True)
     try:
-        state = to_our_names(state)
+        for name, tensor in to_our_names(largest_first, take):
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            state[name] = tensor.to(device, kind, copy=mapped)
         config = infer_config(state)
     except KeyError as missing:
         raise UserError(
@@ -111,7 +153,7 @@ def read(name_or_path: str | Path) -> tuple[dict[str, Tensor], CLIPConfig]:
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    known = str(name_or_path) in HUB
+    known = str(name_or_path) in HUB or path.name in OPENAI_SHA256
     return state, described(config, path, metadata.get("clip_min"), known)
 
 
@@ -119,7 +161,7 @@ def fingerprint(module: nn.Module) -> str:
     """A short sha256 of a model: tells whether an adapter meets the one it was made for.
 
     It covers all weights and, of a CLIP, all of the config that they do not tell by themselves: the
-    number of heads where they are not 64 wide, say. (So most models have the fingerprint that they
+    activation where it is not QuickGELU, say. (So most models have the fingerprint that they
     had when it covered the weights alone.) It is computed once, and kept on the module for as long
     as no tensor is changed or replaced.
     """
@@ -130,7 +172,11 @@ def fingerprint(module: nn.Module) -> str:
     if now is None or now != seen:
         digest = hashlib.sha256()
         if isinstance(module, CLIP) and config != infer_config(dict(state)):
-            digest.update(repr(asdict(config)).encode())
+            told = asdict(config)  # less what came later, where it is as it was before
+            for key in UNTOLD:
+                if told[key] == getattr(CLIPConfig, key):
+                    del told[key]
+            digest.update(repr(told).encode())
         for name, tensor in state:
             digest.update(name.encode())
             digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
@@ -165,10 +211,23 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 def model_name(config: CLIPConfig) -> str:
     """The name of a known size ("ViT-B/16"), or "custom"."""
-    return next((name for name, known in CONFIGS.items() if known == config), "custom")
+    sizes = replace(config, **{key: getattr(CLIPConfig, key) for key in UNTOLD})
+    return next((name for name, known in CONFIGS.items() if known == sizes), "custom")
 
 
 # ----------------------------------------------------------------------------------------- convert
+
+
+def listed() -> str:
+    """The table of known models; figures are zero-shot accuracies in percent, as published."""
+    rows = [("--model", "size", "activation", "licence", "Flowers102", "ImageNet")]
+    rows += [(*known[:4], *(f"{figure:.2f}" for figure in known[4:])) for known in KNOWN]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -186,10 +245,14 @@ def main(argv: list[str] | None = None) -> int:
     convert = commands.add_parser("convert", help="any supported file -> safetensors, our names")
     convert.add_argument("source", metavar="IN", help="a name, .pt or .safetensors")
     convert.add_argument("target", metavar="OUT.safetensors", help="a new file")
+    commands.add_parser("list", help="models of the hub that are known to be right here")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = parser.parse_args(argv)
+        if arguments.command == "list":
+            print(listed())
+            return 0
         target = Path(arguments.target)
         if target.suffix != ".safetensors":
             raise UserError(f"{target}: the output is a .safetensors file; name it so")

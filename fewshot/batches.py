@@ -132,7 +132,7 @@ class Batches:
         if augment == "randaugment":  # after the crop, two operations of magnitude 9
             change = RandAugment(num_ops=2, magnitude=9)
             pixels = torch.stack([change(image) for image in pixels])
-        return normalize(pixels.to(self.device))
+        return normalize(pixels.to(self.device), config=self.reader.prepared)
 
     def stream(self, parts: list[Tensor]) -> Iterator[Tensor]:
         """`images` of each part; what has to be decoded for the next ones, is meanwhile."""
@@ -140,7 +140,7 @@ class Batches:
             yield from map(self.images, parts)
             return
         for pixels in self.reader.stream(self.pictures, self.hashes, parts):  # (B, 3, n, n)
-            yield normalize(pixels.to(self.device))
+            yield normalize(pixels.to(self.device), config=self.reader.prepared)
 
     def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
         """The pictures with the numbers `chosen`, encoded for `method.classify` (B, …); augmented

@@ -33,23 +33,31 @@ from fewshot.folder import Parts, read_text, spoken
 from fewshot.manifest import Row, check_files, check_listed_once
 from fewshot.pictures import Pictures, few
 
+DATASETS_MD = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 FEW_VAL = 4  # validation pictures a class, at most
 
 
-def find_split(root: Path, name: str) -> Path:
-    """The one file called `name` (a pattern) in or below root."""
-    found = [file for folder in _folders(root) for file in sorted(folder.glob(name))]
+def find_split(places: list[Path], name: str, todo: str = "") -> Path:
+    """The one file called `name` (a pattern) in or below the first of these folders that has any.
+
+    todo: what to say besides, if there is none.
+    """
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+        if found := [file for folder in _folders(place) for file in sorted(folder.glob(name))]:
+            break
     if len(found) != 1:
         many = f"{len(found)} files {name}" if found else f"no {name}"
         raise UserError(
-            f"--split coop: {root} has {many}; say which to read with --split-file (CoOp's "
-            "DATASETS.md links to them: https://github.com/KaiyangZhou/CoOp)"
+            f"--split coop: {place} has {many}; say which to read with --split-file (CoOp's "
+            f"DATASETS.md links to them: {DATASETS_MD}){todo and '; '}{todo}"
         )
     return found[0]
 
 
-def read_split(file: Path, root: Path) -> Parts:
-    """The split of `file`, whose pictures lie somewhere below root."""
+def read_split(file: Path, places: list[Path], todo: str = "") -> Parts:
+    """The split of `file`, whose pictures lie below one of these folders; `todo`: as above."""
     try:
         split = json.loads(read_text(file))
     except ValueError as error:
@@ -75,7 +83,7 @@ def read_split(file: Path, root: Path) -> Parts:
     if len(set(names.values())) < len(names):
         raise UserError(f"{file}: two labels have one class name; expected a name for each")
 
-    base = _image_folder(file, root, [path for _, path, *_ in entries])
+    base = _image_folder(file, places, [path for _, path, *_ in entries], todo)
     rows = [Row(base / path, name, part, str(file)) for part, path, _, name in entries]
     check_listed_once(rows)
     check_files([row.path for row in rows], [row.where for row in rows])
@@ -94,10 +102,17 @@ def read_split(file: Path, root: Path) -> Parts:
 
 
 def draw(train: Pictures, val: Pictures | None, shots: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The numbers of the pictures that Dassl would draw from train and from val."""
+    """The numbers of the pictures that Dassl would draw from train and from val.
+
+    Without val the latter are drawn from train as well, from what the former leave (on ImageNet,
+    CoOp validates on the test pictures).
+    """
     dice = random.Random(seed)
     chosen = sample(train.labels.tolist(), shots, dice)
-    few = sample([] if val is None else val.labels.tolist(), min(shots, FEW_VAL), dice)
+    pool, taken = (train, {*chosen}) if val is None else (val, set())
+    left = [i for i in range(len(pool)) if i not in taken]
+    labels = pool.labels[left].tolist()
+    few = [left[i] for i in sample(labels, min(shots, FEW_VAL), dice)]
     return torch.tensor(chosen), torch.tensor(few, dtype=torch.long)
 
 
@@ -122,18 +137,18 @@ def _is_entry(entry) -> bool:
     return isinstance(entry, list) and [type(value) for value in entry] == kinds
 
 
-def _image_folder(file: Path, root: Path, paths: list[str]) -> Path:
-    """The folder in or below root that the paths start from: where the first of them is."""
+def _image_folder(file: Path, places: list[Path], paths: list[str], todo: str) -> Path:
+    """The folder in or below these that the paths start from: where the first of them is."""
     first = Path(paths[0])
     for path in map(Path, paths):
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{file}: {path}: expected paths below a folder of images")
-    for place in itertools.chain(_folders(root), [file.parent]):
+    for place in itertools.chain(*map(_folders, places), [file.parent]):
         if (place / first).is_file():
             return place
     raise UserError(
-        f"{file}: its first picture, {first}, is nowhere below {root}; unpack the images there, or "
-        "give the folder that holds them as --data-root"
+        f"{file}: its first picture, {first}, is nowhere below {places[-1]}; unpack the images "
+        f"there, or give the folder that holds them as --data-root{todo and '; '}{todo}"
     )
 
 

@@ -15,9 +15,9 @@ import torch
 
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
-from clip_min.hub import HUB, IN_FOLDERS, locate
+from clip_min.hub import DEMO, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
-from fewshot import cache, datasets
+from fewshot import cache, datasets, shots
 from fewshot.folder import read_text, spoken
 from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
 from fewshot.pictures import Reader
@@ -34,12 +34,14 @@ class Experiment:
 
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
     data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
-    model: Annotated[str, "demo, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, file or folder"] = ""
+    model: Annotated[str, "demo, ViT-B/16, …, the hub's OWNER/NAME, a file or folder"] = ""
+    image_size: Annotated[int, "pixels the model reads pictures at; 0: as it was trained"] = 0
     shots: Annotated[int | str, "training images of a class, S, or all"] = 10
     seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
     classes: Annotated[
         Literal["base-novel", "all"], "learn half of the classes and test both halves, or all"
     ] = "base-novel"
+    shots_file: Annotated[str, "instead: the training images, JSON lines of path and label"] = ""
     base_classes: Annotated[str, "file that names the base classes, one a line; default: half"] = ""
     split: Annotated[
         Literal["official", "coop"],
@@ -58,9 +60,16 @@ class Experiment:
         expect_fields(self)  # a config that is read back may hold anything
         nearest("--dataset", self.dataset, datasets.DATASETS)
         self.model = self.model or datasets.DATASETS[self.dataset].model
+        if not datasets.DATASETS[self.dataset].read:
+            self.split = "coop"  # the only one that it has
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.shots != "all" and not (isinstance(self.shots, int) and self.shots >= 1):
             raise UserError(f"--shots {self.shots}: expected 1 or more, or all")
+        if self.shots_file and self.shots not in (type(self).shots, "all"):
+            raise UserError(
+                "--shots-file says which images to learn from, so --shots cannot; drop one"
+            )
+        self.shots = "all" if self.shots_file else self.shots
         if self.threads < 0:
             raise UserError(f"--threads {self.threads}: expected 1 or more, or 0")
         if not 0 <= self.seed < 2**32:
@@ -82,16 +91,19 @@ class Experiment:
     ) -> tuple[CLIP, Task]:
         """The model, and the task as it sees it.
 
-        record: of a run, whose task is then to be tested again, on the pictures it names.
+        record: of a run, whose task is then to be tested again, on the pictures it names; an empty
+        one: all is to be tested, and nothing learned.
         """
         locate(self.model, download=False)  # first: to tell a mistyped name takes no time
         dataset = self.load_dataset()
-        clip = weights.load(self.model, self.device)
+        clip = weights.load(self.model, self.device, image_size=self.image_size)
         base = self.base(dataset.classnames) if self.base_classes else None
         reader = self.reader(clip, folder)
-        if record:
+        if record is not None:
             task = make_test(dataset, reader, self.classes, base, record, again=True)
         else:
+            if self.shots_file:
+                dataset = shots.fix(dataset, Path(self.shots_file).expanduser(), self.seed)
             task = make_task(dataset, self.shots, self.seed, self.classes, reader, base)
         if self.precision == "fp16" and reader.device.type == "cpu":
             task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
@@ -126,7 +138,8 @@ class Experiment:
     def reader(self, clip: CLIP, folder: Path | None) -> Reader:
         """How pictures are read for this model; `folder` is the cache."""
         size, device = clip.config.image_size, torch.device(self.device)
-        return Reader(size, device, self.skip_bad_images, folder, self.precision)
+        how = (self.skip_bad_images, folder, self.precision)
+        return Reader(size, device, *how, prepared=clip.config)
 
     def base(self, classnames: list[str]) -> list[int]:
         """The numbers of the classes that the file `base_classes` names."""
@@ -149,12 +162,14 @@ class Experiment:
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
         model = self.model.replace("/", "-")
-        if self.model not in ("demo", *HUB):
+        if locate(self.model, download=False) not in (None, DEMO):
             path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
             model = path.name if path.is_dir() else path.stem
             if path.name in IN_FOLDERS:  # all are called so
                 model = path.parent.name
-        return Path(data) / model / f"{method}-s{self.shots}-seed{self.seed}"
+        model += f"-{self.image_size}px" if self.image_size else ""
+        drawn = Path(self.shots_file).stem if self.shots_file else f"s{self.shots}"
+        return Path(data) / model / f"{method}-{drawn}-seed{self.seed}"
 
 
 def named(classes: str) -> list[str]:
@@ -182,6 +197,8 @@ def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
             continue
         known = method if part != "novel" else method.for_classes(test.classnames)
         logits, labels = predict(known, test.batches), test.batches.labels.cpu()
+        if known.classnames != test.classnames:  # fewer: of a method that can name no others
+            logits = logits[:, [known.classnames.index(name) for name in test.classnames]]
         recall, f1 = per_class(logits, labels)
         scores[part] = accuracy(logits, labels)
         scores["parts"][part] = {

@@ -41,7 +41,7 @@ class Parts(NamedTuple):
 def read_folder(root: Path, seed: int) -> Parts:
     """Folders of classes, in parts or (then split by `seed`) in one tree: see above."""
     known, left_out, notes = read_classnames(root), {}, []
-    here = {path.name: path for path in _entries(root) if path.is_dir()}
+    here = {path.name: path for path in visible(root) if path.is_dir()}
     parts: dict[str, Path] = {}
     for name, path in here.items():
         part = CALLED.get(name.lower(), name.lower())
@@ -56,7 +56,7 @@ def read_folder(root: Path, seed: int) -> Parts:
         names, pictures = read_classes(root, known, left_out=left_out)
         found = split(pictures, seed)
     else:
-        for path in _entries(root):
+        for path in visible(root):
             if path not in parts.values() and (path.is_dir() or path.suffix.lower() in ENDINGS):
                 left_out.setdefault(f"beside {parts['train'].name}/", []).append(path)
         names, train = read_classes(parts["train"], known, left_out=left_out)
@@ -139,7 +139,7 @@ def class_of(label: str, known: dict[str, str], where: str) -> str:
     return name
 
 
-def _entries(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
     """What a folder holds, in order, but for what file managers hide there (".DS_Store")."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -148,7 +148,7 @@ def find_pictures(folder: Path, left_out: dict[str, list[Path]]) -> list[Path]:
     """The pictures in and below a folder, in order; all else is added to `left_out`, by why."""
     files = []
     try:
-        entries = _entries(folder)
+        entries = visible(folder)
     except OSError as error:
         left_out.setdefault(f"unreadable folders ({error.strerror})", []).append(folder)
         return []
@@ -180,7 +180,7 @@ def read_classes(
     What is not read is added to `left_out`, by why.
     """
     folders, left_out = {}, {} if left_out is None else left_out
-    for folder in _entries(root):
+    for folder in visible(root):
         if folder.is_dir():
             files = find_pictures(folder, left_out)
             if not files:

@@ -1,8 +1,10 @@
-"""A grid of runs: every number of shots with every seed. Its table, file and plot.
+"""A grid of runs: every data set with every number of shots and seed. Its tables, file and plot.
 
     --shots 1,2,4 --seeds 1,2,3      nine runs, each in a folder of its own, and their mean ± std
+    --dataset dtd,eurosat            the same on each of them, and the mean over data sets
 
-The spread is the sample standard deviation over the seeds (n - 1); one seed has none.
+The spread is the sample standard deviation over the seeds (n - 1); one seed has none. The mean over
+data sets is of what they are each: HM is that of the means of base and novel, as it is published.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import statistics
 from pathlib import Path
 
 from clip_min.files import replacing
+from fewshot.metrics import harmonic_mean
 
 SCORES = dict.fromkeys(("base", "novel", "hm", "all"), float | None)
 RESULTS = {**SCORES, "zero_shot": SCORES}  # what is read of a run's results.json
@@ -36,32 +39,70 @@ def summarise(results: dict[tuple[int, int], dict]) -> dict:
     return {
         "seeds": list(dict.fromkeys(seed for _, seed in results)),
         # The test pictures may depend on the seed, but not on the shots.
-        "zero_shot": _spread([result["zero_shot"] for result in runs[shots[0]]]),
-        "shots": {str(s): _spread(runs[s]) for s in shots},
+        "zero_shot": spread([result["zero_shot"] for result in runs[shots[0]]]),
+        "shots": {str(s): spread(runs[s]) for s in shots},
     }
 
 
-def _spread(runs: list[dict]) -> dict[str, dict]:
-    spread = {}
+def spread(runs: list[dict]) -> dict[str, dict]:
+    """Scores of runs with several seeds  =>  {"base": {"mean", "std", "values"}, …}"""
+    found = {}
     for part in ("base", "novel", "hm", "all"):
         values = [run[part] for run in runs if run[part] is not None]
         if values:
             std = statistics.stdev(values) if len(values) > 1 else None
-            spread[part] = {"mean": statistics.mean(values), "std": std, "values": values}
-    return spread
+            found[part] = {"mean": statistics.mean(values), "std": std, "values": values}
+    return found
+
+
+def rows(method: str, summary: dict) -> dict[str, dict]:
+    """Spreads by what they are of: "zero-shot", "lora, 4 shots", …"""
+    named = {"zero-shot": summary["zero_shot"]}
+    for shots, scores in summary["shots"].items():
+        named[f"{method}, {shots} shot{'s' if shots != '1' else ''}"] = scores
+    return named
+
+
+def mean(spreads: list[dict]) -> dict[str, dict]:
+    """The spreads of several data sets  =>  their mean; a score that one of them lacks has none."""
+    means = {}
+    for part in ("base", "novel", "all"):
+        values = [spread[part]["mean"] for spread in spreads if part in spread]
+        if len(values) == len(spreads):
+            means[part] = statistics.mean(values)
+    if "novel" in means:
+        means["hm"] = harmonic_mean(means["base"], means["novel"])
+    return {part: {"mean": value, "std": None} for part, value in means.items()}
 
 
 def table(method: str, summary: dict) -> str:
     """One line of zero-shot CLIP, one for each number of shots."""
-    rows = {"zero-shot": summary["zero_shot"]}
-    for shots, spread in summary["shots"].items():
-        rows[f"{method}, {shots} shot{'s' if shots != '1' else ''}"] = spread
-    columns = list(summary["zero_shot"])
-    width = max(len(name) for name in rows) + 2
-    lines = [" " * width + "".join(f"{_title(column):>16}" for column in columns)]
-    for name, spread in rows.items():
-        cells = (_cell(spread.get(column)) for column in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    return _lines(rows(method, summary), list(summary["zero_shot"]))
+
+
+def table_of_data_sets(of: dict[str, dict[str, dict]]) -> str:
+    """Data set -> `rows` of it  =>  a line for each data set and one of means: in one table where
+    each row is one number, else in a table for each row.
+    """
+    labels = list(next(iter(of.values())))
+    of = {**of, "mean": {k: mean([spreads[k] for spreads in of.values()]) for k in labels}}
+    parts = list(of["mean"]["zero-shot"])
+    if parts == ["all"]:
+        return _lines(
+            {name: {k: s[k].get("all") for k in labels} for name, s in of.items()}, labels
+        )
+    tables = (_lines({name: s[k] for name, s in of.items()}, parts) for k in labels)
+    return "\n\n".join(f"{k}\n{lines}" for k, lines in zip(labels, tables, strict=True))
+
+
+def _lines(scores: dict[str, dict], columns: list[str]) -> str:
+    """name -> column -> score, laid out; n/a where there is none."""
+    first = max(len(name) for name in scores) + 2
+    width = max(16, *(len(column) + 2 for column in columns))
+    lines = [" " * first + "".join(f"{_title(column):>{width}}" for column in columns)]
+    for name, of in scores.items():
+        cells = (_cell(of.get(column)) for column in columns)
+        lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
-from clip_min import UserError, crop
+from clip_min import CLIPConfig, UserError, crop
+from clip_min.preprocess import OPENAI
 from fewshot import cache
 
 with contextlib.suppress(ImportError):  # phones' HEIC, which Pillow reads with this alone
@@ -178,6 +179,7 @@ class Reader:
     skip_bad: bool = False  # leave out files that cannot be read, with a note; else: an error
     folder: Path | None = cache.FOLDER  # keeps pixels and features for the next run; None: nowhere
     precision: str = "fp32"  # of the forward pass, see `autocast`
+    prepared: CLIPConfig = OPENAI  # how the model has its pictures prepared, but for their size
 
     def read(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
         """Decode and crop -> (the readable pictures, uint8 (N, 3, size, size)).
@@ -225,7 +227,9 @@ class Reader:
         pictures = replace(pictures, digests=pictures.digests or digests(pictures))
         kept = odd = name = None
         if not pictures.in_memory and all(pictures.digests):
-            name = cache.key(pictures.digests, self.size, PIL.__version__)
+            way = (self.prepared.resize, self.prepared.interpolation)
+            way = () if way == (OPENAI.resize, OPENAI.interpolation) else way  # as ever
+            name = cache.key(pictures.digests, self.size, PIL.__version__, *way)
             kept, odd = (cache.load(self.folder, part, name) for part in (kind, "odd"))
         count, errors = len(pictures), {}
         shape = (count, 3, self.size, self.size) if kind == "pixels" else (count, 32)
@@ -266,9 +270,9 @@ class Reader:
         """-> the crop of picture `i`, uint8 (3, size, size), and what is odd about the picture: 0,
         or a number in ODD.
         """
-        image = pictures.open(i)
+        image, prepared = pictures.open(i), replace(self.prepared, image_size=self.size)
         # NumPy's copy, in one thread: PyTorch's would start a team of them for each that decodes.
-        pixels = torch.from_numpy(np.ascontiguousarray(crop(image, self.size).numpy()))
+        pixels = torch.from_numpy(np.ascontiguousarray(crop(image, prepared).numpy()))
         moves = image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated
         return pixels, 1 if moves else 2 if min(image.size) < TINY else 0
 

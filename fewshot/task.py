@@ -186,6 +186,11 @@ def draw(
     whole, a fifth if that is more. One's own pictures give more, of those that training leaves,
     and at most as many as `VAL` says. CoOp's split has a rule of its own: fewshot/coop_split.py.
     """
+    if len(dataset.train) == 0:
+        raise UserError(
+            "there is no training image: the data set is for testing alone; test a run on it with "
+            "eval.py --run DIR --dataset NAME"
+        )
     if dataset.split == "coop" and shots != "all":
         return draw_coop(dataset, classes, shots, seed)
     pool, notes, whole = _of_classes(dataset.train, classes), [], shots == "all"
@@ -237,15 +242,15 @@ def draw_coop(
     dataset: Dataset, classes: Sequence[int], shots: int, seed: int
 ) -> tuple[Pictures, Pictures, list[str]]:
     """The same by CoOp's rule: all classes are drawn, and these are kept."""
-    if dataset.val is None:
-        raise UserError("--split coop: the split has no validation part, and CoOp's rule needs one")
     train, val = coop_split.draw(dataset.train, dataset.val, shots, seed)
     counts = dataset.train.labels.bincount(minlength=len(dataset.classnames)).tolist()
     short = {dataset.classnames[k]: counts[k] for k in classes if counts[k] < shots}
+    of = dataset.train if dataset.val is None else dataset.val
     train, val = (
-        _of_classes(part[chosen], classes)
-        for part, chosen in ((dataset.train, train), (dataset.val, val))
+        _of_classes(part[chosen], classes) for part, chosen in ((dataset.train, train), (of, val))
     )
+    if len(val) == 0:
+        raise UserError("training takes every image, so none is left for validation; lower --shots")
     return train, val, _note_short(short, shots)
 
 

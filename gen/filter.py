@@ -22,9 +22,10 @@ class Filter:
         margin: the right class's logit minus the largest other one; above 0 where it is recognised.
         """
         clip = self.method.clip
-        pixels = torch.stack([crop(image, clip.config.image_size) for image in images])
+        pixels = torch.stack([crop(image, clip.config) for image in images])
         with self.method.inference():
-            logits = self.method(normalize(pixels.to(clip.device))).cpu()  # (B, K)
+            x = normalize(pixels.to(clip.device), config=clip.config)  # (B, 3, n, n)
+            logits = self.method(x).cpu()  # (B, K)
         return logits.argmax(dim=1).tolist(), margins(logits, torch.tensor(labels)).tolist()
 
 

@@ -1,5 +1,10 @@
 """OpenAI's CLIP with random weights, the same weights in ours, and the distance between results."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import clip.model
 import torch
 from torch import Tensor, nn
@@ -85,3 +90,30 @@ def random_tokens(k: int, config: CLIPConfig, seed: int = 0) -> Tensor:
         row[0], row[n + 1] = start, end
         row[1 : n + 1] = torch.randint(1, start, (n,), generator=dice)
     return tokens
+
+
+def assert_holds(model: CLIP, state: dict[str, Tensor]) -> None:
+    found = model.state_dict()
+    assert found.keys() == state.keys()
+    assert not [name for name in state if not torch.equal(found[name], state[name])]
+
+
+def convert(root: Path, *arguments, **environment) -> subprocess.CompletedProcess:
+    """`python -m clip_min.weights convert ...`, with nothing of this machine's hub settings."""
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGING"))}
+    return subprocess.run(
+        [sys.executable, "-m", "clip_min.weights", "convert", *map(str, arguments)],
+        cwd=root,
+        env={**clean, "NO_PROXY": "127.0.0.1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *parts: str) -> None:
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert all(part in result.stderr for part in parts), result.stderr

@@ -1,6 +1,7 @@
 """What a method reads is what its settings say: crops, features, views after augmentation."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode, RandAugment
 
 from clip_min import crop, normalize
+from clip_min.preprocess import OPENAI
 from fewshot import batches as module
 from fewshot.batches import Batches
 from fewshot.pictures import Pictures, Reader
@@ -226,9 +228,13 @@ def test_a_method_of_which_nothing_is_frozen_is_given_images():
     assert few.inputs(method, torch.tensor([0, 2])).shape == (2, 3, 8, 8)
 
 
-def test_what_is_streamed_equals_what_is_in_memory_to_the_bit(pictures, tmp_path):
-    """Logits, encoded images and single pictures; kept or not, for all batch sizes."""
-    reader = Reader(32, folder=tmp_path)
+SQUASHED = replace(OPENAI, resize="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("prepared", [OPENAI, SQUASHED])
+def test_what_is_streamed_equals_what_is_in_memory_to_the_bit(prepared, pictures, tmp_path):
+    """Encoded images and single pictures; kept or not, for all batch sizes."""
+    reader = Reader(32, folder=tmp_path, prepared=prepared)
     whole = Batches(*reader.read(pictures, []), reader)
     found, hashes = reader.check(pictures, [])
     stream = Batches(found, None, reader, hashes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_min import UserError
-from fewshot import datasets
+from fewshot import coop_split, datasets
 from fewshot.pictures import Reader
 from fewshot.task import make_task
 
@@ -212,12 +212,25 @@ def test_all_shots_are_all_of_the_split(root, split):
         assert files == {path for path, *_ in split[part]}
 
 
-def test_a_split_without_validation_is_read_but_not_drawn_from(root, split):
+def test_a_split_without_validation_gives_it_from_its_training_part(root, split):
     (root / "split_zhou_Mine.json").write_text(without("val")(split))
     data = load(root)
     assert data.val is None
-    with pytest.raises(UserError, match="no validation part"):
-        make_task(data, 2, 1, "all", Reader(4, folder=None))
+    task = make_task(data, 2, 1, "all", Reader(4, folder=None))
+    assert [len(task.train), len(task.val)] == [10, 9]  # the last class has 3
+    everything = [part.pictures.source for part in (task.train, task.val)]
+    assert {*everything[0]}.isdisjoint(everything[1])
+    with pytest.raises(UserError, match="none is left for validation; lower --shots"):
+        make_task(data, 12, 1, "all", Reader(4, folder=None))
+
+
+def test_without_validation_pictures_they_are_drawn_from_what_training_leaves(numbered):
+    train = numbered([0, 1, 2] * 6)
+    for shots in (1, 4):
+        chosen, few = coop_split.draw(train, None, shots, 1)
+        assert chosen.tolist() == coop_split.draw(train, train, shots, 1)[0].tolist()
+        assert train.labels[few].bincount().tolist() == [min(shots, 2)] * 3
+        assert {*chosen.tolist()}.isdisjoint(few.tolist())
 
 
 def test_two_splits_or_none_are_an_error_that_names_the_flag(root):

@@ -92,3 +92,56 @@ def test_all_shots_have_a_row_and_stand_last_in_the_plot(tmp_path):
     assert grid.table("lora", found).splitlines()[-1].startswith("lora, all shots ")
     grid.save_plot("lora", found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
+
+
+# CoCoOp's table of zero-shot CLIP, base and novel; its row of means is 69.34, 74.22, 71.70
+PUBLISHED = {
+    "imagenet": (72.43, 68.14),
+    "caltech101": (96.84, 94.00),
+    "oxford_pets": (91.17, 97.26),
+    "stanford_cars": (63.37, 74.89),
+    "flowers102": (72.08, 77.80),
+    "food101": (90.10, 91.22),
+    "fgvc_aircraft": (27.19, 36.29),
+    "sun397": (69.36, 75.35),
+    "dtd": (53.24, 59.90),
+    "eurosat": (56.48, 64.05),
+    "ucf101": (70.53, 77.50),
+}
+
+
+def test_the_mean_over_data_sets_is_the_published_one():
+    summaries = {
+        name: grid.summarise({(16, 1): {**score(base + 1, novel), "zero_shot": score(base, novel)}})
+        for name, (base, novel) in PUBLISHED.items()
+    }
+    of = {name: grid.rows("lora", summary) for name, summary in summaries.items()}
+    zero_shot, ours = (t.splitlines() for t in grid.table_of_data_sets(of).split("\n\n"))
+    assert zero_shot[:2] == ["zero-shot", f"{'base':>31}{'novel':>16}{'HM':>16}"]
+    assert [line.split()[0] for line in zero_shot[2:]] == [*PUBLISHED, "mean"]
+    assert zero_shot[3].split() == ["caltech101", "96.84", "94.00", "95.40"]
+    assert zero_shot[-1].split() == ["mean", "69.34", "74.22", "71.70"]
+    assert ours[0] == "lora, 16 shots"
+    assert ours[-1].split()[:3] == ["mean", "70.34", "74.22"]
+
+
+def test_one_number_a_run_is_one_table_of_data_sets():
+    runs = {
+        name: {(16, 1): {**score(None, None, top), "zero_shot": score(None, None, top - 9)}}
+        for name, top in (("dtd", 50.0), ("eurosat", 60.0))
+    }
+    of = {name: grid.rows("lora", grid.summarise(results)) for name, results in runs.items()}
+    lines = grid.table_of_data_sets(of).splitlines()
+    assert [line.split() for line in lines] == [
+        ["zero-shot", "lora,", "16", "shots"],
+        ["dtd", "41.00", "50.00"],
+        ["eurosat", "51.00", "60.00"],
+        ["mean", "46.00", "55.00"],
+    ]
+
+
+def test_a_score_that_a_data_set_lacks_has_no_mean():
+    probe = {"base": 90.0, "novel": None, "hm": None, "all": None}
+    runs = {(4, 1): {**probe, "zero_shot": score(70.0, 60.0)}}
+    shown = grid.table_of_data_sets({"dtd": grid.rows("linear_probe", grid.summarise(runs))})
+    assert shown.splitlines()[-1].split() == ["mean", "90.00", "n/a", "n/a"]

@@ -18,7 +18,7 @@ import torchvision.datasets
 from torchvision.datasets import utils
 
 from clip_min import UserError
-from fewshot import datasets
+from fewshot import datasets, readers
 from fewshot.datasets import DATASETS
 
 EUROSAT = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"]
@@ -61,7 +61,7 @@ def eurosat(tmp_path, noise, small) -> Path:
 def test_eurosat_is_split_by_class_and_the_same_whatever_the_seed(eurosat, offline):
     data = load("eurosat", eurosat)
     truth = dict(torchvision.datasets.EuroSAT(eurosat).samples)
-    assert data.classnames == [datasets.EUROSAT_NAMES[name] for name in EUROSAT]
+    assert data.classnames == [readers.EUROSAT_NAMES[name] for name in EUROSAT]
     assert data.classnames[3] == "Highway or Road"
     assert data.template == "a centered satellite photo of {}."
     for part, each in ((data.train, 7), (data.test, 3)):
@@ -239,7 +239,7 @@ def test_the_table_lists_every_data_set(capsys):
     assert len({row.count("|") for row in table}) == 1
     for name, entry in DATASETS.items():
         assert "{}" in entry.template
-        assert f"  {name:<12}{entry.about}" in datasets.LISTED
+        assert f"  {name:<18}{entry.about}" in datasets.LISTED
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 import clip_min
 from clip_min import CLIP, CLIPConfig
+from fewshot.catalogue import DATASETS
 from fewshot.experiment import Experiment, run_script
 
 COLOURS = {  # class -> the middle of its noise; three base classes and two novel ones
@@ -74,6 +76,33 @@ def data(tmp_path_factory, draw) -> Path:
     draw(root / "train", 8, seed=1)
     draw(root / "test", 4, seed=2)
     return root
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> Path:
+    """$DATA with look-alikes of DTD and Food-101, of 3 classes with 5 test pictures each."""
+    dice = torch.Generator().manual_seed(7)
+    colours = dict(list(COLOURS.items())[1:4])
+    for name, folder, files, val in (
+        ("dtd", "dtd", ("labels/train1.txt", "labels/val1.txt", "labels/test1.txt"), 6),
+        ("food101", "food-101", ("meta/train.txt", "meta/test.txt"), 0),
+    ):
+        base = tmp_path / "published" / folder
+        for file, count in zip(files, (2, 2, 5) if val else (2, 5), strict=True):
+            lines = []
+            for kind, colour in colours.items():
+                for i in range(count):
+                    picture = base / f"images/{kind}/{Path(file).stem}_{i}.jpg"
+                    picture.parent.mkdir(parents=True, exist_ok=True)
+                    noise = torch.randint(-60, 61, (36, 40, 3), generator=dice)
+                    pixels = (noise + torch.tensor(colour)).clamp(0, 255).to(torch.uint8)
+                    Image.fromarray(pixels.numpy()).save(picture)
+                    lines.append(f"{kind}/{picture.stem}")
+            (base / file).parent.mkdir(exist_ok=True)
+            (base / file).write_text("\n".join(lines))
+        entry = replace(DATASETS[name], classes=3, images=(6, val, 15))
+        monkeypatch.setitem(DATASETS, name, entry)
+    return tmp_path / "published"
 
 
 @pytest.fixture(scope="session")

@@ -159,3 +159,50 @@ def test_the_experiments_of_a_plan_are_every_pair():
     assert [experiment.shots for experiment in plan.experiments] == [1, 2, "all"]
     (alone,) = train_script.parse(["--method", "lora", "--seed", "7"]).experiments
     assert (alone.shots, alone.seed) == (10, 7)
+
+
+# ------------------------------------------------------------------------------- several data sets
+
+
+def test_several_data_sets_are_the_runs_alone_their_table_and_one_json(
+    script, flags, model, published, tmp_path
+):
+    where = ("--data-root", published, "--classes", "all", "--seeds", "1,2")
+    several = [*flags, *where, "--dataset", "dtd,food101", "--out", tmp_path]  # the last one holds
+    result = script("train", *several)
+    assert (result.code, result.err) == (0, "")
+    assert "lora on dtd,food101, model" in result.out
+    file = tmp_path / "dtd,food101-all/tiny/lora-grid-s4-seed1-2.json"
+    assert result.out.splitlines()[-1] == f"data sets: {file}"
+    summary, means = json.loads(file.read_text()), []
+    shown = [line.split() for line in result.out.splitlines()[-5:-1]]
+    assert shown[0] == ["zero-shot", "lora,", "4", "shots"]
+    for name, line in zip(("dtd", "food101"), shown[1:], strict=False):
+        runs = [results(tmp_path / f"{name}-all/tiny/lora-s4-seed{seed}") for seed in (1, 2)]
+        found = summary["datasets"][name]
+        assert found["shots"]["4"]["all"]["values"] == [run["all"] for run in runs]
+        means.append(statistics.mean(run["all"] for run in runs))
+        assert (line[0], f"{means[-1]:.2f}") == (name, line[4])
+    assert summary["mean"]["lora, 4 shots"]["all"]["mean"] == pytest.approx(statistics.mean(means))
+    assert shown[3][0] == "mean"
+    assert shown[3][2] == f"{statistics.mean(means):.2f}"
+    adapter = tmp_path / "food101-all/tiny/lora-s4-seed2/adapter.safetensors"
+    before = adapter.read_bytes()
+    (adapter.parent / "results.json").unlink()
+    again = script("train", *several, "--resume")
+    assert again.out.count("finished before") == 3
+    assert again.out.splitlines()[-5:] == result.out.splitlines()[-5:]
+    assert adapter.read_bytes() == before
+
+
+def test_a_data_set_that_is_missing_is_told_before_the_first_run(
+    script, flags, published, tmp_path, is_one_line
+):
+    result = script(
+        *("train", *flags, "--data-root", published, "--dataset", "dtd,sun397"),
+        *("--out", tmp_path / "runs"),
+    )
+    assert is_one_line(
+        result, "no split_zhou_SUN397.json", f"put into {published / 'sun397'}: SUN397/"
+    )
+    assert not (tmp_path / "runs").exists()

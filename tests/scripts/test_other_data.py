@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import byhand
@@ -10,6 +11,12 @@ import torch
 from PIL import Image
 
 import clip_min
+from fewshot import datasets
+from fewshot.catalogue import DATASETS, GROUPS
+from fewshot.datasets import Dataset
+from fewshot.pictures import Pictures
+from fewshot.run import Run
+from methods.interop import load
 
 RUN = "noise/tiny/lora-s4-seed1"
 OTHERS = {"amber_lily": (200, 150, 60), "night": (10, 10, 30), "moss-green": (70, 120, 40)}
@@ -101,6 +108,165 @@ def test_flags_that_do_not_fit_another_data_set_are_one_line(
     more, said, script, trained, is_one_line
 ):
     assert is_one_line(script("eval", "--run", trained.path, *more), said)
+
+
+# ------------------------------------------------------------------------------- several data sets
+
+
+def test_a_run_on_several_data_sets_is_the_run_on_each_and_their_mean(script, trained, published):
+    where = ("--data-root", published)
+    result = script("eval", "--run", trained.path, "--dataset", "dtd,food101", *where)
+    assert (result.code, result.err) == (0, "")
+    alone = []
+    for name in ("dtd", "food101"):
+        out = script("eval", "--run", trained.path, "--dataset", name, *where).out
+        assert out in result.out
+        alone.append([float(line.split()[1]) for line in last_lines(out, 2)])
+    lines = [line.split() for line in last_lines(result.out, 4)]
+    assert lines[0] == ["zero-shot", "lora"]
+    for name, line, scores in zip(("dtd", "food101"), lines[1:], alone, strict=False):
+        assert line == [name, *(f"{score:.2f}" for score in scores)]
+    assert lines[3][0] == "mean"
+    for shown, values in zip(lines[3][1:], zip(*alone, strict=True), strict=True):
+        assert float(shown) == pytest.approx(sum(values) / 2, abs=0.01)
+
+
+def test_coop_11_is_the_11_in_coops_split_without_what_was_learned_from(
+    script, trained, tmp_path, monkeypatch
+):
+    asked = []
+
+    def read(name, root, seed, split, file):
+        asked.append((name, split))
+        picture = Pictures(torch.zeros(3, 3, 40, 40, dtype=torch.uint8), torch.arange(3))
+        return Dataset(list(OTHERS), "a {}", picture, None, picture)
+
+    monkeypatch.setattr(datasets, "load", read)
+    assert script("eval", "--run", trained.path, "--dataset", "coop-11").code == 0
+    assert asked == [(name, "coop") for name in GROUPS["coop-11"]]
+    asked.clear()
+    run = Path(shutil.copytree(trained.path, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["experiment"]["dataset"] = "imagenet"
+    (run / "config.json").write_text(json.dumps(config))
+    for group in ("imagenet,imagenet-variants", "coop-11"):
+        assert script("eval", "--run", run, "--dataset", group).code == 0
+    assert asked[:4] == [(name, "official") for name in GROUPS["imagenet-variants"]]
+    assert asked[4:] == [(name, "coop") for name in GROUPS["coop-11"][1:]]
+
+
+# ------------------------------------------------------------------------ domain generalisation
+
+
+WNIDS = ["n01", "n02", "n03", "n04"]
+VARIANTS = {  # name -> its folder, its classes' folders
+    "imagenetv2": ("imagenetv2/imagenetv2-matched-frequency-format-val", list("0123")),
+    "imagenet_sketch": ("imagenet-sketch/images", WNIDS),
+    "imagenet_a": ("imagenet-adversarial/imagenet-a", WNIDS[1:3]),
+    "imagenet_r": ("imagenet-rendition/imagenet-r", WNIDS[2:]),
+}
+
+
+@pytest.fixture
+def imagenet(tmp_path, draw, monkeypatch) -> Path:
+    """$DATA with look-alikes of ImageNet and its variants: 4 classes, two of one name."""
+    root, made = tmp_path / "imagenets", iter(range(9))
+    places = {
+        "imagenet/images/train": WNIDS,
+        "imagenet/images/val": WNIDS,
+        **dict(VARIANTS.values()),
+    }
+    for folder, names in places.items():
+        draw(root / folder, 5, next(made))
+        for old, new in zip(sorted((root / folder).iterdir()), [*names, None, None], strict=False):
+            shutil.rmtree(old) if new is None else old.rename(root / folder / new)
+        for old in [p for p in (root / folder).iterdir() if p.name not in names]:
+            shutil.rmtree(old)
+    called = ["amber lily", "missile", "cyan lotus", "missile"]
+    lines = [f"{wnid} {name}\n" for wnid, name in zip(WNIDS, called, strict=True)]
+    (root / "imagenet/classnames.txt").write_text("".join(lines))
+    for name, (_, names) in {"imagenet": ("", WNIDS), **VARIANTS}.items():
+        counts = (20 if name == "imagenet" else 0, 0, 5 * len(names))
+        entry = replace(DATASETS[name], classes=len(names), images=counts, coop_images=counts)
+        monkeypatch.setitem(DATASETS, name, entry)
+    return root
+
+
+def test_a_run_on_imagenet_is_tested_on_all_of_its_variants(script, imagenet, model, tmp_path):
+    common = ("--data-root", imagenet, "--model", model)
+    known = (
+        "--method",
+        "linear_probe",
+        "--dataset",
+        "imagenet",
+        "--split",
+        "coop",
+        "--classes",
+        "all",
+    )
+    result = script("train", *known, *common, "--shots", 3, "--out", tmp_path / "runs")
+    assert (result.code, result.err) == (0, "")
+    assert "4 classes to learn from 12 images (8 for validation)" in result.out
+    assert "'missile' and 'missile' are published as two classes" in result.out
+    path = tmp_path / "runs/imagenet-coop-all/tiny/linear_probe-s3-seed1"
+    run = Run.open(path)
+    shown = script("eval", "--run", path, "--dataset", "imagenet-variants", *common)
+    assert (shown.code, shown.err) == (0, "")
+    table = [line.split() for line in last_lines(shown.out, 6)]
+    assert [row[0] for row in table[1:]] == [*VARIANTS, "mean"]
+
+    clip = clip_min.load(model)
+    probe = load.trained(run, clip)
+    for row, (folder, names) in zip(table[1:], VARIANTS.values(), strict=False):
+        ids = [int(name) if name.isdecimal() else WNIDS.index(name) for name in names]
+        right = []
+        for label, name in enumerate(names):
+            files = sorted((imagenet / folder / name).iterdir())
+            images = torch.stack([clip_min.crop(Image.open(file), 32) for file in files])
+            with torch.no_grad():
+                logits = probe(clip_min.normalize(images))[:, ids]
+            right += (logits.argmax(dim=1) == label).tolist()
+        assert row[2] == f"{100 * sum(right) / len(right):.2f}"
+
+    zero_shot = ("--method", "zero_shot", "--dataset", "imagenet-variants", "--classes", "all")
+    alone = script("eval", *zero_shot, *common)
+    assert (alone.code, alone.err) == (0, "")
+    assert [line.split() for line in last_lines(alone.out, 6)] == [
+        table[0][:1],
+        *(row[:2] for row in table[1:]),
+    ]
+
+
+def test_a_variant_is_not_learned_from(script, imagenet, model, tmp_path, is_one_line):
+    where = ("--dataset", "imagenet_a", "--data-root", imagenet, "--model", model)
+    result = script(
+        "train", "--method", "lora", *where, "--classes", "all", "--out", tmp_path / "runs"
+    )
+    assert is_one_line(result, "no training image: the data set is for testing alone")
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------- draws that others published
+
+
+def test_a_published_draw_is_what_is_learned_from(script, flags, data, tmp_path, is_one_line):
+    file = tmp_path / "theirs.jsonl"
+    rows = [("amber_lily", 0), ("amber_lily", 5), ("blue-bell", 3), ("cyan lotus", 7)]
+    lines = [json.dumps({"path": f"/x/train/{name}/{i}.png", "label": name}) for name, i in rows]
+    file.write_text("\n".join(lines) + "\n")
+    assert is_one_line(script("train", *flags, "--shots-file", file), "--shots-file", "drop one")
+    k = flags.index("--shots")
+    out = ("--shots-file", file, "--out", tmp_path / "runs")
+    result = script("train", *flags[:k], *flags[k + 2 :], *out)
+    assert (result.code, result.err) == (0, "")
+    run = tmp_path / "runs/noise/tiny/lora-theirs-seed1"
+    record = json.loads((run / "data.json").read_text())
+    learned = [row[0] for row in record["train"]]
+    assert sorted(learned) == sorted(f"train/{name}/{i}.png" for name, i in rows)
+    assert {row[0] for row in record["val"]}.isdisjoint(learned)
+    file.unlink()  # a run knows what it has learned from
+    again = script("eval", "--run", run)
+    assert last_lines(again.out) == last_lines(result.out, 5)[:3]
 
 
 # ---------------------------------------------------------------------------- base classes by name
