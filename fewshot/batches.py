@@ -126,7 +126,7 @@ class Batches:
         """The pictures with the numbers `chosen` (B,), as the image tower reads them: (B, 3, n, n),
         normalised, on the device.
         """
-        if self.pixels is None:
+        if self.pixels is None and augment == "none":
             return next(self.stream([chosen]))
         pixels = self.pixels[chosen] if augment == "none" else self._views(chosen, augment)
         if augment == "randaugment":  # after the crop, two operations of magnitude 9
@@ -140,7 +140,10 @@ class Batches:
             yield from map(self.images, parts)
             return
         for pixels in self.reader.stream(self.pictures, self.hashes, parts):  # (B, 3, n, n)
-            yield normalize(pixels.to(self.device), config=self.reader.prepared)
+            if self.device.type == "cuda":  # copied while the GPU computes with those before
+                pixels = pixels.pin_memory()
+            pixels = pixels.to(self.device, non_blocking=True)
+            yield normalize(pixels, config=self.reader.prepared)
 
     def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
         """The pictures with the numbers `chosen`, encoded for `method.classify` (B, …); augmented

@@ -240,6 +240,10 @@ def test_what_is_streamed_equals_what_is_in_memory_to_the_bit(prepared, pictures
     stream = Batches(found, None, reader, hashes)
     assert torch.equal(stream.hashes, whole.hashes)
     assert torch.equal(stream.images(torch.tensor([4, 1])), whole.images(torch.tensor([4, 1])))
+    for view in (stream, whole):
+        torch.manual_seed(0)
+        view.view = view.images(torch.tensor([2, 6]), "crop-flip")
+    assert torch.equal(stream.view, whole.view)
     for encoder in (("pixels",), None):  # kept, or handed on
         method = Encoding()
         method.encoder = encoder
