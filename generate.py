@@ -77,7 +77,8 @@ def generate(
     f1 = None
     if options.plan != "uniform":
         model = judge if options.f1_of == "filter" else load_filter("zero_shot", experiment, task)
-        f1 = per_class(predict(model.method, task.val), task.val.labels.cpu())[1] / 100
+        predicted = predict(model.method, task.val).argmax(dim=1)
+        f1 = per_class(predicted, task.val.labels.cpu(), len(task.classnames))[1] / 100
     settings = {
         **made_from(experiment, task),
         **options.fixed(judge.name),

@@ -1,6 +1,7 @@
-"""Pictures in memory, as batches that a method reads: normalised, augmented, or encoded."""
+"""Pictures, as batches that a method reads: normalised, augmented, or encoded."""
 
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from clip_min import normalize
 from clip_min.errors import Note
 from fewshot import cache
-from fewshot.pictures import READERS, Pictures, Reader, free_memory
+from fewshot.pictures import READERS, Pictures, Reader, free_memory, pixel_hash
 
 KEPT = 1e9  # bytes of whole pictures that are kept in memory where crops are drawn anew each time
 
@@ -33,20 +34,29 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 class Batches:
-    """N labelled pictures in memory, ready to be fed to a method.
+    """N labelled pictures, ready to be fed to a method.
 
-    pixels (N, 3, n, n) uint8 crops; labels (N,).
+    pixels (N, 3, n, n) uint8 crops, in memory; or None, and pictures are read whenever they are
+    needed, and have these hashes (N, 32) of their pixels (`Reader.check`). labels (N,).
     synthetic (N,) bool: which ones gen/ painted; None if all are real. `apart`: are these drawn
     into batches apart from the real ones?
     """
 
-    def __init__(self, pictures: Pictures, pixels: Tensor, reader: Reader):
+    def __init__(
+        self,
+        pictures: Pictures,
+        pixels: Tensor | None,
+        reader: Reader,
+        hashes: Tensor | None = None,
+    ):
         self.pictures, self.pixels, self.reader = pictures, pixels, reader
+        self._hashes = hashes
         self.device, self.precision = reader.device, reader.precision
         self.labels = pictures.labels.to(self.device)
         self.synthetic: Tensor | None = None
         self.apart = False
-        self.room = pixels.nbytes  # that encoded pictures may take in memory
+        self.nbytes = len(self) * 3 * reader.size**2  # of the pixels
+        self.room = self.nbytes  # that encoded pictures may take in memory
         self._encoded: dict[tuple, Tensor] = {}  # by what encodes them
         self._fits: dict[tuple | None, bool] = {}
         self._originals: dict[int, Image.Image] = {}
@@ -54,6 +64,13 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def hashes(self) -> Tensor:
+        """`pixel_hash` of each picture (N, 32)."""
+        if self._hashes is None:
+            self._hashes = torch.stack([pixel_hash(pixels) for pixels in self.pixels])
+        return self._hashes
 
     @property
     def shots(self) -> int:
@@ -109,11 +126,24 @@ class Batches:
         """The pictures with the numbers `chosen` (B,), as the image tower reads them: (B, 3, n, n),
         normalised, on the device.
         """
+        if self.pixels is None and augment == "none":
+            return next(self.stream([chosen]))
         pixels = self.pixels[chosen] if augment == "none" else self._views(chosen, augment)
         if augment == "randaugment":  # after the crop, two operations of magnitude 9
             change = RandAugment(num_ops=2, magnitude=9)
             pixels = torch.stack([change(image) for image in pixels])
         return normalize(pixels.to(self.device), config=self.reader.prepared)
+
+    def stream(self, parts: list[Tensor]) -> Iterator[Tensor]:
+        """`images` of each part; what has to be decoded for the next ones, is meanwhile."""
+        if self.pixels is not None:
+            yield from map(self.images, parts)
+            return
+        for pixels in self.reader.stream(self.pictures, self.hashes, parts):  # (B, 3, n, n)
+            if self.device.type == "cuda":  # copied while the GPU computes with those before
+                pixels = pixels.pin_memory()
+            pixels = pixels.to(self.device, non_blocking=True)
+            yield normalize(pixels, config=self.reader.prepared)
 
     def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
         """The pictures with the numbers `chosen`, encoded for `method.classify` (B, …); augmented
@@ -122,6 +152,13 @@ class Batches:
         if augment == "none" and self.keeps(method):
             return self.encoded(method)[chosen]
         return method.encode(self.images(chosen, augment))
+
+    def each(self, method, batch_size: int = 64) -> Iterator[Tensor]:
+        """All pictures in their order, encoded for `method.classify`, a batch (B, …) at a time."""
+        parts = torch.arange(len(self)).split(batch_size)
+        if self.keeps(method):
+            return (self.encoded(method)[part] for part in parts)
+        return map(method.encode, self.stream(parts))
 
     def keeps(self, method) -> bool:
         """Whether encoded pictures are kept: not if nothing of the method is frozen, so that they
@@ -132,7 +169,7 @@ class Batches:
                 one = encoder and method.encode(self.images(torch.tensor([0])))
             size = len(self) * one.nbytes if encoder else 0
             self._fits[encoder] = 0 < size <= self.room
-            if size > self.room > self.pixels.nbytes:
+            if size > self.room > self.nbytes:
                 warnings.warn(
                     f"encoded training or validation images take {size / 1e9:.1f} GB, more than "
                     f"the {self.room / 1e9:.1f} GB they may (--cache-gb, or half of what is free): "
@@ -153,19 +190,18 @@ class Batches:
         if encoder not in self._encoded:
             machine = (torch.__version__, torch.get_num_threads(), self.device.type)
             machine += () if self.precision == "fp32" else (self.precision,)
-            name = cache.key(self.pixels, encoder, method.clip.config, batch_size, machine)
+            name = cache.key(self.hashes, encoder, method.clip.config, batch_size, machine)
             found = cache.load(self.reader.folder, "features", name)
             if found is None or found.shape[:1] != (len(self),):
-                parts = torch.arange(len(self)).split(batch_size)
-                parts = tqdm(parts, "encoding images", leave=False, disable=None)
-                found = None
+                parts, found = torch.arange(len(self)).split(batch_size), None
+                shown = tqdm(parts, "encoding images", leave=False, disable=None)
                 with torch.no_grad(), self.autocast():
-                    for part in parts:
-                        x = method.encode(self.images(part))  # (B, …)
+                    for part, images in zip(shown, self.stream(parts), strict=True):
+                        x = method.encode(images)  # (B, …)
                         if found is None:
                             found = x.new_empty(len(self), *x.shape[1:])
                         found[part] = x
-                if found.nbytes <= self.pixels.nbytes:
+                if found.nbytes <= self.nbytes:
                     cache.save(self.reader.folder, "features", name, found)
             self._encoded[encoder] = found.to(self.device)
         return self._encoded[encoder]
@@ -175,7 +211,7 @@ class Batches:
 
         Most are crops of 8 to 100 % of the area, flipped half the time.
         """
-        size = self.pixels.shape[-1]
+        size = self.reader.size
         bicubic = InterpolationMode.BICUBIC  # as CLIP's own crop
         cut = RandomResizedCrop(size, interpolation=bicubic)
         if augment == "random-crop":  # VPT's: at 224 pixels, of 256

@@ -30,7 +30,7 @@ def place(flag: str = "") -> Path | None:
 
 
 FOLDER = place()
-KINDS = ("pixels", "odd", "features")
+KINDS = ("pixels", "hashes", "odd", "features")
 limit = 10e9  # bytes that are kept, at most; see `chosen`
 
 

@@ -19,7 +19,7 @@ from clip_min.hub import DEMO, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets, shots
 from fewshot.folder import read_text, spoken
-from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
+from fewshot.metrics import harmonic_mean, likeliest, per_class, predict, share
 from fewshot.pictures import Reader
 from fewshot.record import Record
 from fewshot.task import Task, make_task, make_test
@@ -196,15 +196,17 @@ def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
         if part == "novel" and not method.names_unseen:
             continue
         known = method if part != "novel" else method.for_classes(test.classnames)
-        logits, labels = predict(known, test.batches), test.batches.labels.cpu()
+        chosen = slice(None)
         if known.classnames != test.classnames:  # fewer: of a method that can name no others
-            logits = logits[:, [known.classnames.index(name) for name in test.classnames]]
-        recall, f1 = per_class(logits, labels)
-        scores[part] = accuracy(logits, labels)
+            chosen = [known.classnames.index(name) for name in test.classnames]
+        best = predict(known, test.batches, keep=lambda x, k=chosen: likeliest(x[:, k].float()))
+        labels = test.batches.labels.cpu()
+        recall, f1 = per_class(best[:, 0], labels, len(test.classnames))
+        scores[part] = share(best[:, :1], labels)
         scores["parts"][part] = {
             "images": len(labels),
             "top1": scores[part],
-            "top5": accuracy(logits, labels, top=5),
+            "top5": share(best, labels),
             "macro_f1": f1.mean().item(),
             "classes": {
                 name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}

@@ -1,6 +1,7 @@
 """What is measured, all in percent."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,12 +10,17 @@ from tqdm import tqdm
 from fewshot.batches import Batches
 
 
-def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
-    """Logits (N, K) of a method for all pictures, on the CPU."""
-    parts = torch.arange(len(batches)).split(batch_size)
-    parts = tqdm(parts, "testing", leave=False, disable=None if len(parts) > 8 else True)
+def predict(
+    method, batches: Batches, batch_size: int = 64, keep: Callable = torch.Tensor.float
+) -> Tensor:
+    """Logits (N, K) of a method for all pictures, on the CPU; or of each batch's logits (B, K)
+    what `keep` makes of them.
+    """
+    count = math.ceil(len(batches) / batch_size)
     with method.inference(), batches.autocast():
-        return torch.cat([method.classify(batches.inputs(method, p)) for p in parts]).float().cpu()
+        encoded = batches.each(method, batch_size)  # read and encoded as the loop asks for it
+        encoded = tqdm(encoded, "testing", count, leave=False, disable=count <= 8 or None)
+        return torch.cat([keep(method.classify(x)) for x in encoded]).cpu()
 
 
 def train_accuracy(method, train: Batches, most: int = 500) -> float:
@@ -24,20 +30,27 @@ def train_accuracy(method, train: Batches, most: int = 500) -> float:
     return accuracy(predict(method, some), some.labels.cpu())
 
 
+def likeliest(logits: Tensor, top: int = 5) -> Tensor:
+    """The numbers of the `top` classes with the largest logits (N, K), or of all -> (N, top)."""
+    return logits.topk(min(top, logits.shape[1]), dim=1).indices
+
+
 def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:
     """Percent of rows whose label is among the `top` largest logits."""
-    best = logits.topk(min(top, logits.shape[1]), dim=1).indices  # (N, top)
-    return 100 * (best == labels[:, None]).any(dim=1).double().mean().item()
+    return share(likeliest(logits, top), labels)
 
 
-def per_class(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Accuracy (recall) and F1 of every class, (K,) each, float64.
+def share(guesses: Tensor, labels: Tensor) -> float:
+    """Percent of rows of guesses (N, …) that hold their label."""
+    return 100 * (guesses == labels[:, None]).any(dim=1).double().mean().item()
+
+
+def per_class(predicted: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Accuracy (recall) and F1 of each of `count` classes, (K,) each, float64; predicted (N,).
 
     F1 is 2·tp / (2·tp + fp + fn): 0 for a class that is never right. Accuracy is NaN for a class
     without pictures. In float32 7 right of 10 would be an F1 just below 0.7, which plans compare.
     """
-    count = logits.shape[1]
-    predicted = logits.argmax(dim=1)
     right = labels[predicted == labels].bincount(minlength=count).double()  # tp
     real = labels.bincount(minlength=count)  # tp + fn
     named = predicted.bincount(minlength=count)  # tp + fp

@@ -1,19 +1,23 @@
 """Labelled pictures: as files, and read as uint8 pixels.
 
 A JPEG is decoded and resized once. The uint8 crop that comes out is exactly what CLIP's
-normalisation reads, so keeping it loses nothing; it is kept in memory for the run and in a cache
-file for the next one.
+normalisation reads, so keeping it loses nothing. Of pictures that are learned from or validated on
+it is kept, in memory for the run and in a cache file for the next one (`Reader.read`). Test
+pictures, which may be many, are read a batch at a time, whenever they are needed (`Reader.stream`).
 """
 
 import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import PIL
 import torch
 from PIL import Image
@@ -39,6 +43,7 @@ ENDINGS = {ending for ending, name in _ENDINGS.items() if name in FORMATS} - {".
 LONGEST = 100  # sides: a picture's longer one is at most so many times its shorter one
 TINY = 16  # pixels: what is smaller is seldom meant
 READERS = min(os.cpu_count() or 1, 8)  # threads: Pillow and hashes work outside Python's lock
+AHEAD = 128  # pictures that are decoded before they are asked for: two batches
 ODD = {1: "animated, and read as their first frame", 2: f"under {TINY} pixels wide or high"}
 
 
@@ -60,6 +65,11 @@ class Pictures:
         if isinstance(self.source, Tensor):
             return Pictures(self.source[chosen], self.labels[chosen], digests)
         return Pictures([self.source[i] for i in numbers], self.labels[chosen], digests)
+
+    @property
+    def in_memory(self) -> bool:
+        """Are some images, not files?"""
+        return any(isinstance(picture, Tensor) for picture in self.source)
 
     def name(self, i: int) -> str:
         """Its file, or its number where it is not a file."""
@@ -110,10 +120,29 @@ def digest(picture: Path | Tensor) -> str:
     return ""
 
 
+def pixel_hash(pixels: Tensor) -> Tensor:
+    """sha256 of an image in memory, as a tensor: uint8 (32,)."""
+    return torch.frombuffer(bytearray.fromhex(digest(pixels)), dtype=torch.uint8)
+
+
 def digests(pictures: Pictures) -> list[str]:
     """The digest of each picture, files read by several threads."""
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(digest, pictures.source))
+
+
+def ahead(work: Callable, items: Iterable) -> Iterator:
+    """work(item) of each item, in their order; threads do AHEAD of them before they are taken."""
+    pool, started = ThreadPoolExecutor(READERS), deque()
+    try:
+        for item in items:
+            started.append(pool.submit(work, item))
+            if len(started) > AHEAD:
+                yield started.popleft().result()
+        while started:
+            yield started.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def free_memory() -> float:
@@ -158,66 +187,103 @@ class Reader:
         Pixels are kept in the cache under a name that follows from what the files hold. What was
         skipped, and what is odd about pictures that can be read, is added to `notes`.
         """
-        pictures = replace(pictures, digests=pictures.digests or digests(pictures))
-        in_memory = isinstance(pictures.source, Tensor)
-        if in_memory and pictures.source.shape[-2:] == (self.size, self.size):
-            return pictures, pictures.source
-        pixels = odd = name = None
-        if not in_memory and all(pictures.digests):
-            way = (self.prepared.resize, self.prepared.interpolation)
-            way = () if way == (OPENAI.resize, OPENAI.interpolation) else way  # as ever
-            name = cache.key(pictures.digests, self.size, PIL.__version__, *way)
-            pixels, odd = (cache.load(self.folder, kind, name) for kind in ("pixels", "odd"))
-        errors, expected = {}, ((len(pictures), 3, self.size, self.size), (len(pictures),))
-        if None in (pixels, odd) or (pixels.shape, odd.shape) != expected:
-            pixels, odd, errors = self._decode(pictures)
-            if errors:
-                good = torch.tensor([i for i in range(len(pictures)) if i not in errors])
-                pictures, pixels, odd = pictures[good], pixels[good], odd[good]
-            elif name:
-                cache.save(self.folder, "pixels", name, pixels)
-                cache.save(self.folder, "odd", name, odd)
-        for kind, said in {} if in_memory else ODD.items():
-            if found := (odd == kind).nonzero().flatten().tolist():
-                notes.append(f"{len(found)} images are {said}: {few(map(pictures.name, found))}")
-        if errors:
-            skipped = ", ".join(str(error).split(": cannot")[0] for error in errors.values())
-            notes.append(f"skipped {len(errors)} unreadable files: {skipped}")
-        return pictures, pixels
+        source = pictures.source
+        if isinstance(source, Tensor) and source.shape[-2:] == (self.size, self.size):
+            return replace(pictures, digests=pictures.digests or digests(pictures)), source
+        check_memory(len(pictures), self.size)
+        return self._read(pictures, notes, "pixels")
 
-    def _decode(self, pictures: Pictures) -> tuple[Tensor, Tensor, dict[int, UserError]]:
-        """-> pixels (N, 3, size, size), what is odd (N,), and why pictures cannot be read.
+    def check(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
+        """The same, but of the pixels only `pixel_hash` is kept -> (…, uint8 (N, 32)).
+
+        For pictures that `stream` reads when they are needed: what is wrong with them, and which
+        ones they are, is known from here on.
+        """
+        return self._read(pictures, notes, "hashes")
+
+    def stream(self, pictures: Pictures, hashes: Tensor, parts: list[Tensor]) -> Iterator[Tensor]:
+        """Of each part, numbers (B,) of pictures that were checked: their crops, uint8
+        (B, 3, size, size). Threads decode the next ones while these are computed with.
+        """
+
+        def again(i: int) -> Tensor:
+            pixels, _ = self._decode(pictures, i)
+            if not torch.equal(pixel_hash(pixels), hashes[i]):
+                raise UserError(f"{pictures.name(i)}: has changed since it was checked; run again")
+            return pixels
+
+        crops = ahead(again, torch.cat(parts).tolist())
+        for part in parts:
+            yield torch.stack(list(itertools.islice(crops, len(part))))
+
+    def _read(
+        self, pictures: Pictures, notes: list[str], kind: Literal["pixels", "hashes"]
+    ) -> tuple[Pictures, Tensor]:
+        """-> (the readable pictures, what is kept of each).
 
         One tensor, written in place: as many bytes as are kept, and no more. Flowers102 whole is
         8,189 x 3 x 224 x 224 = 1.23 GB.
         """
-        count = len(pictures)
-        check_memory(count, self.size)
-        pixels = torch.empty(count, 3, self.size, self.size, dtype=torch.uint8)
-        odd = torch.zeros(count, dtype=torch.uint8)  # 0: nothing, else a number in ODD
-        prepared = replace(self.prepared, image_size=self.size)
+        pictures = replace(pictures, digests=pictures.digests or digests(pictures))
+        kept = odd = name = None
+        if not pictures.in_memory and all(pictures.digests):
+            way = (self.prepared.resize, self.prepared.interpolation)
+            way = () if way == (OPENAI.resize, OPENAI.interpolation) else way  # as ever
+            name = cache.key(pictures.digests, self.size, PIL.__version__, *way)
+            kept, odd = (cache.load(self.folder, part, name) for part in (kind, "odd"))
+        count, errors = len(pictures), {}
+        shape = (count, 3, self.size, self.size) if kind == "pixels" else (count, 32)
+        if None in (kept, odd) or (kept.shape, odd.shape) != (shape, (count,)):
+            kept = torch.empty(shape, dtype=torch.uint8)
+            odd = torch.zeros(count, dtype=torch.uint8)
 
-        def attempt(i: int) -> UserError | None:
-            try:
-                image = pictures.open(i)
-                pixels[i] = crop(image, prepared)
-                moves = image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated
-                odd[i] = 1 if moves else 2 if min(image.size) < TINY else 0
-            except UserError as error:
-                return error
+            def attempt(i: int) -> UserError | tuple[Tensor, int]:
+                try:
+                    pixels, odd = self._decode(pictures, i)
+                    return pixels if kind == "pixels" else pixel_hash(pixels), odd
+                except UserError as error:
+                    return error
 
-        with ThreadPoolExecutor(READERS) as pool:
             hide = None if count > 200 else True  # None: only where there is a terminal
-            results = pool.map(attempt, range(count))
-            results = tqdm(results, "reading", count, leave=False, disable=hide)
-            errors = {i: error for i, error in enumerate(results) if error}
-        first, more = next(iter(errors.values()), None), len(errors) - 1
-        if errors and not self.skip_bad:
+            found = tqdm(ahead(attempt, range(count)), "reading", count, leave=False, disable=hide)
+            for i, one in enumerate(found):
+                if isinstance(one, UserError):
+                    errors[i] = one
+                else:
+                    kept[i], odd[i] = one
+            if errors:
+                self._refuse(errors, count)
+                good = torch.tensor([i for i in range(count) if i not in errors])
+                pictures, kept, odd = pictures[good], kept[good], odd[good]
+            elif name:
+                cache.save(self.folder, kind, name, kept)
+                cache.save(self.folder, "odd", name, odd)
+        for number, said in {} if pictures.in_memory else ODD.items():
+            if found := (odd == number).nonzero().flatten().tolist():
+                notes.append(f"{len(found)} images are {said}: {few(map(pictures.name, found))}")
+        if errors:
+            skipped = ", ".join(str(error).split(": cannot")[0] for error in errors.values())
+            notes.append(f"skipped {len(errors)} unreadable files: {skipped}")
+        return pictures, kept
+
+    def _decode(self, pictures: Pictures, i: int) -> tuple[Tensor, int]:
+        """-> the crop of picture `i`, uint8 (3, size, size), and what is odd about the picture: 0,
+        or a number in ODD.
+        """
+        image, prepared = pictures.open(i), replace(self.prepared, image_size=self.size)
+        # NumPy's copy, in one thread: PyTorch's would start a team of them for each that decodes.
+        pixels = torch.from_numpy(np.ascontiguousarray(crop(image, prepared).numpy()))
+        moves = image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated
+        return pixels, 1 if moves else 2 if min(image.size) < TINY else 0
+
+    def _refuse(self, errors: dict[int, UserError], count: int) -> None:
+        """UserError, if these of `count` pictures may not be left out."""
+        first, more = next(iter(errors.values())), len(errors) - 1
+        if not self.skip_bad:
             more = f" (and {more} more files)" if more else ""
             raise UserError(f"{first}{more}; replace or remove it, or pass --skip-bad-images")
-        if errors and len(errors) == count:
+        if len(errors) == count:
             raise UserError(f"none of {count} image files can be read, as: {first}")
-        return pixels, odd, errors
 
 
 def few(names: Iterable[str], most: int = 5) -> str:

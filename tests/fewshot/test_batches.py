@@ -235,3 +235,40 @@ def test_images_are_normalised_as_the_models_config_says(pictures, files):
     expected = crop(Image.open(files[2]), 32) / 255 - torch.tensor(config.mean)[:, None, None]
     expected /= torch.tensor(config.std)[:, None, None]
     torch.testing.assert_close(images[0], expected)
+
+
+SQUASHED = replace(OPENAI, resize="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("prepared", [OPENAI, SQUASHED])
+def test_what_is_streamed_equals_what_is_in_memory_to_the_bit(prepared, pictures, tmp_path):
+    """Encoded images and single pictures; kept or not, for all batch sizes."""
+    reader = Reader(32, folder=tmp_path, prepared=prepared)
+    whole = Batches(*reader.read(pictures, []), reader)
+    found, hashes = reader.check(pictures, [])
+    stream = Batches(found, None, reader, hashes)
+    assert torch.equal(stream.hashes, whole.hashes)
+    assert torch.equal(stream.images(torch.tensor([4, 1])), whole.images(torch.tensor([4, 1])))
+    for view in (stream, whole):
+        torch.manual_seed(0)
+        view.view = view.images(torch.tensor([2, 6]), "crop-flip")
+    assert torch.equal(stream.view, whole.view)
+    for encoder in (("pixels",), None):  # kept, or handed on
+        method = Encoding()
+        method.encoder = encoder
+        whole.room = stream.room = 1e9
+        for size in (1, 3, 64):
+            for x, y in zip(stream.each(method, size), whole.each(method, size), strict=True):
+                assert torch.equal(x, y)
+    assert stream.pixels is None
+
+
+def test_features_of_what_is_streamed_are_kept_on_disk(pictures, tmp_path, monkeypatch):
+    reader = Reader(32, folder=tmp_path)
+    found, hashes = reader.check(pictures, [])
+    method = Encoding()
+    method.encode = lambda images: images.mean(dim=(2, 3))
+    first = Batches(found, None, reader, hashes).encoded(method)
+    monkeypatch.setattr(Reader, "_decode", None)  # nothing is decoded any more
+    again, hashes = reader.check(pictures, [])
+    assert torch.equal(Batches(again, None, reader, hashes).encoded(method), first)

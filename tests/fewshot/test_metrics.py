@@ -9,7 +9,7 @@ import torch
 
 from clip_min import normalize
 from fewshot.batches import Batches
-from fewshot.metrics import accuracy, harmonic_mean, per_class, predict
+from fewshot.metrics import accuracy, harmonic_mean, likeliest, per_class, predict
 from fewshot.pictures import Reader
 
 
@@ -42,7 +42,7 @@ def test_recall_and_f1_of_every_class_equal_counting_by_hand(guesses):
     logits, labels = guesses
     predicted = [max(range(7), key=lambda k: row[k]) for row in logits.tolist()]
     pairs = list(zip(predicted, labels.tolist(), strict=True))
-    recall, f1 = per_class(logits, labels)
+    recall, f1 = per_class(logits.argmax(dim=1), labels, 7)
     assert len(recall) == len(f1) == 7
     for k in range(7):
         tp = sum(guess == k == label for guess, label in pairs)
@@ -61,7 +61,7 @@ def test_recall_and_f1_of_every_class_equal_counting_by_hand(guesses):
 
 
 def test_a_class_that_is_never_right_and_never_named_has_recall_and_f1_0():
-    recall, f1 = per_class(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+    recall, f1 = per_class(torch.tensor([0, 0]), torch.tensor([0, 1]), 2)
     assert recall.tolist() == [100, 0]
     assert f1.tolist() == pytest.approx([200 / 3, 0])
 
@@ -71,7 +71,7 @@ def test_f1_is_below_a_threshold_exactly_where_the_fraction_is():
     for right, missed, wrong in itertools.product(range(13), range(13), range(1, 13)):
         labels = torch.tensor([0] * (right + missed) + [1] * wrong)
         guesses = torch.tensor([0] * right + [1] * missed + [0] * wrong)
-        f1 = per_class(torch.eye(2)[guesses], labels)[1][0].item() / 100
+        f1 = per_class(guesses, labels, 2)[1][0].item() / 100
         exact = Fraction(2 * right, 2 * right + missed + wrong)
         assert f1 == pytest.approx(float(exact), abs=1e-15)
         for percent in range(1, 100):
@@ -118,3 +118,5 @@ def test_predict_gives_one_row_a_picture_in_order_whatever_the_batch_size(number
     one_by_one = [normalize(image).mean(dim=(1, 2)) for image in pictures.source]
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, torch.stack(one_by_one), atol=0.02, rtol=0.02)
+    best = predict(Brightness(), batches, batch_size, keep=lambda x: likeliest(x, 2))
+    assert torch.equal(best, logits.argsort(dim=1, descending=True, stable=True)[:, :2])

@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import time
+import weakref
 from dataclasses import replace
 
 import PIL
@@ -386,3 +387,107 @@ def test_pictures_are_prepared_as_the_models_config_says(pictures, files, tmp_pa
         for _ in range(2):  # decoded, and from the cache
             assert torch.equal(read(pictures, 32, folder=tmp_path, prepared=config)[1], expected)
     assert len(cached(tmp_path)) == 3
+
+
+def hashes_of(pixels: torch.Tensor) -> list[str]:
+    """As hashlib and NumPy have it: rows of bytes, red first."""
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
+
+
+def shown(hashes: torch.Tensor) -> list[str]:
+    return [bytes(row.tolist()).hex() for row in hashes]
+
+
+def test_checked_are_the_hashes_of_the_pixels_and_nothing_else_is_kept(
+    pictures, files, tmp_path, no_decoder
+):
+    for _ in range(2):
+        readable, hashes = Reader(32, folder=tmp_path / "cache").check(pictures, [])
+        assert shown(hashes) == hashes_of(pixels_of(files))
+        assert readable.source == files
+        no_decoder()  # the second time they come from the cache
+    assert sorted(folder.name for folder in (tmp_path / "cache").iterdir()) == ["hashes", "odd"]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_to_check_says_what_to_read_says(skip, noise, files, tmp_path):
+    text_file(files[1])
+    gone(files[5])
+    source = [*files, noise(tmp_path / "tiny.png", 2, (40, 15))]
+    pictures, said = Pictures(source, torch.arange(8)), []
+    for way in ("read", "check"):
+        notes = []
+        try:
+            found = getattr(Reader(32, skip_bad=skip, folder=None), way)(pictures, notes)[0]
+            notes += [found.source, found.labels.tolist(), found.digests]
+        except UserError as error:
+            notes.append(str(error))
+        said.append(notes)
+    assert said[0] == said[1]
+    assert len(said[0]) == (5 if skip else 1)
+
+
+def streamed(pictures, size, parts, hashes=None) -> list[torch.Tensor]:
+    reader = Reader(size, folder=None)
+    hashes = reader.check(pictures, [])[1] if hashes is None else hashes
+    return list(reader.stream(pictures, hashes, [torch.tensor(part) for part in parts]))
+
+
+def test_a_stream_is_the_pixels_of_each_part_though_threads_end_in_another_order(
+    pictures, files, monkeypatch
+):
+    expected, real, finished = pixels_of(files), module.open_image, []
+
+    def slow_at_first(path):
+        time.sleep(0.05 * (len(files) - files.index(path)))
+        finished.append(files.index(path))
+        return real(path)
+
+    hashes = Reader(32, folder=None).check(pictures, [])[1]
+    monkeypatch.setattr(module, "open_image", slow_at_first)
+    monkeypatch.setattr(module, "READERS", 7)
+    parts = [[0, 1, 2], [6, 5, 5], [4], [3]]
+    found = streamed(pictures, 32, parts, hashes)
+    assert all(torch.equal(x, expected[part]) for x, part in zip(found, parts, strict=True))
+    assert finished != [0, 1, 2, 6, 5, 5, 4, 3]  # else this test shows nothing
+
+
+def test_a_file_that_is_spoilt_or_changed_after_it_was_checked_is_one_line(pictures, files, noise):
+    hashes = Reader(32, folder=None).check(pictures, [])[1]
+    noise(files[2], 99)
+    with pytest.raises(UserError, match=r"2\.bmp: has changed since it was checked"):
+        streamed(pictures, 32, [[0, 1, 2, 3]], hashes)
+    text_file(files[0])
+    with pytest.raises(UserError, match=r"^\S*0\.png: cannot be read as an image"):
+        streamed(pictures, 32, [[0, 1, 2, 3]], hashes)
+
+
+@pytest.mark.parametrize("ahead", [0, 3, 8])
+def test_few_pictures_are_in_memory_at_once_and_none_is_decoded_for_nothing(
+    ahead, files, monkeypatch
+):
+    """However many there are: those of the batch that is asked for, and those read ahead."""
+    made, most, real = [], 0, Reader._decode
+
+    def decode(self, pictures, i):
+        nonlocal most
+        pixels, odd = real(self, pictures, i)
+        made.append(weakref.ref(pixels))
+        most = max(most, sum(one() is not None for one in made))
+        return pixels, odd
+
+    pictures = Pictures(files[:1] * 200, torch.zeros(200, dtype=torch.int64))
+    hashes = Reader(32, folder=None).check(pictures, [])[1]
+    monkeypatch.setattr(module, "AHEAD", ahead)
+    monkeypatch.setattr(Reader, "_decode", decode)
+    batches = Reader(32).stream(pictures, hashes, torch.arange(200).split(10))
+    for asked, _ in enumerate(batches, 1):
+        assert 10 * asked <= len(made) <= 10 * asked + ahead
+    assert len(made) == 200
+    assert most <= 10 + ahead + 1
+    made.clear()
+    assert Reader(32, folder=None).check(pictures, [])[1].equal(hashes)
+    assert most <= 10 + ahead + 1
+    made.clear()
+    next(Reader(32).stream(pictures, hashes, torch.arange(200).split(10)))
+    assert len(made) <= 10 + ahead  # who stops asking stops the threads
