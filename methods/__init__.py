@@ -8,6 +8,7 @@ from methods.cross_modal import CrossModal
 from methods.disef import DISEF, DISEF_F1
 from methods.em_dirichlet import EMDirichlet
 from methods.finetune import Finetune
+from methods.kgcoop import KgCoOp
 from methods.linear_probe import LinearProbe
 from methods.lora import LoRA
 from methods.projection import Projection
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "cross_modal": CrossModal,
     "coop": CoOp,
     "cocoop": CoCoOp,
+    "kgcoop": KgCoOp,
     "vpt": VPT,
     "lora": LoRA,
     "disef": DISEF,

@@ -176,9 +176,11 @@ def adamw(done: SimpleNamespace, eps: float, *weight_decays: float) -> bool:
         ("coop", 200, 816, [32] * 25),  # 16 images left out
         ("clip_adapter", 200, 816, [32] * 25),
         ("cocoop", 10, 20, [1] * 20),
+        ("kgcoop", 100, 300, [128] * 2),
+        ("kgcoop", 100, 80, [80]),  # EuroSAT's base half at 16 shots
     ],
 )
-def test_paper_coop_cocoop_and_clip_adapter_train_as_coops_code(
+def test_paper_prompts_and_clip_adapter_train_as_coops_code(
     method, epochs, images, sizes, followed
 ):
     """Dassl: an epoch at 1e-5, then the first E - 1 rates of a cosine over E; the last is kept."""
