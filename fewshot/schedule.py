@@ -22,7 +22,7 @@ class Length:
         epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
         total = s.steps_per_shot * train.shots or max(s.epochs * epoch, s.min_steps)
         rounds = math.ceil(total / s.validations) if s.validations else epoch
-        return cls(epoch, total, max(1, rounds), s.keep != "last" or s.patience > 0)
+        return cls(epoch, total, max(1, rounds), "best" in s.keep or s.patience > 0)
 
     def place(self, step: int) -> str:
         """For people: "epoch 3", or, where rounds are not epochs, "step 120"."""

@@ -12,6 +12,7 @@ from methods.kgcoop import KgCoOp
 from methods.linear_probe import LinearProbe
 from methods.lora import LoRA
 from methods.projection import Projection
+from methods.promptsrc import PromptSRC
 from methods.tip_adapter import TipAdapter, TipAdapterF
 from methods.vpt import VPT
 from methods.zero_shot import ZeroShot
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "cocoop": CoCoOp,
     "kgcoop": KgCoOp,
     "vpt": VPT,
+    "promptsrc": PromptSRC,
     "lora": LoRA,
     "disef": DISEF,
     "disef_f1": DISEF_F1,
