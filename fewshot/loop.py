@@ -4,7 +4,7 @@ It is handed a method and knows nothing of what the method is: it lowers `method
 the tensors of `method.adapter_state()`. Training is a number of gradient steps, in rounds: a round
 ends with a validation, and is an epoch, or the share of all steps that `validations` asks for. The
 tensors of the round with the best validation accuracy are kept or, where a paper does without
-validation, those of the last.
+validation, those of the last, or the mean of all rounds'.
 """
 
 import math
@@ -41,7 +41,7 @@ class State:
 
     def __init__(self, method, train: Batches):
         self.learned = method.adapter_state()
-        self.kept = copies(self.learned)  # of the best round, or the last; not views
+        self.kept = copies(self.learned)  # of the best round, the last, or a mean; not views
         trained = {name: tensor for name, tensor in self.learned.items() if tensor.requires_grad}
         self.trained = list(trained.values())
         self.optimizer = new_optimizer(method.settings, trained, method.no_weight_decay)
@@ -49,6 +49,12 @@ class State:
         enabled = train.precision == "fp16"
         self.scaler = torch.amp.GradScaler(train.device.type, enabled=enabled)
         self.at = Position()
+
+    def keep(self, share: float) -> None:
+        """Keep what is learned now: alone or, where `share` is below 1, as that part of a mean."""
+        for name, now in copies(self.learned).items():
+            mixed = share < 1 and now.is_floating_point()  # labels of images are what they are
+            self.kept[name] = self.kept[name].lerp(now, share) if mixed else now
 
     def save(self, run: Run) -> None:
         scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
@@ -112,7 +118,8 @@ class NotFinite(Exception):
 def descend(
     method, train: Batches, val: Batches, run: Run, seed: int, resume: bool = False
 ) -> float:
-    """Train `method` on `train`, leave it with its tensors of the best round on `val`, or the last.
+    """Train `method` on `train`, leave it with its tensors of the best round on `val`, of the last,
+    or their mean, as its settings say.
 
     Everything random follows from `seed` and, for dropout and augmentation, from torch's global
     generator, whose state is saved with each round: a resumed run ends in the same bits. Returns
@@ -153,8 +160,8 @@ def descend(
             at.stopped = str(why)
             break
         at.step = step + 1
-        if s.keep == "last" or at.best_step == at.step:
-            state.kept = copies(state.learned)
+        if "best" not in s.keep or at.best_step == at.step:
+            state.keep(share_of_mean(method, length, at.step) if s.keep == "mean" else 1)
             run.save_adapter(state.kept)
         at.seconds += time.perf_counter() - started
         mean, passes = sum(losses) / len(losses), round(at.step / length.epoch, 2)
@@ -168,8 +175,8 @@ def descend(
         )
     bar.close()
     if at.stopped:
-        step = at.step if s.keep == "last" else at.best_step
-        print(f"stopped: {at.stopped}; {length.place(step)} is kept")
+        kept = length.place(at.best_step if "best" in s.keep else at.step)
+        print(f"stopped: {at.stopped}; {'the mean to ' if s.keep == 'mean' else ''}{kept} is kept")
     method.load_adapter(state.kept)
     run.save_adapter(state.kept)
     method.eval()
@@ -224,6 +231,13 @@ def judge(method, val: Batches, state: State, length: Length, now: int) -> dict[
     if at.waited and at.waited == s.patience:
         at.stopped = f"no better validation accuracy in {s.patience} validations"
     return {"val": found}
+
+
+def share_of_mean(method, length: Length, now: int) -> float:
+    """Of the round that ends with step `now`, in the mean of all rounds so far."""
+    ends = [*range(length.round, now, length.round), now]
+    weights = [method.round_weight(end / length.total) for end in ends]
+    return weights[-1] / sum(weights)
 
 
 def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:

@@ -24,7 +24,7 @@ class Length:
         if s.steps_per_shot:
             total = s.steps_per_shot * train.shots
         rounds = math.ceil(total / s.validations) if s.validations else epoch
-        return cls(epoch, total, max(1, rounds), s.keep != "last" or s.patience > 0)
+        return cls(epoch, total, max(1, rounds), "best" in s.keep or s.patience > 0)
 
     def place(self, step: int) -> str:
         """For people: "epoch 3", or, where rounds are not epochs, "step 120"."""

@@ -8,9 +8,11 @@ from methods.cross_modal import CrossModal
 from methods.disef import DISEF, DISEF_F1
 from methods.em_dirichlet import EMDirichlet
 from methods.finetune import Finetune
+from methods.kgcoop import KgCoOp
 from methods.linear_probe import LinearProbe
 from methods.lora import LoRA
 from methods.projection import Projection
+from methods.promptsrc import PromptSRC
 from methods.tip_adapter import TipAdapter, TipAdapterF
 from methods.vpt import VPT
 from methods.zero_shot import ZeroShot
@@ -25,7 +27,9 @@ METHODS: dict[str, type[Method]] = {
     "cross_modal": CrossModal,
     "coop": CoOp,
     "cocoop": CoCoOp,
+    "kgcoop": KgCoOp,
     "vpt": VPT,
+    "promptsrc": PromptSRC,
     "lora": LoRA,
     "disef": DISEF,
     "disef_f1": DISEF_F1,

@@ -77,9 +77,9 @@ class TrainingSettings(Settings):
     validations: Annotated[int, "times to validate, evenly spread; 0: after each epoch"] = 0
     patience: Annotated[int, "validations in a row without a better one to stop; 0: never"] = 3
     keep: Annotated[
-        Literal["best", "latest-best", "last"],
+        Literal["best", "latest-best", "last", "mean"],
         "weights that are kept: the best on validation, the first or the latest of equally good "
-        "ones, or the last",
+        "ones, the last, or the mean of those after each epoch (or --validations)",
     ] = "best"
     grid: Annotated[
         str,
@@ -288,6 +288,10 @@ class Method(nn.Module):
         """
         if self.adapter_state():
             descend(self, train, val)
+
+    def round_weight(self, progress: float) -> float:
+        """What the tensors after this share of training, of 1, weigh where their mean is kept."""
+        return 1.0
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:

@@ -52,13 +52,28 @@ class ContextSettings(TrainingSettings):
 
 
 class LearnedContext(Method):
-    """What CoOp and CoCoOp share: learned vectors in the prompts, and a frozen image tower."""
+    """What CoOp and its successors share: learned vectors in the prompts, in place of words."""
 
     text_learns = True
 
     def __init__(self, clip, classnames, template, settings: ContextSettings):
         super().__init__(clip, classnames, template, settings)
         self.context = nn.Parameter(initial_context(self.clip, settings.n_ctx, settings.ctx_init))
+
+    def set_classes(self, classnames: list[str]) -> None:
+        super().set_classes(classnames)
+        self._written = None
+
+    def written_features(self) -> Tensor:
+        """The classes' text features (K, E) in the templates as they are written, by the CLIP that
+        was lent, computed once; of several templates the mean, not normalised.
+        """
+        if self._written is None:
+            tree = Method.prompt_tree(self).to(self.clip.device)
+            with torch.no_grad():
+                x = tree(self.lent[0])  # (J·K, E)
+            self._written = x.unflatten(0, (-1, len(self.classnames))).mean(0)
+        return self._written
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,11 @@ def adamw(done: SimpleNamespace, eps: float, *weight_decays: float) -> bool:
         ("coop", 200, 816, [32] * 25),  # 16 images left out
         ("clip_adapter", 200, 816, [32] * 25),
         ("cocoop", 10, 20, [1] * 20),
+        ("kgcoop", 100, 300, [128] * 2),
+        ("kgcoop", 100, 80, [80]),  # EuroSAT's base half at 16 shots
     ],
 )
-def test_paper_coop_cocoop_and_clip_adapter_train_as_coops_code(
+def test_paper_prompts_and_clip_adapter_train_as_coops_code(
     method, epochs, images, sizes, followed
 ):
     """Dassl: an epoch at 1e-5, then the first E - 1 rates of a cosine over E; the last is kept."""
@@ -190,6 +192,17 @@ def test_paper_coop_cocoop_and_clip_adapter_train_as_coops_code(
     assert done.validated == []
     assert done.settings.keep == "last"
     assert recipe(method, "paper").augment == "crop-flip"
+
+
+def test_paper_promptsrc_trains_20_epochs_and_keeps_their_mean_as_its_code(followed):
+    done = followed("promptsrc", batches(18, 1))
+    each = [1e-5, *annealed(2.5e-3, 0, 20)[:-1]]
+    assert done.sizes == [4] * 4 * 20  # two images left out
+    assert done.rates == pytest.approx([rate for rate in each for _ in range(4)], rel=1e-6)
+    assert sgd(done, 0.9, 5e-4)
+    assert done.validated == []
+    assert (done.settings.keep, done.settings.validations) == ("mean", 0)
+    assert recipe("promptsrc", "paper").augment == "crop-flip"
 
 
 def test_paper_clip_lora_trains_500_steps_a_shot_as_its_code(followed):
@@ -433,6 +446,32 @@ def test_keep_last_leaves_and_saves_the_weights_of_the_last_epoch(
     assert "; epoch 4 is kept" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("weight", [lambda p: 1.0, lambda p: math.exp(-200 * (p - 0.75) ** 2)])
+@pytest.mark.parametrize(("changes", "stop"), [({}, 5), ({"patience": 2}, 4), ({"epochs": 1}, 1)])
+def test_keep_mean_leaves_and_saves_the_weighted_mean_of_all_rounds(
+    weight, changes, stop, train, val, run, scripted, capsys, monkeypatch
+):
+    def new():
+        toy = Toy(settings(**{"epochs": 5, "keep": "mean"} | changes))
+        toy.round_weight = weight
+        return toy
+
+    after, log_round = [], Run.log_round
+    method = new()
+    scripted(method, [10, 50, 30, 40, 20])
+    watched = lambda run, line: after.append(method.weights()) or log_round(run, line)  # noqa: E731
+    monkeypatch.setattr(Run, "log_round", watched)
+    descend(method, train, val, run, seed=1)
+    assert len(after) == stop
+    weights = [weight((i + 1) / method.settings.epochs) for i in range(stop)]
+    for name, tensor in method.weights().items():
+        rows = torch.stack([w * tensors[name] for w, tensors in zip(weights, after, strict=True)])
+        torch.testing.assert_close(tensor, rows.sum(0) / sum(weights))
+    assert equal(run.load_adapter(), method.weights())
+    assert ("the mean to epoch 4 is kept" in capsys.readouterr().out) == (stop == 4)
+    assert any("val" in line for line in run.log) == ("patience" in changes)
+
+
 def test_nothing_is_validated_where_nothing_is_chosen_by_it(train, val, run, scripted):
     method = Toy(settings(epochs=5, keep="last"))
     seen = scripted(method, [])
@@ -667,7 +706,8 @@ def train_to_the_end(path, s, kill: str, monkeypatch, train, val) -> Toy:
 
 @pytest.mark.parametrize(
     ("optimizer", "augment", "keep"),
-    [("adamw", "crop-flip", "best"), ("sgd", "none", "last"), ("adamw", "randaugment", "best")],
+    [("adamw", "crop-flip", "best"), ("sgd", "none", "last"), ("adamw", "randaugment", "best")]
+    + [("sgd", "none", "mean")],
 )
 @pytest.mark.parametrize(
     "kill",

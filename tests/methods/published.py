@@ -83,3 +83,17 @@ class PublishedCoCoOp(PublishedCoOp):
             text = F.normalize(self.encode(self.context + shift), dim=-1)
             logits.append(self.text.logit_scale.exp() * feature @ text.T)
         return torch.stack(logits)
+
+
+class PublishedKgCoOp(PublishedCoOp):
+    """KgCoOp: CoOp with a loss that holds text features near those of prompts written by hand."""
+
+    def __init__(self, text, classnames, context, written: list[str], weight: float):
+        super().__init__(text, classnames, context)
+        self.weight = weight
+        self.written = text.encode_text(openai_clip.tokenize(written))  # (K, E)
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        text = F.normalize(self.encode(self.context), dim=-1)
+        far = 1 - (text * F.normalize(self.written, dim=-1)).sum(-1).mean()
+        return F.cross_entropy(self(features), labels) + self.weight * far

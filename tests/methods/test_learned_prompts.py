@@ -1,13 +1,14 @@
-"""CoOp and CoCoOp equal the published computation: logits, gradients, ten steps of training."""
+"""CoOp, CoCoOp and KgCoOp equal the published computation: logits, gradients, steps of training."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from published import PublishedCoCoOp, PublishedCoOp, openai_text_tower
+from published import PublishedCoCoOp, PublishedCoOp, PublishedKgCoOp, openai_text_tower
 
 from clip_min import CLIP, CLIPConfig, UserError
 from methods.cocoop import CoCoOp, CoCoOpSettings
 from methods.coop import CoOp, CoOpSettings
+from methods.kgcoop import KgCoOp, KgCoOpSettings
 from methods.zero_shot import ZeroShot
 
 NAMES = [
@@ -52,6 +53,16 @@ def coop(clip, names, n_ctx=4, **settings):
     torch.manual_seed(2)
     words = "a photo of a" if n_ctx == 4 else ""
     return CoOp(clip, names, "", CoOpSettings(n_ctx=n_ctx, ctx_init=words, **settings))
+
+
+def kgcoop(clip, near=8.0, template="a photo of a {}, a flower.", seed=2):
+    """Away from where it starts, unless the seed is None."""
+    method = KgCoOp(clip, NAMES, template, KgCoOpSettings(near=near))
+    if seed is not None:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            method.context += 0.1 * torch.randn_like(method.context)
+    return method
 
 
 def published_cocoop(ours) -> PublishedCoCoOp:
@@ -141,6 +152,61 @@ def test_ten_steps_of_training_end_in_the_same_parameters(clip):
         assert (learned(ours)[name] - parameter).abs().max() < 1e-3 * moved, name
 
 
+@pytest.mark.parametrize("near", [0.0, 8.0, 1e4])
+def test_kgcoop_equals_the_published_way(clip, near):
+    ours = kgcoop(clip, near)
+    written = [f"a photo of a {name}, a flower." for name in NAMES]
+    text, context = openai_text_tower(clip), ours.context.detach().clone()
+    theirs = PublishedKgCoOp(text, NAMES, context.clone(), written, near)
+    optimizers = [torch.optim.SGD([m.context], lr=2e-3, momentum=0.9) for m in (ours, theirs)]
+    for step in range(3):  # of training
+        x, labels = features(4, seed=step), torch.tensor([step, 5, 6, 11])
+        mine, other = ours.loss(x, labels), theirs.loss(x, labels)
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.classify(x), theirs(x), rtol=1e-5, atol=1e-4)
+        for optimizer, loss in zip(optimizers, (mine, other), strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        grad = theirs.context.grad
+        assert (ours.context.grad - grad).abs().max() < 1e-4 * grad.abs().max()
+    moved = (theirs.context - context).abs().max()
+    assert moved > 0
+    assert (ours.context - theirs.context).abs().max() < 1e-3 * moved
+
+
+def test_kgcoop_not_held_is_coop_and_held_hard_is_zero_shot(clip):
+    x, labels = features(4), torch.tensor([0, 5, 6, 11])
+    free = kgcoop(clip, near=0.0)
+    plain = coop(clip, NAMES)
+    plain.load_adapter(free.adapter_state())
+    torch.testing.assert_close(free.loss(x, labels), plain.loss(x, labels))
+    # From the template's own words it stands at the minimum of what holds it.
+    held = kgcoop(clip, near=1e6, template="a photo of a {}.", seed=None)
+    cross_entropy = coop(clip, NAMES).loss(x, labels)
+    assert (held.loss(x, labels) - cross_entropy).abs() < 1e6 * 1e-6
+    away = kgcoop(clip, near=1e6, template="a photo of a {}.")
+    optimizer = torch.optim.Adam([away.context], lr=3e-3)
+    start = away.context.detach().clone()
+    distance = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = away.loss(x, labels)
+        loss.backward()
+        optimizer.step()
+        distance.append(loss.item() / 1e6)  # 1 - cosine, as good as alone
+    assert not torch.equal(away.context, start)
+    assert distance[-1] < 0.1 * distance[0]
+
+
+def test_kgcoop_is_held_near_the_classes_it_has(clip):
+    method = kgcoop(clip)
+    method.written_features()
+    other = method.for_classes(NAMES[:2])
+    torch.testing.assert_close(other.written_features(), method.written_features()[:2])
+    assert not other.written_features().requires_grad
+
+
 @pytest.mark.parametrize("max_tokens", [1, 60, 200])
 def test_bounded_memory_changes_nothing(clip, max_tokens):
     whole, pieces = cocoop(clip, NAMES), cocoop(clip, NAMES, max_tokens=max_tokens)
@@ -194,6 +260,7 @@ def test_parameter_counts_are_the_published_ones():
     sixteen = coop(clip, ["rose"], n_ctx=16)
     assert sum(p.numel() for p in sixteen.adapter_state().values()) == 8_192
     assert sum(p.numel() for p in cocoop(clip, ["rose"]).adapter_state().values()) == 35_360
+    assert sum(p.numel() for p in kgcoop(clip).adapter_state().values()) == 4 * 512
 
 
 def test_context_length_must_fit_the_words(clip):
