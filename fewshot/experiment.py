@@ -200,6 +200,8 @@ def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
         if known.classnames != test.classnames:  # fewer: of a method that can name no others
             logits = logits[:, [known.classnames.index(name) for name in test.classnames]]
         recall, f1 = per_class(logits, labels)
+        names = test.classnames  # of two classes of one name, as ImageNet has, the number, too
+        names = [n if names.count(n) == 1 else f"{n} ({k})" for k, n in enumerate(names)]
         scores[part] = accuracy(logits, labels)
         scores["parts"][part] = {
             "images": len(labels),
@@ -208,7 +210,7 @@ def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
             "macro_f1": f1.mean().item(),
             "classes": {
                 name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}
-                for name, r, f in zip(test.classnames, recall, f1, strict=True)
+                for name, r, f in zip(names, recall, f1, strict=True)
             },
         }
     if scores["novel"] is not None:
