@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    whole = datasets.load("folder", given.folder, 1)
+    whole, clip = datasets.load("folder", given.folder, 1), clip_min.load("demo")
     cells = [(k, s) for k in given.classes for s in given.shots]
     heads = [f"{k} x {s}" for k, s in cells]
     print(f"{hardware()}; {len(given.seeds)} seeds; classes x shots")
@@ -98,8 +98,7 @@ def main() -> None:
             default, longer = [], []
             for seed in given.seeds:
                 task = make_task(cut(whole, count, seed), shots, seed, "all", Reader(64))
-                # A CLIP for each: some methods add parts to the one they are given.
-                tried = [train(name, clip_min.load("demo"), task, seed, n) for n in LENGTHS]
+                tried = [train(name, clip, task, seed, n) for n in LENGTHS]
                 default.append(tried[0][1])
                 longer.append(max(tried, key=lambda scores: scores[0])[1])
             gain = mean(longer) - mean(default)

@@ -208,4 +208,4 @@ def room(device: torch.device) -> float:
     """Bytes that encoded training images may take in memory, and as many those of validation."""
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    return min(cache.most(), free / 3)
+    return min(cache.limit, free / 3)

@@ -31,7 +31,7 @@ def place(flag: str = "") -> Path | None:
 
 FOLDER = place()
 KINDS = ("pixels", "odd", "features")
-_most = 10e9  # bytes, see `chosen`
+limit = 10e9  # bytes that are kept, at most; see `chosen`
 
 
 def add_flags(group) -> None:
@@ -49,16 +49,11 @@ def add_flags(group) -> None:
 
 def chosen(given: dict) -> Path | None:
     """The cache's folder by these flags; --cache-gb is its largest size from now on."""
-    global _most
+    global limit
     if not 0 <= (gb := given.get("cache_gb", 10)) < float("inf"):
         raise UserError(f"--cache-gb {gb}: expected 0 or more")
-    _most = gb * 1e9
+    limit = gb * 1e9
     return place(given.get("cache", ""))
-
-
-def most() -> float:
-    """The bytes that --cache-gb allows."""
-    return _most
 
 
 def key(*parts) -> str:
@@ -115,7 +110,7 @@ def _prune(folder: Path) -> None:
                 files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     size = sum(count for _, count, _ in files)
     for _, count, path in sorted(files):
-        if size <= _most:
+        if size <= limit:
             break
         with contextlib.suppress(OSError):
             path.unlink()

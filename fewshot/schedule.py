@@ -20,7 +20,9 @@ class Length:
         """The length that settings `s` ask for, on these training images."""
         fewest = min(len(part) for part in train.drawn)
         epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
-        total = s.steps_per_shot * train.shots or max(s.epochs * epoch, s.min_steps)
+        total = max(s.epochs * epoch, s.min_steps)
+        if s.steps_per_shot:
+            total = s.steps_per_shot * train.shots
         rounds = math.ceil(total / s.validations) if s.validations else epoch
         return cls(epoch, total, max(1, rounds), s.keep != "last" or s.patience > 0)
 

@@ -26,6 +26,7 @@ before it computes gradients, which are then wrong for the blocks below; ours ar
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -163,33 +164,29 @@ class LoRA(Method):
 
     def __init__(self, clip, classnames, template, settings: LoRASettings):
         super().__init__(clip, classnames, template, settings)
+        parts = settings.parts
+        if not parts or set(parts) - set("qkvo") or len(set(parts)) < len(parts):
+            raise UserError(f"--parts {parts!r}: expected different letters of q, k, v, o: try qv")
+        fused = tuple(sorted("qkv".index(letter) for letter in parts if letter != "o"))
         towers = {
             "image": (self.clip.visual.transformer, settings.image_rank, settings.image_alpha),
             "text": (self.clip.transformer, settings.text_rank, settings.text_alpha),
         }
         for tower, (transformer, rank, alpha) in towers.items():
-            if settings.towers in ("both", tower):
-                scale = alpha / (rank if settings.scaling == "rank" else math.sqrt(rank))
-                numbers = block_numbers(settings.blocks, len(transformer.resblocks), tower)
-                for i in numbers:
-                    self._adapt(transformer.resblocks[i].attn, rank, scale)
-                if tower == "image":
-                    self.first_block = numbers[0]
+            if settings.towers not in ("both", tower):
+                continue
+            numbers = block_numbers(settings.blocks, len(transformer.resblocks), tower)
+            scale = alpha / (rank if settings.scaling == "rank" else math.sqrt(rank))  # s
+            layer = functools.partial(GroupedLoRA, rank=rank, scale=scale, dropout=settings.dropout)
+            for attention in (transformer.resblocks[i].attn for i in numbers):
+                if fused:
+                    masks = settings.dropout_masks
+                    attention.in_proj = layer(attention.in_proj, parts=fused, of=3, masks=masks)
+                if "o" in parts:
+                    attention.out_proj = layer(attention.out_proj)
+            if tower == "image":
+                self.first_block = numbers[0]
         self.text_learns = settings.towers != "image"
-
-    def _adapt(self, attention: nn.Module, rank: int, scale: float) -> None:
-        parts, dropout, masks = (
-            getattr(self.settings, name) for name in ("parts", "dropout", "dropout_masks")
-        )
-        if not parts or set(parts) - set("qkvo") or len(set(parts)) < len(parts):
-            raise UserError(f"--parts {parts!r}: expected different letters of q, k, v, o: try qv")
-        fused = tuple(sorted("qkv".index(letter) for letter in parts if letter != "o"))
-        if fused:
-            attention.in_proj = GroupedLoRA(
-                attention.in_proj, rank, scale, dropout, fused, of=3, masks=masks
-            )
-        if "o" in parts:
-            attention.out_proj = GroupedLoRA(attention.out_proj, rank, scale, dropout)
 
     def layers(self) -> list[GroupedLoRA]:
         return [layer for layer in self.modules() if isinstance(layer, GroupedLoRA)]

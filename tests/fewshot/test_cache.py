@@ -76,7 +76,7 @@ def name(i: int) -> str:
 @pytest.fixture
 def limit(monkeypatch):
     """(tensors) -> the cache holds so many of 4,000 bytes, and their headers."""
-    monkeypatch.setattr(cache, "_most", None)  # so that it is put back
+    monkeypatch.setattr(cache, "limit", None)  # so that it is put back
     return lambda count: cache.chosen({"cache": "none", "cache_gb": count * 4200 / 1e9})
 
 
