@@ -21,7 +21,7 @@ from tqdm import tqdm
 from clip_min.errors import nearest
 from fewshot import cache, datasets, grid
 from fewshot.batches import autocast
-from fewshot.catalogue import chosen, implied
+from fewshot.catalogue import IMPLIED, chosen
 from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.folder import find_pictures
@@ -57,7 +57,7 @@ def main() -> None:
         nearest("--method", given["method"], ["zero_shot"])
         more = {"classes": "all"} if "image" in given else {}  # there, --classes names them
         asked = given.get("dataset", Experiment.dataset)
-        each = [implied(asked) | given | more | {"dataset": name} for name in chosen(asked)]
+        each = [IMPLIED.get(asked, {}) | given | more | {"dataset": name} for name in chosen(asked)]
         run, experiments = None, [Experiment(**pick(Experiment, flags)) for flags in each]
         experiment = experiments[0]
     if "image" in given:
@@ -100,7 +100,7 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     """
     names = chosen(given["dataset"])
     others = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
-    more = implied(given["dataset"]) | given
+    more = IMPLIED.get(given["dataset"], {}) | given
     show_mean({name: on_other(run, experiment, more | {"dataset": name}) for name in others})
 
 

@@ -23,7 +23,7 @@ import torch
 from clip_min.errors import nearest
 from clip_min.files import read_json, write_text
 from fewshot import cache, datasets, grid
-from fewshot.catalogue import chosen, implied
+from fewshot.catalogue import IMPLIED, chosen
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, changes, pick
 from fewshot.loop import descend
@@ -307,7 +307,7 @@ def parse(argv: list[str]) -> Plan:
     settings = method.Settings(**{**preset, **pick(method.Settings, given)})
     if "epochs" in given and "min_steps" not in given:  # as many as asked for, then
         settings = replace(settings, min_steps=0)
-    common = implied(data) | pick(Experiment, given)
+    common = IMPLIED.get(data, {}) | pick(Experiment, given)
     experiments = [
         Experiment(**{**common, "dataset": dataset, "shots": shots, "seed": seed})
         for dataset in chosen(data)

@@ -293,6 +293,7 @@ GROUPS = {  # what --dataset takes besides: all of these, one after another
     ),
     "imagenet-variants": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
 }
+IMPLIED = {"coop-11": {"split": "coop"}}  # the flags that a group stands for besides
 
 
 def chosen(text: str) -> list[str]:
@@ -301,8 +302,3 @@ def chosen(text: str) -> list[str]:
     names = [name for part in parts for name in GROUPS.get(part, (part,))]
     known = [*DATASETS, *GROUPS]
     return list(dict.fromkeys(nearest("--dataset", name, known) for name in names))
-
-
-def implied(text: str) -> dict[str, str]:
-    """The flags that --dataset stands for besides: the 11 are always measured in CoOp's split."""
-    return {"split": "coop"} if text == "coop-11" else {}

@@ -202,6 +202,8 @@ def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
         best = predict(known, test.batches, keep=lambda x, k=chosen: likeliest(x[:, k].float()))
         labels = test.batches.labels.cpu()
         recall, f1 = per_class(best[:, 0], labels, len(test.classnames))
+        names = test.classnames  # of two classes of one name, as ImageNet has, the number, too
+        names = [n if names.count(n) == 1 else f"{n} ({k})" for k, n in enumerate(names)]
         scores[part] = share(best[:, :1], labels)
         scores["parts"][part] = {
             "images": len(labels),
@@ -210,7 +212,7 @@ def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
             "macro_f1": f1.mean().item(),
             "classes": {
                 name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}
-                for name, r, f in zip(test.classnames, recall, f1, strict=True)
+                for name, r, f in zip(names, recall, f1, strict=True)
             },
         }
     if scores["novel"] is not None:

@@ -103,10 +103,11 @@ def test_nothing_is_set_before_it_is_prepared_and_loading_changes_no_setting(req
         ({"shots": "all"}, "demo/demo/lora-sall-seed1"),
         ({"dataset": "flowers102"}, "flowers102/ViT-B-16/lora-s10-seed1"),
         ({"model": "ViT-L/14@336px"}, "demo/ViT-L-14@336px/lora-s10-seed1"),
-        ({"model": "/x/y/mine.v2.safetensors"}, "demo/mine.v2/lora-s10-seed1"),
-        ({"model": "/x/y/open_clip_model.safetensors"}, "demo/y/lora-s10-seed1"),
+        ({"model": "sub/mine.v2.safetensors"}, "demo/mine.v2/lora-s10-seed1"),
+        ({"model": "sub/open_clip_model.safetensors"}, "demo/sub/lora-s10-seed1"),
         ({"model": "model.safetensors"}, "demo/here/lora-s10-seed1"),
         ({"model": "sub"}, "demo/sub/lora-s10-seed1"),
+        ({"model": "laion/CLIP-X"}, "demo/laion-CLIP-X/lora-s10-seed1"),
         ({"model": "../here/sub/pytorch_model.bin"}, "demo/sub/lora-s10-seed1"),
         ({"classes": "all"}, "demo-all/demo/lora-s10-seed1"),
         ({"dataset": "folder", "data_root": "/x/birds/"}, "birds/ViT-B-16/lora-s10-seed1"),
@@ -119,6 +120,9 @@ def test_a_run_belongs_under_data_model_method_shots_and_seed(
 ):
     (tmp_path / "here" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
+    for file in ("mine.v2.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"):
+        Path("sub", file).touch()
+    Path("model.safetensors").touch()
     assert Experiment(**settings).folder("lora") == Path(folder)
 
 

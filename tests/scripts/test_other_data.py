@@ -210,6 +210,8 @@ def test_a_run_on_imagenet_is_tested_on_all_of_its_variants(script, imagenet, mo
     assert "'missile' and 'missile' are published as two classes" in result.out
     path = tmp_path / "runs/imagenet-coop-all/tiny/linear_probe-s3-seed1"
     run = Run.open(path)
+    scored = json.loads((path / "results.json").read_text())["parts"]["all"]["classes"]
+    assert [*scored] == ["amber lily", "missile (1)", "cyan lotus", "missile (3)"]
     shown = script("eval", "--run", path, "--dataset", "imagenet-variants", *common)
     assert (shown.code, shown.err) == (0, "")
     table = [line.split() for line in last_lines(shown.out, 6)]
