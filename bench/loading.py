@@ -1,17 +1,28 @@
 """Loading photographs, beside torchvision's ImageFolder and a DataLoader with 2 workers.
 
     python bench/loading.py [--images 1000] [--rounds 2] [--threads 2]
+    python bench/loading.py --stream [--device cuda]   test pictures, decoded ahead of the model
 
 1,000 JPEGs of 500 x 600 pixels, made here from a seed (soft shapes and grain, some 60 kB each),
 are brought to CLIP's crops. "uint8" ends with the crop, which is what we keep; "normalised" is
 what the image tower reads, OpenAI's transform to its end. Pixels are compared bit for bit first.
 Ours reads in threads of one process, since Pillow decodes and resizes outside Python's lock. The
 files lie in memory (the system's page cache) for all ways alike.
+
+With --stream they are encoded by a ViT-B/16 (random weights): read as `evaluate` reads test
+pictures, beside decoding alone, and computing alone on pixels in memory. Best is 1 for the ratio of
+streaming to the longer of these two. Then the memory that `eval.py` needs at its peak on 5,000 and
+on 50,000 test pictures: the demo model, 100 x 100 pixels, the same 1,000 under other names.
 """
 
 import argparse
+import itertools
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +34,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from clip_min import normalize
+from clip_min import CLIP, CONFIGS, normalize
 from clip_min.preprocess import OPENAI
+from fewshot.batches import Batches
 from fewshot.pictures import Pictures, Reader
+from methods import METHODS
 
 SIZE = 224
 BATCH = 50
@@ -36,11 +49,85 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="ours; DataLoader has 2 workers")
+    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--device", default="cpu")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     with tempfile.TemporaryDirectory() as folder:
+        if flags.stream:
+            rows = stream(Path(folder), flags.images, flags.rounds, torch.device(flags.device))
+            show(f"encoding {flags.images} JPEGs of 500 x 600, ViT-B/16, {flags.device}", rows)
+            rows = [tested(Path(folder) / str(count), count) for count in (5_000, 50_000)]
+            grown = rows[1]["peak MB"] - rows[0]["peak MB"]
+            show(f"eval.py on the demo model; memory grows by {grown:.0f} MB", rows)
+            return
         rows = measure(Path(folder), flags.images, flags.rounds)
     show(f"loading {flags.images} JPEGs of 500 x 600", rows)
+
+
+def stream(folder: Path, images: int, rounds: int, device: torch.device) -> list[dict]:
+    make(folder / "data", images)
+    files = sorted(folder.rglob("*.jpg"))
+    reader = Reader(SIZE, device, folder=None)
+    pictures, hashes = reader.check(Pictures(files, torch.zeros(images, dtype=torch.int64)), [])
+    pixels = reader.read(pictures, [])[1]
+    parts = torch.arange(images).split(64)
+    torch.manual_seed(0)
+    method = METHODS["zero_shot"].plain(CLIP(CONFIGS["ViT-B/16"]).to(device), ["a"], "a {}")
+
+    def encoded(*source) -> torch.Tensor:
+        return Batches(pictures, source[0], reader, hashes).encoded(method)
+
+    assert torch.equal(encoded(pixels), encoded(None))
+    ways = {
+        "decoding alone": lambda: [None for _ in reader.stream(pictures, hashes, parts)],
+        "computing alone": lambda: encoded(pixels).cpu(),
+        "streaming": lambda: encoded(None).cpu(),
+    }
+    taken = seconds(ways, rounds)
+    longer = max(taken["decoding alone"], taken["computing alone"])
+    return [
+        {
+            "way": name,
+            "seconds": taken[name],
+            "images/s": images / taken[name],
+            "of the longer one": taken[name] / longer,
+        }
+        for name in ways
+    ]
+
+
+def tested(folder: Path, count: int) -> dict:
+    """eval.py on `count` test pictures of ten classes, in a process of its own."""
+    made = folder.with_name("small")
+    if not made.exists():
+        make(made, 1000, (100, 100))
+    for i, file in zip(range(count), itertools.cycle(sorted(made.rglob("*.jpg")))):
+        for part in ("train", "test") if i < 100 else ("test",):
+            link = folder / part / f"flower {i % 10}" / f"{part}{i}.jpg"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, link)
+    # VmHWM: what getrusage says of a process counts the one that started it, too.
+    code = (
+        "import eval; eval.run_script(eval.main); "
+        "print(*[line.split()[1] for line in open('/proc/self/status') if line[:5] == 'VmHWM'])"
+    )
+    flags = f"--method zero_shot --dataset folder --model demo --cache none --data-root {folder}"
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags.split()],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    taken = time.perf_counter() - started
+    return {
+        "test pictures": count,
+        "peak MB": int(done.stdout.split()[-1]) / 1e3,
+        "seconds": taken,
+        "images/s": count / taken,
+    }
 
 
 def measure(folder: Path, images: int, rounds: int) -> list[dict]:
@@ -99,14 +186,14 @@ def _kind(name: str) -> str:
     return "normalised" if "normalised" in name else "uint8"
 
 
-def make(folder: Path, count: int) -> None:
+def make(folder: Path, count: int, size: tuple[int, int] = (600, 500)) -> None:
     """Soft coloured shapes with grain, half of them upright: two classes of JPEGs."""
     dice = np.random.default_rng(0)
-    grain = dice.normal(0, 4, (500, 600, 1))
+    grain = dice.normal(0, 4, (*size[::-1], 1))
     for i in range(count):
         shapes = Image.fromarray(dice.integers(0, 256, (20, 24, 3), dtype=np.uint8))
-        photo = np.asarray(shapes.resize((600, 500), Image.Resampling.BICUBIC))
-        photo = photo + np.roll(grain, dice.integers(500), axis=0)
+        photo = np.asarray(shapes.resize(size, Image.Resampling.BICUBIC))
+        photo = photo + np.roll(grain, dice.integers(size[1]), axis=0)
         image = Image.fromarray(photo.clip(0, 255).astype(np.uint8))
         if i % 2:
             image = image.transpose(Image.Transpose.ROTATE_90)
