@@ -332,11 +332,11 @@ def test_the_cache_lies_where_the_flag_says_or_nowhere(script, flags, tmp_path, 
     monkeypatch.setenv("CLIP_MIN_CACHE", str(tmp_path / "env"))
     run = ("train", *flags, "--epochs", 1, "--out")
     assert script(*run, tmp_path / "a", "--cache", tmp_path / "here").code == 0
-    assert kept(tmp_path / "here") == ["features", "odd", "pixels"]
+    assert kept(tmp_path / "here") == ["features", "hashes", "odd", "pixels"]
     assert script(*run, tmp_path / "b", "--cache", "none").code == 0
     assert not (tmp_path / "env").exists()
     assert script(*run, tmp_path / "c").code == 0
-    assert kept(tmp_path / "env") == ["features", "odd", "pixels"]
+    assert kept(tmp_path / "env") == ["features", "hashes", "odd", "pixels"]
     monkeypatch.setenv("CLIP_MIN_CACHE", "none")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     result = script("eval", "--run", tmp_path / "c" / RUN)
