@@ -8,10 +8,12 @@ from methods.cross_modal import CrossModal
 from methods.disef import DISEF, DISEF_F1
 from methods.em_dirichlet import EMDirichlet
 from methods.finetune import Finetune
+from methods.gda import GDA
 from methods.kgcoop import KgCoOp
 from methods.linear_probe import LinearProbe
 from methods.lora import LoRA
 from methods.projection import Projection
+from methods.prolip import ProLIP
 from methods.promptsrc import PromptSRC
 from methods.tip_adapter import TipAdapter, TipAdapterF
 from methods.vpt import VPT
@@ -22,8 +24,10 @@ METHODS: dict[str, type[Method]] = {
     "linear_probe": LinearProbe,
     "clip_adapter": ClipAdapter,
     "projection": Projection,
+    "prolip": ProLIP,
     "tip_adapter": TipAdapter,
     "tip_adapter_f": TipAdapterF,
+    "gda": GDA,
     "cross_modal": CrossModal,
     "coop": CoOp,
     "cocoop": CoCoOp,

@@ -25,16 +25,17 @@ class WithSupport(Method):
         labels = torch.empty(0, dtype=torch.int64, device=clip.device)
         self.support_labels = nn.Parameter(labels, requires_grad=False)
 
-    def remember(self, train, views: int = 1, augment: str = "none") -> None:
+    def remember(self, train, views: int = 1, augment: str = "none", apart: bool = False) -> None:
         """Keep the features of `train` (see `Method.fit`): of CLIP's own crop, or, with `augment`,
-        the mean over random views.
+        of random views: of each picture the mean, or all of them `apart`.
         """
         if augment == "none":
             features = train.encoded(self).float()  # (N, E)
         else:
-            features = sum(self._view(train, augment) for _ in range(views)) / views
+            each = [self._view(train, augment) for _ in range(views)]
+            features = torch.cat(each) if apart else sum(each) / views
         self.support.data = F.normalize(features, dim=-1)
-        self.support_labels.data = train.labels.clone()
+        self.support_labels.data = train.labels.repeat(len(features) // len(train.labels))
 
     @torch.no_grad()
     def _view(self, train, augment: str) -> Tensor:

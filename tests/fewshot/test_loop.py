@@ -265,6 +265,17 @@ def test_paper_tip_adapter_f_trains_20_epochs_as_its_code(followed):
     assert recipe("tip_adapter_f", "paper").augment == "crop-flip"
 
 
+def test_paper_prolip_takes_300_steps_on_all_images_as_its_code(followed):
+    """methods/ProLIP.py, configs/base.yaml of its repository, whose Adam has no weight decay."""
+    done = followed("prolip", batches(300, 1))
+    assert done.sizes == [300] * 300
+    assert done.rates == pytest.approx(annealed(1e-5, 0, 300), rel=1e-6)
+    assert adamw(done, 1e-4, 0)
+    assert done.validated == []
+    assert done.settings.keep == "last"
+    assert recipe("prolip", "paper").augment == "crop-flip"
+
+
 @pytest.mark.parametrize(
     ("method", "name"),
     [("lora", "notebook"), ("disef", "notebook"), ("disef", "improved"), ("disef_f1", "improved")]

@@ -27,6 +27,8 @@ VARIANTS = {  # what a method can do beside its defaults, and whether it then na
     "projection": [((), True), (("--objective", "contrastive", "--activation", "relu"), True)],
     "tip_adapter": [((), True), (("--recipe", "paper", "--views", 2), True)],
     "tip_adapter_f": [((), True), (("--recipe", "paper", "--views", 2), True)],
+    "gda": [((), True), (("--recipe", "paper", "--views", 2), True)],
+    "prolip": [((), True), (("--penalty", 0.5), True)],
     "cross_modal": [((), False), (("--recipe", "paper"), False)],
     "vpt": [
         (("--n-tokens", 3, "--deep"), True),
@@ -89,15 +91,18 @@ def test_it_trains_repeats_to_the_byte_and_is_tested_again(method, more, names_n
     assert table_lines(result.out) == table_lines(one.out)
     assert ("95 % intervals" in one.out) == METHODS[method].transductive
     if issubclass(METHODS[method], WithSupport) and method != "em_dirichlet":
-        kept = load_file(one.path / "adapter.safetensors")
-        assert kept["support"].shape == (12, 32)
-        assert kept["support_labels"].tolist() == sorted([0, 1, 2] * 4)
+        kept, views = load_file(one.path / "adapter.safetensors"), 1
+        if method == "gda" and more:
+            views = 2  # each kept
+        assert kept["support"].shape == (12 * views, 32)
+        assert kept["support_labels"].tolist() == sorted([0, 1, 2] * 4) * views
 
 
 FEW = {  # what keeps a paper recipe short
     "lora": ("--steps-per-shot", 1),
     "tip_adapter": ("--views", 1),
     "tip_adapter_f": ("--views", 1),
+    "gda": ("--views", 1),
     "em_dirichlet": ("--tasks", 3, "--k-eff", 2),
 }
 
@@ -111,7 +116,7 @@ def test_every_paper_recipe_trains(method, run, synthetic):
     assert config["recipe"] == "paper"
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "tip_adapter", "tip_adapter_f", "cross_modal"])
+@pytest.mark.parametrize("method", ["linear_probe", "tip_adapter", "tip_adapter_f", "gda", "cross_modal"])
 def test_test_pictures_choose_nothing(method, run, data, draw, tmp_path):
     """What is searched or stopped early on validation stays as it is in front of other tests."""
     moved = tmp_path / "noise"
@@ -127,7 +132,7 @@ def test_test_pictures_choose_nothing(method, run, data, draw, tmp_path):
     assert results[0]["parts"] != results[1]["parts"]  # other pictures they were
 
 
-@pytest.mark.parametrize("method", ["tip_adapter", "clip_adapter", "em_dirichlet"])
+@pytest.mark.parametrize("method", ["tip_adapter", "gda", "clip_adapter", "em_dirichlet"])
 def test_pictures_are_classified_among_any_names(method, run, script, data):
     """A new name and a learned one."""
     path, picture = run(method).path, data / "test/blue-bell/0.png"
