@@ -615,7 +615,7 @@ def test_the_default_of_what_learns_by_steps_is_long_enough_for_two_classes(meth
         length = Length.of(settings, Counted(images))
         assert length.total >= 400
         assert length.total >= 10 * images / settings.batch_size
-        assert length.chooses
+        assert length.chooses or settings.keep == "mean"
         assert length.total / length.round <= 10
 
 
