@@ -94,27 +94,27 @@ class GDA(WithSupport):
         """w (K, E) and b (K,), 0 where a class has no Gaussian."""
         of, asked = self._places()
         x = self.support.double()  # (n, E)
-        count = of.bincount(minlength=len(self.learned_names) + 1)  # of the last, no class's, 0
-        means = x.new_zeros(len(count), x.shape[1]).index_add(0, of, x)
+        places = len(self.learned_names) + 1  # the last is no class's
+        count = x.new_zeros(places).index_add(0, of, x.new_ones(len(of)))
+        means = x.new_zeros(places, x.shape[1]).index_add(0, of, x)
         means = means / count.clamp(min=1)[:, None]  # (learned + 1, E)
-        middle = means[count > 0].mean(dim=0)  # μ (E,)
-        w, b = x.new_zeros(len(asked), x.shape[1]), x.new_zeros(len(asked))
+        middle = means.sum(dim=0) / (count > 0).sum().clamp(min=1)  # μ (E,)
 
-        def fill(rows: Tensor, means: Tensor, precision: Tensor) -> None:
-            w[rows] = (means - middle) @ precision
-            b[rows] = -(w[rows] * (means + middle)).sum(dim=1) / 2
+        def line(means: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:  # (C, E) -> w, b
+            w = (means - middle) @ precision
+            return w, -(w * (means + middle)).sum(dim=1) / 2
 
-        known = count[asked] > 0
-        spread = x - means[of] if count.max() > 1 else x - middle
-        if known.any():
-            fill(known, means[asked[known]], shrunk(spread))
+        known = count[asked] > 0  # (K,)
+        spread = torch.where(count.max() > 1, x - means[of], x - middle)
+        w, b = line(means[asked], shrunk(spread))
+        w, b = known[:, None] * w, known * b  # 0 where a class has no images
         if self.settings.novel == "neighbours" and len(x) and not known.all():
             text = F.normalize(self.class_features().double(), dim=-1)[~known]
             nearest = (text @ x.T).topk(min(NEAREST, len(x))).indices
             sums = torch.stack([x[some].sum(dim=0) for some in nearest])
             precision = sum(shrunk(x[some] - t) for some, t in zip(nearest, text, strict=True))
             means = (sums + COPIES * text) / (nearest.shape[1] + COPIES)
-            fill(~known, means, precision / len(text))
+            w[~known], b[~known] = line(means, precision / len(text))
         return w.float(), b.float()
 
     def fit(self, train, val, descend) -> None:

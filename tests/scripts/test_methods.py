@@ -116,7 +116,9 @@ def test_every_paper_recipe_trains(method, run, synthetic):
     assert config["recipe"] == "paper"
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "tip_adapter", "tip_adapter_f", "gda", "cross_modal"])
+@pytest.mark.parametrize(
+    "method", ["linear_probe", "tip_adapter", "tip_adapter_f", "gda", "cross_modal"]
+)
 def test_test_pictures_choose_nothing(method, run, data, draw, tmp_path):
     """What is searched or stopped early on validation stays as it is in front of other tests."""
     moved = tmp_path / "noise"
