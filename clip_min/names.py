@@ -53,7 +53,8 @@ def to_our_names(names: list[str], take: Callable[[str], Tensor]) -> Iterator[tu
 
     take: gives the tensor of a name in a file. KeyError, ValueError: what does not fit together.
     """
-    hugging_face = "vision_model.embeddings.class_embedding" in names
+    known = set(names)
+    hugging_face = "vision_model.embeddings.class_embedding" in known
     for name in names:
         if _NOT_WEIGHTS.search(name) or re.search(r"\.self_attn\.[kv]_proj\.", name):
             continue  # the latter fused with their q_proj
@@ -64,7 +65,7 @@ def to_our_names(names: list[str], take: Callable[[str], Tensor]) -> Iterator[tu
         parts = [name]
         if ".self_attn.q_proj." in name:
             parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if missing := [part for part in parts if part not in names]:
+        if missing := [part for part in parts if part not in known]:
             raise KeyError(missing[0])
         tensors = [take(part) for part in parts]
         if len({tensor.shape for tensor in tensors}) > 1:

@@ -137,8 +137,10 @@ def read(
     else:
         raise UserError(f"{path}: weights are .safetensors, .pt, .pth or .bin, not {path.suffix!r}")
 
-    def take(name: str) -> Tensor:  # mapped anew, so that it is unmapped once it is copied
-        return read_safetensors(path, name)[0][name] if mapped else tensors.pop(name)
+    def take(name: str) -> Tensor:
+        if mapped and tensors[name].nbytes > 1e6:  # anew, so that it is unmapped once it is copied
+            return read_safetensors(path, name)[0][name]
+        return tensors[name] if mapped else tensors.pop(name)
 
     largest_first = sorted(tensors, key=lambda name: tensors[name].numel(), reverse=True)
     try:
