@@ -613,7 +613,7 @@ def test_the_default_of_what_learns_by_steps_is_long_enough_for_two_classes(meth
     settings = train_script.parse(["--method", method, "--dataset", "folder"]).settings
     for images in (2, 8, 2 * 64, 500, 500 * 64):
         length = Length.of(settings, Counted(images))
-        assert length.total >= 400
+        assert length.total >= (300 if method == "prolip" else 400)  # of all images at once
         assert length.total >= 10 * images / settings.batch_size
         assert length.chooses == (settings.keep != "mean")  # of which nothing is chosen
         assert length.total / length.round <= 10

@@ -397,7 +397,7 @@ def write_run(method, folder, **more) -> None:
     write_safetensors(folder / "adapter.safetensors", method.adapter_state())
 
 
-FROM_IMAGES_ALONE = ("linear_probe", "tip_adapter", "tip_adapter_f", "em_dirichlet")
+FROM_IMAGES_ALONE = ("linear_probe", "tip_adapter", "tip_adapter_f", "gda", "em_dirichlet")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in FROM_IMAGES_ALONE])
