@@ -44,7 +44,10 @@ def read_shots(file: Path, dataset: Dataset) -> Tensor:
     """The numbers of the training pictures that `file` lists, in its order, each once."""
     lines, names = read_json_lines(file, {"path": str, "label": int | str}), dataset.classnames
     if not lines:
-        raise UserError(f"--shots-file {file}: lists no pictures, or is no file")
+        raise UserError(
+            f"--shots-file {file}: lists no pictures, or is no file; expected a line for each, as "
+            '{"path": "jpg/image_06765.jpg", "label": 0}'
+        )
     called = defaultdict(list)  # the name of a file -> the numbers of the pictures that have it
     for i, picture in enumerate(dataset.train.source):
         if isinstance(picture, Path):
