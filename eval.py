@@ -27,8 +27,8 @@ from fewshot.flags import Parser, add_flags, pick
 from fewshot.folder import find_pictures
 from fewshot.pictures import open_image
 from fewshot.record import kept, summary
-from fewshot.report import table
 from fewshot.run import Run
+from fewshot.tables import table
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS, Method

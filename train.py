@@ -29,8 +29,8 @@ from fewshot.flags import Parser, add_flags, changes, pick
 from fewshot.loop import descend
 from fewshot.metrics import train_accuracy
 from fewshot.record import summary
-from fewshot.report import doubts, save_curves, table
 from fewshot.run import Run, provenance, set_aside
+from fewshot.tables import doubts, save_curves, table
 from fewshot.task import Task
 from fewshot.transductive import Queries
 from generate import add_synthetic

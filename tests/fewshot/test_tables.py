@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from fewshot.report import save_curves, table
+from fewshot.tables import save_curves, table
 
 BOTH = {"base": 71.333, "novel": 78.236, "hm": 74.624, "all": None}
 BASE_ONLY = {"base": 90.0, "novel": None, "hm": None, "all": None}
