@@ -11,6 +11,7 @@ python train.py --method lora --help                          that method's sett
 import functools
 import itertools
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -37,6 +38,7 @@ from generate import add_synthetic
 from methods import METHODS, Method, Settings, TrainingSettings
 from methods.disef import DISEFSettings
 from methods.interop.init_from import load_into
+from report import write_run
 
 # The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
 MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
@@ -60,6 +62,7 @@ class Plan:
     init_from: Path | None
     resume: bool
     cache: Path | None
+    report: bool = False  # write each run's page
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -174,6 +177,10 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     print(table({"zero-shot": zero_shot, plan.method: scores}))
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")
+    if plan.report:
+        print(f"report: {write_run(run.path, task, unadapted, method)}")
+    else:
+        print(f"report: python report.py {shlex.quote(str(run.path))}")
     return results
 
 
@@ -287,6 +294,7 @@ def parse(argv: list[str]) -> Plan:
     group = parser.add_argument_group("run")
     group.add_argument("--recipe", help="a named set of defaults for the method's settings")
     group.add_argument("--resume", action="store_true", help="go on with what was killed")
+    group.add_argument("--report", action="store_true", help="write the run's page, report.html")
     cache.add_flags(group)
     group.add_argument(
         "--init-from",
@@ -327,6 +335,7 @@ def parse(argv: list[str]) -> Plan:
         Path(given["init_from"]).expanduser() if "init_from" in given else None,
         given["resume"],
         cache.chosen(given),
+        given["report"],
     )
 
 
