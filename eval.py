@@ -5,6 +5,7 @@ python eval.py --run DIR --dataset other                      the run on another
 python eval.py --run DIR --dataset coop-11                    on several, and their mean
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
+python eval.py --run DIR --image a.jpg --explain out.png      where the class token looks
 python eval.py --method zero_shot --dataset demo              CLIP as it is
 """
 
@@ -33,13 +34,14 @@ from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS, Method
 from methods.interop.load import described, trained
+from reports.rollout import draw, rollout
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
 # All that pictures of one's own are classified by; a run knows the last five.
-PICTURES = ("image", "classes", "device", "model", "image_size", "template", "templates")
-PICTURES += ("precision", "threads")
+PICTURES = ("image", "classes", "device", "model", "explain", "image_size", "template")
+PICTURES += ("templates", "precision", "threads")
 BATCH = 64  # pictures in memory at once
 
 
@@ -168,6 +170,8 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     """Print the five likeliest classes of each picture."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
+    if "explain" in given and len(files) != 1:
+        raise UserError(f"--explain: draws one picture, and --image gives {len(files)}; give one")
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
     if "classes" in given:
@@ -197,6 +201,26 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
                     tqdm.write(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
     for why in skipped:
         print(f"note: skipped, {why}")
+    if "explain" in given:
+        explain(run, method, files[0], Path(given["explain"]))
+
+
+def explain(run: Run | None, method: Method, picture: Path, out: Path) -> None:
+    """Draw where the class token looks, of zero-shot CLIP and of the run, beside the picture."""
+    clip = method.lent[0]
+    pixels = crop(open_image(picture), clip.config)  # uint8 (3, n, n)
+    x = normalize(pixels[None].to(clip.device), config=clip.config)  # (1, 3, n, n)
+    asked = {"zero-shot": method}
+    if run is not None:
+        plain = METHODS["zero_shot"].plain(clip, method.classnames, run.template)
+        asked = {"zero-shot": plain, run.config["method"]: method}
+    maps = {}
+    for title, of in asked.items():
+        patches, (chosen,) = rollout(of, x)
+        likely = zip(*chosen.topk(min(3, len(chosen))), strict=True)
+        maps[title] = patches[0], [f"{100 * p:.1f} %  {of.classnames[i]}" for p, i in likely]
+    draw(pixels, maps, out)
+    print(f"explained: {out}")
 
 
 def pictures_in(path: Path) -> list[Path]:
@@ -245,6 +269,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
+    parser.add_argument("--explain", metavar="PNG", help="draw where the class token looks there")
     cache.add_flags(parser)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
@@ -255,11 +280,13 @@ def parse(argv: list[str]) -> dict:
     given = parser.parse(argv)
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
+    if "explain" in given and "image" not in given:
+        raise UserError("--explain: draws where CLIP looks in a picture; give it with --image")
     if "image" in given:
         for name in sorted(given.keys() - {"run", "method", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
     if "run" in given:
-        read = {"run", *PICTURES[:4]} if "image" in given else {"run", "cache", "cache_gb", *MOVED}
+        read = {"run", *PICTURES[:5]} if "image" in given else {"run", "cache", "cache_gb", *MOVED}
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")
