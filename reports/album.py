@@ -11,7 +11,9 @@ from reports.markup import Markup, picture, tag
 
 
 class Album:
-    """get(i) -> the thumbnail of tested picture i; a box that says so where it is not at hand."""
+    """get(i) -> the thumbnail of tested picture i; a box that says so where it is not at hand, and
+    nothing where none is.
+    """
 
     def __init__(self, record: Record | None, task: Task | None = None):
         self.rows = record["test"] if record else []
@@ -27,7 +29,9 @@ class Album:
         """Its file, as data.json has it."""
         return self.rows[i][0] if i < len(self.rows) else None
 
-    def get(self, i: int, alt: str) -> Markup:
+    def get(self, i: int, alt: str) -> Markup | None:
+        if not any(self.at):
+            return None
         at = self.at[i] if i < len(self.at) else None
         if at is not None:
             try:

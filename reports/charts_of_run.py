@@ -200,7 +200,7 @@ def matrix(scope: dict) -> Markup:
         text = f"{names[i]} → {names[j]}: {times} of {totals[i]}"
         cells.append(
             f'<rect x="{place[j]}" y="{place[i]}" width="1" height="1" '
-            f'fill="var(--c{0 if i == j else 1})" fill-opacity="{0.18 + 0.82 * share:.2f}">'
+            f'fill="var(--c{0 if i == j else 1})" fill-opacity="{0.35 + 0.65 * share:.2f}">'
             f"<title>{escape(text)}</title></rect>"
         )
     marks = []

@@ -121,7 +121,7 @@ def _scope_numbers(names: list[str], mine: Answers, zero: Answers | None) -> dic
         ],
         "zero_shot": None,
     }
-    for pair in found["pairs"]:  # the surest picture of each way
+    for pair in found["pairs"]:  # a picture of each way
         pair["pictures"] = [
             _surest(labels, top, probabilities, *way)
             for way in ((pair["a"], pair["b"]), (pair["b"], pair["a"]))
@@ -138,9 +138,14 @@ def _scope_numbers(names: list[str], mine: Answers, zero: Answers | None) -> dic
 
 
 def _surest(labels: Tensor, top: Tensor, probabilities: Tensor, true: int, taken: int):
-    """The number of the picture of one class that was taken for the other most surely."""
-    chosen = ((labels == true) & (top[:, 0] == taken)).nonzero().flatten()
-    return int(chosen[probabilities[chosen, 0].argmax()]) if len(chosen) else None
+    """The number of the picture of one class that was taken for the other most surely; where none
+    was, of one that was named right, or of any.
+    """
+    mine = labels == true
+    for chosen in (mine & (top[:, 0] == taken), mine & (top[:, 0] == true), mine):
+        if len(numbers_of := chosen.nonzero().flatten()):
+            return int(numbers_of[probabilities[numbers_of, 0].argmax()])
+    return None
 
 
 def _scores(results: dict) -> dict:

@@ -36,6 +36,7 @@ def numbers(manifest: Manifest) -> dict:
                 "accepted": 100 * of["kept"] / judged if judged else None,
             }
         )
+    classes.sort(key=lambda of: (of["f1"] is None, of["f1"], -of["planned"]))  # weakest first
     total = {state: sum(counts[state].values()) for state in STATES}
     judged = total["kept"] + total["waived"] + total["rejected"]
     missing = []

@@ -77,13 +77,15 @@ def table(columns: list, rows: list[list], id: str | None = None, **row_data) ->
     for k, column in enumerate(columns):
         text, meaning = column if isinstance(column, tuple) else (column, None)
         button = tag("button", text, type="button", title=meaning, data_column=k)
-        heads.append(tag("th", button, scope="col"))
+        numeric = any(isinstance(row[k], tuple) for row in rows)
+        heads.append(tag("th", button, scope="col", class_="n" if numeric else None))
     body = []
     for i, row in enumerate(rows):
         data = {f"data_{key}": values[i] for key, values in row_data.items()}
         body.append(tag("tr", [_cell(cell) for cell in row], **data))
     whole = [tag("thead", tag("tr", heads)), tag("tbody", body)]
-    return tag("div", tag("table", whole, id=id, class_="sorts"), class_="scroll", tabindex=0)
+    kind = "scroll long" if len(rows) > 30 else "scroll"
+    return tag("div", tag("table", whole, id=id, class_="sorts"), class_=kind, tabindex=0)
 
 
 def _cell(cell) -> Markup:

@@ -6,7 +6,7 @@ from pathlib import Path
 from reports import charts_of_run as charts
 from reports.album import Album
 from reports.charts_of_run import TITLES, flat
-from reports.figures_of_run import WEAK
+from reports.figures_of_run import SCORES, WEAK
 from reports.markup import Markup, folded, join, name, notes, number, page, section, table, tag
 
 PICTURED = 12  # most confident mistakes and confused pairs that are shown with pictures
@@ -76,31 +76,36 @@ def _card(title: str, value: str, lines: list[str]) -> Markup:
 def _missing(found: dict) -> Markup | None:
     if not found["missing"]:
         return None
-    return section("What is missing here", notes(found["missing"]), id="missing")
+    return tag("aside", tag("b", "What is missing here"), notes(found["missing"]))
 
 
 def _scores(found: dict) -> Markup | None:
     mine, zero = found["scores"]["method"], found["scores"]["zero_shot"]
     if not any(value is not None for value in mine.values()):
         return None
+    of = {(key, ""): [who.get(key) for who in (zero, mine)] for key in SCORES}
+    for key in SCORES[:3]:
+        of[key, ", all names"] = [(who.get("joint") or {}).get(key) for who in (zero, mine)]
     rows = []
-    for who, of in ((found["method"], mine), ("zero-shot", zero)):
-        joint = of.get("joint") or {}
-        keys = [*(of.get(k) for k in ("base", "novel", "hm", "all")), *(
-            joint.get(k) for k in ("base", "novel", "hm"))]  # fmt: skip
-        rows.append([name(who), *((number(value), value) for value in keys)])
-    columns = ["", "base", "novel", "HM", "all"]
-    columns += [(f"{k}, all names", "among all names") for k in ("base", "novel", "HM")]
-    keep = [0, *(c for c in range(1, len(columns)) if any(row[c][1] is not None for row in rows))]
-    rows, columns = [[row[c] for c in keep] for row in rows], [columns[c] for c in keep]
+    for (key, among), (before, after) in of.items():
+        if before is not None or after is not None:
+            change = None if None in (before, after) else after - before
+            low, high = found["intervals"].get(key, (None, None)) if not among else (None, None)
+            sure = "" if low is None or after is None else f"{low:.1f} to {high:.1f}"
+            numbers = [(number(before), before), (number(after), after)]
+            numbers.append((number(change, 2, sign=True), change))
+            rows.append([TITLES[key] + among, *numbers, (sure, low)])
+    columns = ["accuracy, %", "zero-shot", found["method"], ("change", "points")]
+    columns.append(("95 %", "interval of a test set of this size"))
     gained = [
         f"{TITLES[key]}: {of['zero_shot']['changed']['gained']} pictures right that zero-shot had "
         f"wrong, {of['zero_shot']['changed']['lost']} wrong that it had right."
         for key, of in found["scopes"].items()
         if of["zero_shot"]
     ]
-    chart = tag("div", charts.bars(found["scores"], found["method"]), class_="charts")
-    return section("Scores", chart, table(columns, rows, "scores"), notes(gained), id="good")
+    numbers = tag("div", table(columns, rows, "scores"), notes(gained))
+    body = [charts.bars(found["scores"], found["method"]), numbers]
+    return section("Scores", tag("div", body, class_="charts"), id="good")
 
 
 def _training(found: dict) -> Markup | None:
@@ -118,18 +123,19 @@ def _per_class(found: dict) -> Markup | None:
         rows.append(
             [
                 name(row["name"]),
-                row["part"],
-                (bar(row["accuracy"], f1=False), row["accuracy"]),
-                (number(row["accuracy_change"], 1, sign=True), row["accuracy_change"]),
                 (bar(row["f1"]), row["f1"]),
                 (number(row["f1_change"], 1, sign=True), row["f1_change"]),
+                (bar(row["accuracy"], f1=False), row["accuracy"]),
+                (number(row["accuracy_change"], 1, sign=True), row["accuracy_change"]),
                 (number(row["joint_accuracy"], 1), row["joint_accuracy"]),
+                row["part"],
                 *((number(row[which], 0), row[which]) for which in ("train", "val", "test")),
             ]
         )
-    columns = ["class", "part", "accuracy, %", ("change", "against zero-shot, points")]
-    columns += [("F1, %", "2·precision·recall / (precision + recall)")]
-    columns += [("change", "against zero-shot, points"), ("all names, %", "accuracy among them")]
+    columns = ["class", ("F1, %", "2·precision·recall / (precision + recall)")]
+    columns += [("change", "of F1 against zero-shot, points"), "accuracy, %"]
+    columns += [("change", "of accuracy against zero-shot, points")]
+    columns += [("all names, %", "accuracy among them"), "part"]
     columns += [(text, f"{text} pictures") for text in ("train", "val", "test")]
     states = ["n/a" if row["weak"] is None else "weak" if row["weak"] else "fine" for row in data]
     parts = [row["part"] for row in data]
@@ -196,9 +202,9 @@ def _pair(scope: dict, pair: dict, album: Album, first: int) -> Markup:
     ways = ((a, b, pair["a_as_b"]), (b, a, pair["b_as_a"]))
     shown = []
     for (true, taken, times), i in zip(ways, pair["pictures"], strict=True):
-        if times:
-            alt = f"{true}, taken for {taken}"
-            shown.append(tag("figure", album.get(first + i, alt), tag("figcaption", name(true))))
+        alt = f"{true}, taken for {taken}" if times else true
+        if i is not None and (thumb := album.get(first + i, alt)):
+            shown.append(tag("figure", thumb, tag("figcaption", name(true))))
     lines = [
         tag("p", name(true), " taken for ", name(taken), f": {times}")
         for true, taken, times in ways

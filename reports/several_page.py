@@ -6,13 +6,7 @@ from reports.gather import Found
 from reports.markup import Markup, figure, name, notes, number, page, section, table, tag
 from reports.run_page import data_named, filters
 
-TITLES = {
-    "base": "base",
-    "novel": "novel",
-    "hm": "HM",
-    "joint_hm": "all names",
-    "all": "all",
-}
+TITLES = {"hm": "HM", "joint_hm": "all names", "all": "all", "base": "base", "novel": "novel"}
 LONGEST = 8  # series in a chart: colours and marks that can be told apart
 
 
@@ -78,8 +72,8 @@ def _table(task: dict, rows: list[dict], id: str) -> Markup:
             [
                 name(row["label"]),
                 (str(row["shots"]), row["shots"] if row["shots"] != "all" else 1e9),
-                (str(len(row["seeds"])), len(row["seeds"])),
                 *(_shown(row["scores"].get(key)) for key in keys),
+                (str(len(row["seeds"])), len(row["seeds"])),
                 (number(row["parameters"], 0), row["parameters"]),
                 (number(row["seconds"], 1), row["seconds"]),
                 (number(row["peak_memory_mb"], 0), row["peak_memory_mb"]),
@@ -87,9 +81,9 @@ def _table(task: dict, rows: list[dict], id: str) -> Markup:
         )
     scores = (_shown(task["zero_shot"].get(key)) for key in keys)
     blank = ("", None)
-    lines.append([name("zero-shot"), blank, blank, *scores, ("0", 0), blank, blank])
-    columns = ["method", "shots", "seeds", *(TITLES[key] for key in keys)]
-    columns += ["parameters", ("seconds", "of training"), ("MB", "memory at peak")]
+    lines.append([name("zero-shot"), blank, *scores, blank, ("0", 0), blank, blank])
+    columns = ["method", "shots", *(TITLES[key] for key in keys)]
+    columns += ["seeds", "parameters", ("seconds", "of training"), ("MB", "memory at peak")]
     shots = [*(str(row["shots"]) for row in rows), ""]
     return table(columns, lines, id, name=[*(row["label"] for row in rows), "zero-shot"],
                  shots=shots)  # fmt: skip
@@ -115,7 +109,9 @@ def _against_cost(task: dict, rows: list[dict], labels: list[str]) -> Markup | N
         for x, y, k, _ in points:
             _ring(axes, x, y, k)
         axes.axhline(task["zero_shot"][key]["mean"], color=QUIET, linestyle="--", linewidth=1)
-        axes.set_xscale("log")
+        if max(x for x, *_ in points) > 10 * min(x for x, *_ in points):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="seconds of training", ylabel=f"{TITLES[key]} (%)")
 
     said = "; ".join(f"{row['label']} {y:.2f} % in {x:.1f} s" for x, y, _, row in points[:12])
