@@ -135,13 +135,13 @@ def compare(run: Run, clip: CLIP, task: Task) -> dict[str, dict]:
     """Print and return the table of zero-shot CLIP and of the run on `task`."""
     queries = Queries.of(*described(run), run.config["experiment"]["seed"])
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
-    rows = {"zero-shot": evaluate(unadapted, task, queries)}
+    rows = {"zero-shot": evaluate(unadapted, task, queries)[0]}
     method = trained(run, clip, task.template)
     if task.classnames != run.learned and (
         method.names_unseen or not {*task.classnames} <= {*run.learned}
     ):
         method = method.for_classes(task.classnames)
-    rows[run.config["method"]] = evaluate(method, task, queries)
+    rows[run.config["method"]] = evaluate(method, task, queries)[0]
     if queries:
         print(queries.describe(rows[run.config["method"]]))
     print(table(rows))
@@ -156,10 +156,11 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
         print(f"note: {note}")
     zero_shot = METHODS["zero_shot"]
     names, template = task.classnames, task.template
-    rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)}
+    rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)[0]}
     if given.get("templates"):
         settings = zero_shot.Settings(given["templates"])
-        rows["zero-shot, templates"] = evaluate(zero_shot(clip, names, template, settings), task)
+        several = zero_shot(clip, names, template, settings)
+        rows["zero-shot, templates"] = evaluate(several, task)[0]
     print(table(rows))
     return rows
 

@@ -21,8 +21,8 @@ from clip_min import UserError, weights  # isort: skip
 import torch
 
 from clip_min.errors import nearest
-from clip_min.files import read_json, write_text
-from fewshot import cache, datasets, grid
+from clip_min.files import write_text
+from fewshot import cache, datasets, grid, predictions
 from fewshot.catalogue import IMPLIED, chosen
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, changes, pick
@@ -134,8 +134,7 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         run = Run.resume(path, config)
         if len(plan.experiments) > 1 and (path / "results.json").exists():
             print("finished before")
-            hint = "remove the run's folder to run it again"
-            return read_json(path / "results.json", hint, grid.RESULTS)
+            return grid.read_results(path / "results.json")
 
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
@@ -158,13 +157,16 @@ def train(plan: Plan, experiment: Experiment) -> dict:
         save_curves(run.log, run.path / "curves.png")
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
-    zero_shot = evaluate(unadapted, task, queries)
-    scores = evaluate(method, task, queries)
+    zero_shot, before = evaluate(unadapted, task, queries)
+    scores, after = evaluate(method, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
-    brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all")}
+    brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all", "joint")}
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
     results = {**scores, "zero_shot": brief, **fitted, **measured, **synthetic}
+    if after:
+        rows = {predictions.ZERO_SHOT: before, plan.method: after}
+        run.write_tensors(predictions.FILE, predictions.tensors(rows))
     run.write_json("results.json", results)
 
     if queries:

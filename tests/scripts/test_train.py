@@ -35,6 +35,7 @@ FILES = [
     "curves.png",
     "data.json",
     "log.jsonl",
+    "predictions.safetensors",
     "results.json",
     "resume.json",
     "resume.safetensors",
@@ -123,7 +124,8 @@ def test_what_is_printed_is_what_is_saved(trained):
     found, lines = results(trained.path), trained.out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
     for name, scores in (("lora", found), ("zero-shot", found["zero_shot"])):
-        assert rows[name] == [f"{scores[part]:.2f}" for part in ("base", "novel", "hm")]
+        numbers = [scores["base"], scores["novel"], scores["hm"], scores["joint"]["hm"]]
+        assert rows[name] == [f"{number:.2f}" for number in numbers]
     assert f"{found['parameters']:,} trained parameters" in trained.out
     assert lines[-1] == f"adapter: {trained.path}/adapter.safetensors"
     assert "3 classes to learn from 12 images (12 for validation)" in trained.out
