@@ -179,6 +179,7 @@ class Method(nn.Module):
     demo_model: ClassVar[dict] = {}  # changes to "default" on the demo's small model
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     logits_apart: ClassVar[bool] = True  # does a class's logit depend on image and class alone?
+    reaches_unseen: ClassVar[bool] = True  # does what it learns change how it names those?
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen

@@ -11,6 +11,7 @@ from collections import defaultdict
 
 from clip_min import UserError
 from clip_min.files import read_json
+from clip_min.typed import expect
 from fewshot import grid
 from reports import generated
 from reports.gather import Found, Tested
@@ -19,8 +20,8 @@ from reports.gather import Found, Tested
 TASK = ("dataset", "data_root", "model", "image_size", "classes", "base_classes", "split")
 TASK += ("split_file", "template")
 ROW = ("shots", "shots_file", "precision")
+POINT = {"share": float, "base": float | None, "novel": float | None}  # of keep_share.json
 COSTS = ("parameters", "seconds", "peak_memory_mb")
-SCORES = ("base", "novel", "hm", "joint_hm", "all")  # as `grid.spread` names them
 
 
 def numbers(found: Found) -> dict:
@@ -103,17 +104,16 @@ def _tell_apart(rows: list[dict], groups: list[list[Tested]]) -> None:
 
 
 def _keep_share(runs: list[Tested]) -> list[dict] | None:
-    """The curve from zero-shot CLIP to the first run, if it has one: base and novel at each share
-    of what was learned (keep_share.json).
+    """The curve from zero-shot CLIP to the first run, if eval.py --keep-share has left one: base
+    and novel accuracy at each share of what was learned.
     """
     file = runs[0].path / "keep_share.json"
     if not file.exists():
         return None
     try:
-        points = read_json(file, "")
-        return [
-            {"share": float(share), "base": float(of["base"]), "novel": float(of["novel"])}
-            for share, of in points["shares"].items()
-        ]
-    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        points = read_json(file, "", {"points": list[dict]})["points"]
+        for point in points:
+            expect(point, POINT, str(file))
+    except UserError:
         return None
+    return [{key: of[key] for key in POINT} for of in points]

@@ -170,7 +170,8 @@ def _halves(task: dict, rows: list[dict], labels: list[str]) -> Markup | None:
         axes.plot([start["base"]["mean"]], [start["novel"]["mean"]], "+", color=QUIET, ms=13, mew=2)
         for row in rows:
             k = labels.index(row["label"])
-            if curve := row["keep_share"]:
+            curve = [p for p in row["keep_share"] or () if None not in p.values()]
+            if curve:
                 points = [[point[part] for point in curve] for part in ("base", "novel")]
                 axes.plot(*points, DASHES[k % LONGEST], color=SERIES[k % LONGEST], linewidth=1.2)
             _ring(axes, _mean(row, "base"), _mean(row, "novel"), k)

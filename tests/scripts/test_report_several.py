@@ -91,13 +91,14 @@ def test_other_tasks_stand_in_other_tables(script, folder, tmp_path):
 
 def test_a_curve_of_shares_is_drawn_and_kept(script, folder, tmp_path):
     copy = shutil.copytree(folder / "noise/tiny/lora-s4-seed1", tmp_path / "a")
-    shares = {"0": {"base": 50.0, "novel": 60.0}, "0.5": {"base": 70.0, "novel": 58.0}}
-    (copy / "keep_share.json").write_text(json.dumps({"shares": shares}))
-    found = told(script, copy, folder / "noise/tiny/coop-s4-seed1", "--out", tmp_path / "o.json")
-    curve = [row["keep_share"] for row in found["tasks"][0]["rows"] if row["method"] == "lora"]
-    assert curve == [
-        [{"share": float(share), **of} for share, of in shares.items()],
+    points = [
+        {"share": 0.0, "base": 50.0, "novel": 60.0, "hm": 54.5},
+        {"share": 0.5, "base": 70.0, "novel": 58.0, "hm": 63.4},
     ]
+    (copy / "keep_share.json").write_text(json.dumps({"method": "lora", "points": points}))
+    found = told(script, copy, folder / "noise/tiny/coop-s4-seed1", "--out", tmp_path / "o.json")
+    (curve,) = [r["keep_share"] for r in found["tasks"][0]["rows"] if r["method"] == "lora"]
+    assert curve == [{key: of[key] for key in ("share", "base", "novel")} for of in points]
 
 
 # -------------------------------------------------------------------------------- generated images
