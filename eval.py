@@ -5,6 +5,7 @@ python eval.py --run DIR --dataset other                      the run on another
 python eval.py --run DIR --dataset coop-11                    on several, and their mean
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
+python eval.py --run DIR --keep-share 0,0.25,0.5,0.75,1       with less of what was learned
 python eval.py --method zero_shot --dataset demo              CLIP as it is
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_min.errors import nearest
+from clip_min.files import write_json
 from fewshot import cache, datasets, grid
 from fewshot.batches import autocast
 from fewshot.catalogue import IMPLIED, chosen
@@ -26,13 +28,16 @@ from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.folder import find_pictures
 from fewshot.pictures import open_image
+from fewshot.predictions import brief
 from fewshot.record import kept, summary
 from fewshot.report import table
 from fewshot.run import Run
+from fewshot.shares import NOTE, numbers, save_curve, shown
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS, Method
 from methods.interop.load import described, trained
+from methods.wise_ft import keep_share
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
@@ -90,7 +95,15 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
             f"{run.path}: the data are not those it was trained and tested on, and which of them "
             "it has seen cannot be told without its data.json; put that back"
         )
-    compare(run, clip, task)
+    shares = given.get("keep_share", [])
+    rows = compare(run, clip, task, shares)
+    if len(shares) > 1:
+        curve = dict(zip(shares, [*rows.values()][1:], strict=True))
+        points = [{"share": share, **brief(scores)} for share, scores in curve.items()]
+        name, file = run.config["method"], run.path / "keep_share.json"
+        write_json(file, {"method": name, "accuracies_of": "test images", "points": points})
+        save_curve(name, curve, file.with_suffix(".png"))
+        print(f"curve: {file.with_suffix('.png')}")
 
 
 def transfer(run: Run, experiment: Experiment, given: dict) -> None:
@@ -128,23 +141,35 @@ def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
         print(f"note: {note}")
     sizes = f"{len(task.classnames)} classes, {len(task.tests['all'].batches)} test images"
     print(f"{other.dataset}: {sizes}; {task.template!r}")
-    return compare(run, clip, task)
+    return compare(run, clip, task, given.get("keep_share", []))
 
 
-def compare(run: Run, clip: CLIP, task: Task) -> dict[str, dict]:
-    """Print and return the table of zero-shot CLIP and of the run on `task`."""
-    queries = Queries.of(*described(run), run.config["experiment"]["seed"])
-    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
-    rows = {"zero-shot": evaluate(unadapted, task, queries)[0]}
-    method = trained(run, clip, task.template)
+def compare(run: Run, clip: CLIP, task: Task, shares: list[float]) -> dict[str, dict]:
+    """Print and return the table of zero-shot CLIP and of the run on `task`, or of the run with
+    each of these `shares` of what it learned.
+    """
+    name, method = run.config["method"], trained(run, clip, task.template)
+    known = method
     if task.classnames != run.learned and (
         method.names_unseen or not {*task.classnames} <= {*run.learned}
     ):
-        method = method.for_classes(task.classnames)
-    rows[run.config["method"]] = evaluate(method, task, queries)[0]
+        known = method.for_classes(task.classnames)  # of the same tensors
+    if shares:
+        learned = {key: tensor.detach().clone() for key, tensor in method.adapter_state().items()}
+        keep_share(method, learned, shares[0])  # told before any work, if it cannot be
+    queries = Queries.of(*described(run), run.config["experiment"]["seed"])
+    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
+    rows = {"zero-shot": evaluate(unadapted, task, queries)[0]}
+    for share in shares or [None]:
+        if share is not None:
+            method.load_adapter(keep_share(method, learned, share))
+        row = name if share is None else f"{name}, {shown(share)} kept"
+        rows[row] = evaluate(known, task, queries)[0]
     if queries:
-        print(queries.describe(rows[run.config["method"]]))
+        print(queries.describe(rows[name]))
     print(table(rows))
+    if shares:
+        print(NOTE)
     return rows
 
 
@@ -180,7 +205,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         zero_shot, template = METHODS["zero_shot"], experiment.template or "a photo of a {}."
         method = zero_shot(clip, known, template, zero_shot.Settings(given.get("templates", "")))
     else:
-        method = trained(run, clip)
+        method = trained(run, clip, share=given.get("keep_share", [None])[0])
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
     skipped: list[str] = []
@@ -245,6 +270,13 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
+    parser.add_argument(
+        "--keep-share",
+        metavar="A,…",
+        type=numbers,
+        help="how much of what the run learned is kept, from 0 (zero-shot CLIP) to 1; several: a "
+        "curve, left in the run's folder",
+    )
     cache.add_flags(parser)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
@@ -256,10 +288,15 @@ def parse(argv: list[str]) -> dict:
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
     if "image" in given:
-        for name in sorted(given.keys() - {"run", "method", *PICTURES}):
+        for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
+    if "keep_share" in given and "run" not in given:
+        raise UserError("--keep-share: is for --run DIR, which has learned something")
+    if len(given.get("keep_share", [])) > 1 and given.keys() & {"image", "dataset"}:
+        raise UserError("--keep-share: with --image or --dataset, give one number")
     if "run" in given:
-        read = {"run", *PICTURES[:4]} if "image" in given else {"run", "cache", "cache_gb", *MOVED}
+        read = {"run", "keep_share"}
+        read |= {*PICTURES[:4]} if "image" in given else {"cache", "cache_gb", *MOVED}
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")

@@ -28,6 +28,7 @@ from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, changes, pick
 from fewshot.loop import descend
 from fewshot.metrics import train_accuracy
+from fewshot.predictions import brief
 from fewshot.record import summary
 from fewshot.report import doubts, save_curves, table
 from fewshot.run import Run, provenance, set_aside
@@ -161,9 +162,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     scores, after = evaluate(method, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()  # of this process: in a grid, of all runs until here
-    brief = {name: zero_shot[name] for name in ("base", "novel", "hm", "all", "joint")}
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
-    results = {**scores, "zero_shot": brief, **fitted, **measured, **synthetic}
+    results = {**scores, "zero_shot": brief(zero_shot), **fitted, **measured, **synthetic}
     if after:
         rows = {predictions.ZERO_SHOT: before, plan.method: after}
         run.write_tensors(predictions.FILE, predictions.tensors(rows))

@@ -172,14 +172,14 @@ class Method(nn.Module):
     title: ClassVar[str] = ""  # one line for --help
     Settings: ClassVar[type] = Settings
     # Name -> settings that differ from the defaults above.
-    # "default": for pictures of one's own; "paper": as published; "notebook": as in the course
-    # notebook whose numbers the README quotes, and taken on its data set, flowers102; "demo": for
-    # the demo task, and taken there.
+    # "default": for pictures of one's own; "paper": as published; "notebook": the course notebook's
+    # that the README quotes, taken on its data set, flowers102; "demo": taken on the demo task.
     recipes: ClassVar[dict[str, dict]] = {"default": {}}
     demo_model: ClassVar[dict] = {}  # changes to "default" on the demo's small model
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     logits_apart: ClassVar[bool] = True  # does a class's logit depend on image and class alone?
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
+    zero_shot_state: Callable | None = None  # () -> learned tensors of zero-shot CLIP; wise_ft.py
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
     text_learns: bool = False  # do class features change while it learns?
