@@ -9,6 +9,7 @@ python eval.py --run DIR --keep-share 0,0.25,0.5,0.75,1       with less of what 
 python eval.py --method zero_shot --dataset demo              CLIP as it is
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_min.errors import nearest
-from clip_min.files import write_json
+from clip_min.files import write_json, write_text
 from fewshot import cache, datasets, grid
 from fewshot.batches import autocast
 from fewshot.catalogue import IMPLIED, chosen
@@ -31,7 +32,7 @@ from fewshot.pictures import open_image
 from fewshot.predictions import brief
 from fewshot.record import kept, summary
 from fewshot.report import table
-from fewshot.run import Run
+from fewshot.run import Run, set_aside
 from fewshot.shares import NOTE, numbers, save_curve, shown
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
@@ -68,7 +69,11 @@ def main() -> None:
     if "image" in given:
         classify(run, experiment, given)
     elif run is None:
-        show_mean({each.dataset: test_zero_shot(each, given) for each in experiments})
+        check_there(experiments)
+        data, model, _ = experiment.folder("zero_shot").parts
+        folder = Path("runs") / data.replace(experiment.dataset, asked.replace(" ", ""), 1) / model
+        tables = {each.dataset: test_zero_shot(each, given) for each in experiments}
+        show_mean(tables, folder / "zero_shot-eval.json")
     elif "dataset" in given:
         transfer(run, experiment, given)
     else:
@@ -112,25 +117,41 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     Of several, the one that it learned from is left out, as in the published protocols.
     """
     names = chosen(given["dataset"])
-    others = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
-    more = IMPLIED.get(given["dataset"], {}) | given
-    show_mean({name: on_other(run, experiment, more | {"dataset": name}) for name in others})
+    names = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
+    known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
+    flags = IMPLIED.get(given["dataset"], {}) | given | known
+    others = [Experiment(**pick(Experiment, flags | {"dataset": name})) for name in names]
+    check_there(others)
+    tables = {other.dataset: on_other(run, experiment, other, given) for other in others}
+    show_mean(tables, run.path / f"eval-{given['dataset'].replace(' ', '')}.json")
 
 
-def show_mean(tables: dict[str, dict[str, dict]]) -> None:
-    """Print the tables of several data sets as one, with their mean."""
-    if len(tables) > 1:
-        of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
-        print(f"\n{grid.table_of_data_sets(of)}")
+def check_there(experiments: list[Experiment]) -> None:
+    """Of several data sets, tell one that is missing before hours of work on the others."""
+    for experiment in experiments if len(experiments) > 1 else ():
+        experiment.load_dataset()
 
 
-def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
+def show_mean(tables: dict[str, dict[str, dict]], file: Path) -> None:
+    """Print the tables of several data sets as one, with their mean, and leave them in a file."""
+    if len(tables) < 2:
+        return
+    of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
+    print(f"\n{grid.table_of_data_sets(of)}")
+    mean = {k: grid.mean([rows[k] for rows in of.values()]) for k in next(iter(of.values()))}
+    scores = {name: {k: brief(s) for k, s in rows.items()} for name, rows in tables.items()}
+    text = json.dumps({"datasets": scores, "mean": mean}, indent=2) + "\n"
+    if file.exists() and file.read_bytes() != text.encode():
+        set_aside(file, "table")
+    write_text(file, text)
+    print(f"data sets: {file}")
+
+
+def on_other(run: Run, experiment: Experiment, other: Experiment, given: dict) -> dict[str, dict]:
     """Print and return the table of a run on all classes of another data set.
 
     The names and the template are that data set's; what was learned is the run's.
     """
-    known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
-    other = Experiment(**pick(Experiment, given | known))
     clip = weights.load(other.model, other.device, image_size=experiment.image_size)
     other.prepare(clip)
     dataset = other.load_dataset()
