@@ -111,6 +111,7 @@ def test_between_the_ends_weights_are_their_weighted_mean(share, new_clip):
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
 def test_of_lora_the_merged_weights_are_not_the_factors(new_clip):
     clip = new_clip()
     method = new("lora", {"image_rank": 4, "text_rank": 3}, clip)

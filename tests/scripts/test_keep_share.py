@@ -120,7 +120,7 @@ def test_on_another_data_set_and_on_pictures(run, script, data, draw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("more", "said"),
     [
         (["--keep-share", "1.5"], "--keep-share: invalid value: '1.5'; expected a number from 0"),
         (["--keep-share", "-0.1"], "expected a number from 0 to 1"),
@@ -133,11 +133,11 @@ def test_on_another_data_set_and_on_pictures(run, script, data, draw, tmp_path):
         (["--keep-share", "0,1", "--image", "a.png"], "with --image or --dataset, give one"),
     ],
 )
-def test_a_share_that_cannot_be_is_one_line(flags, said, trained, script, is_one_line, tmp_path):
-    assert is_one_line(script("eval", "--run", trained.path, *flags), said)
-    if len(flags) == 2:
+def test_a_share_that_cannot_be_is_one_line(more, said, trained, script, is_one_line, tmp_path):
+    assert is_one_line(script("eval", "--run", trained.path, *more), said)
+    if len(more) == 2:
         out = ("--format", "peft", tmp_path / "out")
-        assert is_one_line(script("export", "--run", trained.path, *flags, *out), "--keep-share")
+        assert is_one_line(script("export", "--run", trained.path, *more, *out), "--keep-share")
         assert not (tmp_path / "out").exists()
 
 

@@ -177,7 +177,7 @@ def test_a_data_set_that_is_missing_is_told_before_others_are_tested(
     flags = ("--dataset", "dtd,food101,caltech101", "--data-root", published, "--model", model)
     for of in (("--run", run), ("--method", "zero_shot")):
         result = script("eval", *of, *flags)
-        assert is_one_line(result, "caltech101")
+        assert is_one_line(result, "published/caltech-101")
         assert result.out == ""
     assert not list(run.glob("eval-*"))
     assert not Path("runs").exists()
