@@ -1,5 +1,6 @@
 """One experiment from its settings: what train.py runs and eval.py rebuilds."""
 
+import contextlib
 import functools
 import io
 import os
@@ -197,12 +198,24 @@ def evaluate(
     return score(found, {part: test.classnames for part, test in task.tests.items()}), found
 
 
+def forget_peak() -> None:
+    """Let `peak_memory_mb` count from here, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
+
+
 def peak_memory_mb() -> float:
-    """The most memory this process has held, in MB (of the GPU, if it computes there)."""
+    """The most memory this process has held since `forget_peak`, in MB (of the GPU, if it computes
+    there); elsewhere than on Linux, since it started.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: in bytes
 
 
 def _show(otherwise: Callable, message: Warning, category: type, *where) -> None:

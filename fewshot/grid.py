@@ -9,12 +9,14 @@ and so is that of both among all names ("joint").
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
-from clip_min.files import read_json, replacing
+from clip_min.files import read_json, replacing, write_text
 from clip_min.typed import expect
 from fewshot.metrics import harmonic_mean
+from fewshot.run import set_aside
 
 SCORES = dict.fromkeys(("base", "novel", "hm", "all"), float | None)
 JOINT = dict.fromkeys(("base", "novel", "hm"), float)
@@ -61,7 +63,7 @@ def summarise(results: dict[tuple[int, int], dict]) -> dict:
 def spread(runs: list[dict]) -> dict[str, dict]:
     """Scores of runs with several seeds  =>  {"base": {"mean", "std", "values"}, …, "joint_hm"}"""
     found = {}
-    for part in (*SCORES, *(f"joint_{part}" for part in JOINT)):
+    for part in (*SCORES, "val", *(f"joint_{part}" for part in JOINT)):
         values = [_number(run, part) for run in runs]
         if None not in values:  # of a score that some lack, as of earlier versions, none is told
             std = statistics.stdev(values) if len(values) > 1 else None
@@ -73,6 +75,8 @@ def _number(scores: dict, part: str) -> float | None:
     """One of the numbers of `evaluate`'s scores; "joint_hm": that of "joint"."""
     if part in SCORES:
         return scores[part]
+    if part == "val":  # on validation images; not in runs of earlier versions
+        return scores.get("val")
     return scores["joint"] and scores["joint"][part.removeprefix("joint_")]
 
 
@@ -87,7 +91,7 @@ def rows(method: str, summary: dict) -> dict[str, dict]:
 def mean(spreads: list[dict]) -> dict[str, dict]:
     """The spreads of several data sets  =>  their mean; a score that one of them lacks has none."""
     means = {}
-    for part in ("base", "novel", "all", "joint_base", "joint_novel"):
+    for part in ("base", "novel", "all", "val", "joint_base", "joint_novel"):
         values = [spread[part]["mean"] for spread in spreads if part in spread]
         if len(values) == len(spreads):
             means[part] = statistics.mean(values)
@@ -123,7 +127,7 @@ def _lines(scores: dict[str, dict], columns: list[str]) -> str:
     width = max(16, *(len(column) + 2 for column in columns))
     lines = [" " * first + "".join(f"{_title(column):>{width}}" for column in columns)]
     for name, of in scores.items():
-        cells = (_cell(of.get(column)) for column in columns)
+        cells = (cell(of.get(column)) for column in columns)
         lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
@@ -137,7 +141,8 @@ def _title(part: str) -> str:
     return SHOWN.get(part, part)
 
 
-def _cell(score: dict | None) -> str:
+def cell(score: dict | None) -> str:
+    """A spread, as tables have it: "81.20 ± 0.41"."""
     if score is None:
         return "n/a"
     return f"{score['mean']:.2f}" + ("" if score["std"] is None else f" ± {score['std']:.2f}")
@@ -171,3 +176,37 @@ def save_plot(method: str, summary: dict, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
+
+
+def show(folder: Path, method: str, settings: dict, summary: dict) -> None:
+    """Print mean and spread over the seeds, and keep them in `folder`, as JSON and as a plot."""
+    found = {"method": method, **settings, **summary}
+    file = keep(folder, f"{method}-grid", summary["shots"], summary["seeds"], found)
+    save_plot(method, summary, file.with_suffix(".png"))
+    print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
+    print(table(method, summary))
+    print(f"grid: {file}")
+
+
+def show_data_sets(folder: Path, method: str, settings: dict, summaries: dict[str, dict]) -> None:
+    """The same of several data sets (name -> `summarise`) and their mean, in one JSON file."""
+    of = {dataset: rows(method, summary) for dataset, summary in summaries.items()}
+    means = {k: mean([rows[k] for rows in of.values()]) for k in next(iter(of.values()))}
+    found = {"method": method, **settings, "datasets": summaries, "mean": means}
+    one = next(iter(summaries.values()))
+    file = keep(folder, f"{method}-grid", one["shots"], one["seeds"], found)
+    print(f"\n{table_of_data_sets(of)}")
+    print(f"data sets: {file}")
+
+
+def keep(folder: Path, name: str, shots, seeds, content: dict) -> Path:
+    """Write a summary as JSON, and keep another that is in its place -> the file."""
+    drawn = "-".join(map(str, shots)), "-".join(map(str, seeds))
+    file = folder / "{}-s{}-seed{}.json".format(name, *drawn)
+    text = json.dumps(content, indent=2) + "\n"
+    if file.exists() and file.read_bytes() != text.encode():
+        for earlier in (file, file.with_suffix(".png")):
+            if earlier.exists():
+                set_aside(earlier, "grid")
+    write_text(file, text)
+    return file

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 
 import fewshot.run
-import train as train_script
+from methods.interop.command import Plan, parse
 
 BASE = Path("noise/tiny")
 GRID = ("--shots", "2,4", "--seeds", "1,2")
 NAMES = [f"lora-s{shots}-seed{seed}" for shots in (2, 4) for seed in (1, 2)]
+
+
+def plan_of(argv: list[str]) -> Plan:
+    ((plan,), _) = parse(argv, "")
+    return plan
 
 
 def results(run: Path) -> dict:
@@ -172,12 +177,12 @@ def test_a_wrong_grid_is_one_line_before_anything_runs(
 
 
 def test_the_experiments_of_a_plan_are_every_pair():
-    plan = train_script.parse(["--method", "lora", "--shots", "1,16", "--seeds", "3,4"])
+    plan = plan_of(["--method", "lora", "--shots", "1,16", "--seeds", "3,4"])
     pairs = [(experiment.shots, experiment.seed) for experiment in plan.experiments]
     assert pairs == [(1, 3), (1, 4), (16, 3), (16, 4)]
-    plan = train_script.parse(["--method", "lora", "--shots", "1,2,all"])
+    plan = plan_of(["--method", "lora", "--shots", "1,2,all"])
     assert [experiment.shots for experiment in plan.experiments] == [1, 2, "all"]
-    (alone,) = train_script.parse(["--method", "lora", "--seed", "7"]).experiments
+    (alone,) = plan_of(["--method", "lora", "--seed", "7"]).experiments
     assert (alone.shots, alone.seed) == (10, 7)
 
 

@@ -61,7 +61,7 @@ def test_the_curve_goes_from_zero_shot_to_the_run(run, script, data):
     assert [point["share"] for point in saved["points"]] == [0, 0.5, 1]
     first, middle, last = saved["points"]
     kinds = ("base", "novel", "hm", "all", "joint")
-    assert {k: first[k] for k in kinds} == results["zero_shot"]
+    assert {k: first[k] for k in kinds} == {k: results["zero_shot"][k] for k in kinds}
     assert {k: last[k] for k in kinds} == {k: results[k] for k in kinds}
     clip = between(run, 0.5)
     for part, names in (("base", BASE), ("novel", NOVEL)):
