@@ -5,10 +5,13 @@ python eval.py --run DIR --dataset other                      the run on another
 python eval.py --run DIR --dataset coop-11                    on several, and their mean
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
-python eval.py --run DIR --image a.jpg --explain out.png      where the class token looks
+from fewshot.run import Run, set_aside
+from fewshot.shares import NOTE, numbers, save_curve, shown
+from fewshot.tables import table
 python eval.py --method zero_shot --dataset demo              CLIP as it is
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_min.errors import nearest
+from clip_min.files import write_json, write_text
 from fewshot import cache, datasets, grid
 from fewshot.batches import autocast
 from fewshot.catalogue import IMPLIED, chosen
@@ -27,14 +31,17 @@ from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.folder import find_pictures
 from fewshot.pictures import open_image
+from fewshot.predictions import brief
 from fewshot.record import kept, summary
-from fewshot.run import Run
+from fewshot.run import Run, set_aside
+from fewshot.shares import NOTE, numbers, save_curve, shown
 from fewshot.tables import table
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS, Method
 from methods.interop.load import described, trained
-from reports.rollout import draw, rollout
+from methods.wise_ft import keep_share
+from reports.rollout import explain
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
@@ -65,7 +72,11 @@ def main() -> None:
     if "image" in given:
         classify(run, experiment, given)
     elif run is None:
-        show_mean({each.dataset: test_zero_shot(each, given) for each in experiments})
+        check_there(experiments)
+        data, model, _ = experiment.folder("zero_shot").parts
+        folder = Path("runs") / data.replace(experiment.dataset, asked.replace(" ", ""), 1) / model
+        tables = {each.dataset: test_zero_shot(each, given) for each in experiments}
+        show_mean(tables, folder / "zero_shot-eval.json")
     elif "dataset" in given:
         transfer(run, experiment, given)
     else:
@@ -92,7 +103,15 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
             f"{run.path}: the data are not those it was trained and tested on, and which of them "
             "it has seen cannot be told without its data.json; put that back"
         )
-    compare(run, clip, task)
+    shares = given.get("keep_share", [])
+    rows = compare(run, clip, task, shares)
+    if len(shares) > 1:
+        curve = dict(zip(shares, [*rows.values()][1:], strict=True))
+        points = [{"share": share, **brief(scores)} for share, scores in curve.items()]
+        name, file = run.config["method"], run.path / "keep_share.json"
+        write_json(file, {"method": name, "accuracies_of": "test images", "points": points})
+        save_curve(name, curve, file.with_suffix(".png"))
+        print(f"curve: {file.with_suffix('.png')}")
 
 
 def transfer(run: Run, experiment: Experiment, given: dict) -> None:
@@ -101,25 +120,41 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     Of several, the one that it learned from is left out, as in the published protocols.
     """
     names = chosen(given["dataset"])
-    others = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
-    more = IMPLIED.get(given["dataset"], {}) | given
-    show_mean({name: on_other(run, experiment, more | {"dataset": name}) for name in others})
+    names = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
+    known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
+    flags = IMPLIED.get(given["dataset"], {}) | given | known
+    others = [Experiment(**pick(Experiment, flags | {"dataset": name})) for name in names]
+    check_there(others)
+    tables = {other.dataset: on_other(run, experiment, other, given) for other in others}
+    show_mean(tables, run.path / f"eval-{given['dataset'].replace(' ', '')}.json")
 
 
-def show_mean(tables: dict[str, dict[str, dict]]) -> None:
-    """Print the tables of several data sets as one, with their mean."""
-    if len(tables) > 1:
-        of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
-        print(f"\n{grid.table_of_data_sets(of)}")
+def check_there(experiments: list[Experiment]) -> None:
+    """Of several data sets, tell one that is missing before hours of work on the others."""
+    for experiment in experiments if len(experiments) > 1 else ():
+        experiment.load_dataset()
 
 
-def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
+def show_mean(tables: dict[str, dict[str, dict]], file: Path) -> None:
+    """Print the tables of several data sets as one, with their mean, and leave them in a file."""
+    if len(tables) < 2:
+        return
+    of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
+    print(f"\n{grid.table_of_data_sets(of)}")
+    mean = {k: grid.mean([rows[k] for rows in of.values()]) for k in next(iter(of.values()))}
+    scores = {name: {k: brief(s) for k, s in rows.items()} for name, rows in tables.items()}
+    text = json.dumps({"datasets": scores, "mean": mean}, indent=2) + "\n"
+    if file.exists() and file.read_bytes() != text.encode():
+        set_aside(file, "table")
+    write_text(file, text)
+    print(f"data sets: {file}")
+
+
+def on_other(run: Run, experiment: Experiment, other: Experiment, given: dict) -> dict[str, dict]:
     """Print and return the table of a run on all classes of another data set.
 
     The names and the template are that data set's; what was learned is the run's.
     """
-    known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
-    other = Experiment(**pick(Experiment, given | known))
     clip = weights.load(other.model, other.device, image_size=experiment.image_size)
     other.prepare(clip)
     dataset = other.load_dataset()
@@ -130,23 +165,35 @@ def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
         print(f"note: {note}")
     sizes = f"{len(task.classnames)} classes, {len(task.tests['all'].batches)} test images"
     print(f"{other.dataset}: {sizes}; {task.template!r}")
-    return compare(run, clip, task)
+    return compare(run, clip, task, given.get("keep_share", []))
 
 
-def compare(run: Run, clip: CLIP, task: Task) -> dict[str, dict]:
-    """Print and return the table of zero-shot CLIP and of the run on `task`."""
-    queries = Queries.of(*described(run), run.config["experiment"]["seed"])
-    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
-    rows = {"zero-shot": evaluate(unadapted, task, queries)[0]}
-    method = trained(run, clip, task.template)
+def compare(run: Run, clip: CLIP, task: Task, shares: list[float]) -> dict[str, dict]:
+    """Print and return the table of zero-shot CLIP and of the run on `task`, or of the run with
+    each of these `shares` of what it learned.
+    """
+    name, method = run.config["method"], trained(run, clip, task.template)
+    known = method
     if task.classnames != run.learned and (
         method.names_unseen or not {*task.classnames} <= {*run.learned}
     ):
-        method = method.for_classes(task.classnames)
-    rows[run.config["method"]] = evaluate(method, task, queries)[0]
+        known = method.for_classes(task.classnames)  # of the same tensors
+    if shares:
+        learned = {key: tensor.detach().clone() for key, tensor in method.adapter_state().items()}
+        keep_share(method, learned, shares[0])  # told before any work, if it cannot be
+    queries = Queries.of(*described(run), run.config["experiment"]["seed"])
+    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
+    rows = {"zero-shot": evaluate(unadapted, task, queries)[0]}
+    for share in shares or [None]:
+        if share is not None:
+            method.load_adapter(keep_share(method, learned, share))
+        row = name if share is None else f"{name}, {shown(share)} kept"
+        rows[row] = evaluate(known, task, queries)[0]
     if queries:
-        print(queries.describe(rows[run.config["method"]]))
+        print(queries.describe(rows[name]))
     print(table(rows))
+    if shares:
+        print(NOTE)
     return rows
 
 
@@ -184,7 +231,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         zero_shot, template = METHODS["zero_shot"], experiment.template or "a photo of a {}."
         method = zero_shot(clip, known, template, zero_shot.Settings(given.get("templates", "")))
     else:
-        method = trained(run, clip)
+        method = trained(run, clip, share=given.get("keep_share", [None])[0])
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
     skipped: list[str] = []
@@ -202,25 +249,12 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     for why in skipped:
         print(f"note: skipped, {why}")
     if "explain" in given:
-        explain(run, method, files[0], Path(given["explain"]))
-
-
-def explain(run: Run | None, method: Method, picture: Path, out: Path) -> None:
-    """Draw where the class token looks, of zero-shot CLIP and of the run, beside the picture."""
-    clip = method.lent[0]
-    pixels = crop(open_image(picture), clip.config)  # uint8 (3, n, n)
-    x = normalize(pixels[None].to(clip.device), config=clip.config)  # (1, 3, n, n)
-    asked = {"zero-shot": method}
-    if run is not None:
-        plain = METHODS["zero_shot"].plain(clip, method.classnames, run.template)
-        asked = {"zero-shot": plain, run.config["method"]: method}
-    maps = {}
-    for title, of in asked.items():
-        patches, (chosen,) = rollout(of, x)
-        likely = zip(*chosen.topk(min(3, len(chosen))), strict=True)
-        maps[title] = patches[0], [f"{100 * p:.1f} %  {of.classnames[i]}" for p, i in likely]
-    draw(pixels, maps, out)
-    print(f"explained: {out}")
+        asked = {"zero-shot": method}
+        if run is not None:
+            plain = METHODS["zero_shot"].plain(clip, method.classnames, run.template)
+            asked = {"zero-shot": plain, run.config["method"]: method}
+        explain(asked, files[0], Path(given["explain"]))
+        print(f"explained: {given['explain']}")
 
 
 def pictures_in(path: Path) -> list[Path]:
@@ -269,7 +303,13 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
-    parser.add_argument("--explain", metavar="PNG", help="draw where the class token looks there")
+    parser.add_argument(
+        "--keep-share",
+        metavar="A,…",
+        type=numbers,
+        help="how much of what the run learned is kept, from 0 (zero-shot CLIP) to 1; several: a "
+        "curve, left in the run's folder",
+    )
     cache.add_flags(parser)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
@@ -283,10 +323,15 @@ def parse(argv: list[str]) -> dict:
     if "explain" in given and "image" not in given:
         raise UserError("--explain: draws where CLIP looks in a picture; give it with --image")
     if "image" in given:
-        for name in sorted(given.keys() - {"run", "method", *PICTURES}):
+        for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
+    if "keep_share" in given and "run" not in given:
+        raise UserError("--keep-share: is for --run DIR, which has learned something")
+    if len(given.get("keep_share", [])) > 1 and given.keys() & {"image", "dataset"}:
+        raise UserError("--keep-share: with --image or --dataset, give one number")
     if "run" in given:
-        read = {"run", *PICTURES[:5]} if "image" in given else {"run", "cache", "cache_gb", *MOVED}
+        read = {"run", "keep_share"}
+        read |= {*PICTURES[:5]} if "image" in given else {"cache", "cache_gb", *MOVED}
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")

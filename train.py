@@ -29,7 +29,7 @@ from fewshot.experiment import Experiment, evaluate, forget_peak, peak_memory_mb
 from fewshot.flags import changes
 from fewshot.loop import descend
 from fewshot.metrics import train_accuracy, val_accuracy
-from fewshot.predictions import Predictions
+from fewshot.predictions import Predictions, brief
 from fewshot.record import summary
 from fewshot.run import Run, provenance
 from fewshot.tables import doubts, save_curves, table
@@ -227,13 +227,8 @@ def train(plan: Plan, world: World) -> dict:
         zero_shot, before = evaluate(world.unadapted, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()
-    brief = {
-        name: zero_shot[name]
-        for name in ("base", "novel", "hm", "all", "joint", "val")
-        if name in zero_shot
-    }
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
-    results = {**scores, "zero_shot": brief, **fitted, **measured, **synthetic}
+    results = {**scores, "zero_shot": brief(zero_shot), **fitted, **measured, **synthetic}
     if after:
         rows = {predictions.ZERO_SHOT: before, plan.method: after}
         run.write_tensors(predictions.FILE, predictions.tensors(rows))

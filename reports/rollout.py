@@ -19,7 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clip_min import crop, normalize
 from clip_min.files import replacing
+from fewshot.pictures import open_image
+
+
+def explain(methods: dict, file: Path, out: Path) -> None:
+    """Draw a picture, and beside it where the class token of each of these methods looks in it.
+
+    methods: title -> method; all over one CLIP.
+    """
+    clip = next(iter(methods.values())).clip
+    pixels = crop(open_image(file), clip.config)  # uint8 (3, n, n)
+    x = normalize(pixels[None].to(clip.device), config=clip.config)  # (1, 3, n, n)
+    maps = {}
+    for title, method in methods.items():
+        patches, (chosen,) = rollout(method, x)
+        likely = zip(*chosen.topk(min(3, len(chosen))), strict=True)
+        maps[title] = patches[0], [f"{100 * p:.1f} %  {method.classnames[i]}" for p, i in likely]
+    draw(pixels, maps, out)
 
 
 def attention(module, x: Tensor) -> Tensor:
