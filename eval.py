@@ -303,6 +303,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
+    parser.add_argument("--explain", metavar="PNG", help="draw where the class token looks there")
     parser.add_argument(
         "--keep-share",
         metavar="A,…",
