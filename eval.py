@@ -4,33 +4,28 @@ python eval.py --run runs/demo/demo/lora-s10-seed1            the table training
 python eval.py --run DIR --dataset other                      the run on another data set
 python eval.py --run DIR --dataset coop-11                    on several, and their mean
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
+python eval.py --run DIR --image FOLDER --csv out.csv         the same, as a table
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
-from fewshot.run import Run, set_aside
-from fewshot.shares import NOTE, numbers, save_curve, shown
-from fewshot.tables import table
+python eval.py --run DIR --image a.jpg --explain out.png      where the class token looks
+python eval.py --run DIR --keep-share 0,0.25,0.5,0.75,1       with less of what was learned
 python eval.py --method zero_shot --dataset demo              CLIP as it is
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Before torch, which takes from it how threads wait.
-from clip_min import CLIP, UserError, crop, normalize, weights  # isort: skip
-import torch
-from torch import Tensor
+from clip_min import CLIP, UserError, weights  # isort: skip
 from tqdm import tqdm
 
 from clip_min.errors import nearest
 from clip_min.files import write_json, write_text
 from fewshot import cache, datasets, grid
-from fewshot.batches import autocast
 from fewshot.catalogue import IMPLIED, chosen
 from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
-from fewshot.folder import find_pictures
-from fewshot.pictures import open_image
 from fewshot.predictions import brief
 from fewshot.record import kept, summary
 from fewshot.run import Run, set_aside
@@ -38,7 +33,9 @@ from fewshot.shares import NOTE, numbers, save_curve, shown
 from fewshot.tables import table
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
-from methods import METHODS, Method
+from methods import METHODS
+from methods.interop.classify import Answer, Classifier, pictures_in
+from methods.interop.classify import write as write_table
 from methods.interop.load import described, trained
 from methods.wise_ft import keep_share
 from reports.rollout import explain
@@ -47,9 +44,8 @@ from reports.rollout import explain
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
 # All that pictures of one's own are classified by; a run knows the last five.
-PICTURES = ("image", "classes", "device", "model", "explain", "image_size", "template")
-PICTURES += ("templates", "precision", "threads")
-BATCH = 64  # pictures in memory at once
+PICTURES = ("image", "classes", "device", "model", "csv", "threshold", "explain")
+PICTURES += ("image_size", "template", "templates", "precision", "threads")
 
 
 def main() -> None:
@@ -215,7 +211,7 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
 
 
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
-    """Print the five likeliest classes of each picture."""
+    """Print the five likeliest classes of each picture, or write them to a table."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
     if "explain" in given and len(files) != 1:
         raise UserError(f"--explain: draws one picture, and --image gives {len(files)}; give one")
@@ -234,20 +230,6 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         method = trained(run, clip, share=given.get("keep_share", [None])[0])
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
-    skipped: list[str] = []
-    with method.inference(), autocast(clip.device, experiment.precision):
-        batches = inputs(method, files, skipped)
-        if method.transductive and len(files) > 1:
-            print(f"note: {run.config['method']} labels these {len(files)} pictures jointly")
-            parts = list(batches)
-            batches = [([f for part, _ in parts for f in part], torch.cat([x for _, x in parts]))]
-        for read, x in batches:
-            for path, row in zip(read, method.classify(x).softmax(-1), strict=True):  # x -> (B, K)
-                tqdm.write(str(path))  # above the progress bar
-                for probability, i in zip(*row.topk(min(5, len(row))), strict=True):
-                    tqdm.write(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
-    for why in skipped:
-        print(f"note: skipped, {why}")
     if "explain" in given:
         asked = {"zero-shot": method}
         if run is not None:
@@ -255,47 +237,41 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
             asked = {"zero-shot": plain, run.config["method"]: method}
         explain(asked, files[0], Path(given["explain"]))
         print(f"explained: {given['explain']}")
+    if method.transductive and len(files) > 1:
+        print(f"note: {run.config['method']} labels these {len(files)} pictures jointly")
+    answers = Classifier(method, experiment.precision).classify(files)
+    answers = some_read(tqdm(answers, total=len(files), unit=" pictures", disable=None))
+    threshold = given.get("threshold", 0.0)
+    if "csv" in given:
+        count, unknown, unread = write_table(answers, Path(given["csv"]), threshold)
+        said = [f"{count:,} pictures"]
+        said += [f"{unknown:,} none of the classes"] if threshold else []
+        said += [f"{unread:,} could not be read"] if unread else []
+        print(f"{', '.join(said)}: {given['csv']}")
+        return
+    skipped = []
+    for answer in answers:
+        if answer.error:
+            skipped.append(answer.error)
+            continue
+        tqdm.write(str(answer.path))  # above the progress bar
+        if answer.probabilities[0] < threshold:
+            tqdm.write(f"  none of the classes (below {100 * threshold:.2f} %)")
+        for name, probability in zip(answer.names, answer.probabilities, strict=True):
+            tqdm.write(f"  {100 * probability:6.2f} %  {name}")
+    for why in skipped:
+        print(f"note: skipped, {why}")
 
 
-def pictures_in(path: Path) -> list[Path]:
-    """A picture's file, or all those below a folder; what else lies there is noted."""
-    if not path.is_dir():
-        return [path]
-    left_out: dict[str, list[Path]] = {}
-    files = find_pictures(path, left_out)
-    for why, others in left_out.items():
-        print(f"note: {path}: left out {len(others)} {why}")
-    if not files:
-        raise UserError(f"--image {path}: is a folder without pictures")
-    return files
-
-
-def inputs(
-    method: Method, files: list[Path], skipped: list[str]
-) -> Iterator[tuple[list[Path], Tensor]]:
-    """The readable files, a batch at a time, and them encoded for `method.classify`, (B, …).
-
-    Why one could not be read is added to `skipped`; if none can, that is an error.
-    """
-    config = method.clip.config
-    bar = tqdm(total=len(files), unit=" pictures", disable=None)  # None: only on a terminal
-    for batch in (files[i : i + BATCH] for i in range(0, len(files), BATCH)):
-        read, pixels = [], []
-        for path in batch:
-            try:
-                pixels.append(crop(open_image(path), config))
-                read.append(path)
-            except UserError as error:
-                skipped.append(str(error))
-        if read:
-            pixels = torch.stack(pixels).to(method.clip.device)
-            x = normalize(pixels, config=config)  # (B, 3, n, n)
-            yield read, method.encode(x)
-        bar.update(len(batch))
-    bar.close()
-    if len(skipped) == len(files):
-        more = f" (and {len(files) - 1} more, which are all)" if len(files) > 1 else ""
-        raise UserError(f"{skipped[0]}{more}")
+def some_read(answers: Iterable[Answer]) -> Iterator[Answer]:
+    """The same answers; UserError, if not one picture could be read."""
+    errors, count = [], 0
+    for count, answer in enumerate(answers, 1):
+        errors += [answer.error] if answer.error and len(errors) == count - 1 else []
+        yield answer
+    if errors and len(errors) == count:
+        more = f" (and {count - 1} more, which are all)" if count > 1 else ""
+        raise UserError(f"{errors[0]}{more}")
 
 
 def parse(argv: list[str]) -> dict:
@@ -310,6 +286,10 @@ def parse(argv: list[str]) -> dict:
         type=numbers,
         help="how much of what the run learned is kept, from 0 (zero-shot CLIP) to 1; several: a "
         "curve, left in the run's folder",
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write a row for each picture, .csv or .json")
+    parser.add_argument(
+        "--threshold", type=float, help="below this probability a picture is none of the classes"
     )
     cache.add_flags(parser)
     add_flags(parser.add_argument_group("experiment"), Experiment)
@@ -326,13 +306,19 @@ def parse(argv: list[str]) -> dict:
     if "image" in given:
         for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
+        if not given.get("csv", ".csv").endswith((".csv", ".json")):
+            raise UserError(f"--csv {given['csv']}: expected a file that ends in .csv or .json")
+        if not 0 <= given.get("threshold", 0) <= 1:
+            raise UserError(f"--threshold {given['threshold']}: expected 0 to 1")
+    for name in sorted(given.keys() & {"csv", "threshold"}) if "image" not in given else ():
+        raise UserError(f"--{name}: is for pictures, --image; leave it out")
     if "keep_share" in given and "run" not in given:
         raise UserError("--keep-share: is for --run DIR, which has learned something")
     if len(given.get("keep_share", [])) > 1 and given.keys() & {"image", "dataset"}:
         raise UserError("--keep-share: with --image or --dataset, give one number")
     if "run" in given:
         read = {"run", "keep_share"}
-        read |= {*PICTURES[:5]} if "image" in given else {"cache", "cache_gb", *MOVED}
+        read |= {*PICTURES[:7]} if "image" in given else {"cache", "cache_gb", *MOVED}
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")
