@@ -32,14 +32,15 @@ from fewshot.run import Run
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS, Method
+from methods.class_prompts import unread
 from methods.interop.load import described, trained
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
-# All that pictures of one's own are classified by; a run knows the last five.
+# All that pictures of one's own are classified by; a run knows the last six.
 PICTURES = ("image", "classes", "device", "model", "image_size", "template", "templates")
-PICTURES += ("precision", "threads")
+PICTURES += ("prompts", "precision", "threads")
 BATCH = 64  # pictures in memory at once
 
 
@@ -152,14 +153,15 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
     """Print and return the table of CLIP as it is and, if any are given, with templates."""
     clip, task = experiment.load(cache.chosen(given), record={})  # nothing is learned
     experiment.prepare(clip)
-    for note in task.notes:
-        print(f"note: {note}")
     zero_shot = METHODS["zero_shot"]
+    settings = zero_shot.Settings(**pick(zero_shot.Settings, given))
+    tested = [name for test in task.tests.values() for name in test.classnames]
+    for note in task.notes + unread(settings.prompts, tested):
+        print(f"note: {note}")
     names, template = task.classnames, task.template
     rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)}
-    if given.get("templates"):
-        settings = zero_shot.Settings(given["templates"])
-        rows["zero-shot, templates"] = evaluate(zero_shot(clip, names, template, settings), task)
+    if kind := next((kind for kind in ("templates", "prompts") if given.get(kind)), None):
+        rows[f"zero-shot, {kind}"] = evaluate(zero_shot(clip, names, template, settings), task)
     print(table(rows))
     return rows
 
@@ -177,7 +179,8 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         raise UserError('--image: say which classes to choose from: --classes "rose,tulip"')
     if run is None:
         zero_shot, template = METHODS["zero_shot"], experiment.template or "a photo of a {}."
-        method = zero_shot(clip, known, template, zero_shot.Settings(given.get("templates", "")))
+        settings = zero_shot.Settings(**pick(zero_shot.Settings, given))
+        method = zero_shot(clip, known, template, settings)
     else:
         method = trained(run, clip)
     if method.names_unseen or "classes" in given:
@@ -254,6 +257,8 @@ def parse(argv: list[str]) -> dict:
     given = parser.parse(argv)
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
+    if "templates" in given and "prompts" in given:
+        raise UserError("--templates and --prompts: give one of them")
     if "image" in given:
         for name in sorted(given.keys() - {"run", "method", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")

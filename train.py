@@ -35,8 +35,10 @@ from fewshot.task import Task
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method, Settings, TrainingSettings
+from methods.class_prompts import unread
 from methods.disef import DISEFSettings
 from methods.interop.init_from import load_into
+from methods.templates import PromptSettings
 
 # The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
 MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
@@ -88,7 +90,8 @@ def train(plan: Plan, experiment: Experiment) -> dict:
     """One run, to its folder -> its results.json."""
     clip, task = experiment.load(plan.cache)
     experiment.prepare(clip)
-    for note in task.notes:
+    tested = [name for test in task.tests.values() for name in test.classnames]
+    for note in task.notes + unread(getattr(plan.settings, "prompts", None), tested):
         print(f"note: {note}")
     counts = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
     print(
@@ -253,6 +256,7 @@ def parse(argv: list[str]) -> Plan:
     first.add_argument("--model")
     first.add_argument("--dataset")
     first.add_argument("--recipe")
+    first.add_argument("--prompts")
     known, _ = first.parse_known_args(argv)
     listed = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
     about = f"{__doc__}\nmethods:\n{listed}\n\ndata sets:\n{datasets.LISTED}"
@@ -273,6 +277,10 @@ def parse(argv: list[str]) -> Plan:
         if (recipe := known.recipe) is None:
             recipe = recipe_for(method, data, defaults.model)
         preset = method.preset(nearest("--recipe", recipe, method.recipes), defaults.model)
+        if known.prompts is not None and not issubclass(method.Settings, PromptSettings):
+            raise UserError(
+                f"--prompts: {known.method} ({method.title}) reads no written prompts; leave it out"
+            )
         usual = method.Settings(**preset)
         shared = [f.name for f in fields(TrainingSettings) if f.name not in OFTEN]
         own = [f.name for f in fields(method.Settings) if f.name not in (*OFTEN, *shared)]
@@ -298,6 +306,8 @@ def parse(argv: list[str]) -> Plan:
     given = parser.parse(argv)
     if "seed" in given and "seeds" in given:
         raise UserError("--seed and --seeds: give one of them")
+    if "templates" in given and "prompts" in given:
+        raise UserError("--templates and --prompts: give one of them")
     if "grid" in preset:  # a flag wins over it, too
         axes = preset["grid"].split()
         preset["grid"] = " ".join(axis for axis in axes if axis.split("=")[0] not in given)
