@@ -28,7 +28,7 @@ images, which are labelled jointly for that.
 The terms are the paper's; k = 3, T = 50, the 2k, unit means, the 8 and 1/E are in the guide that
 its authors give beside their code. Not checked against either: λ (1, or 0.5 with training images),
 ten rounds of five updates, the values γ is chosen from, and how means start where there are
-training images.
+training images. Log densities grow with E: T = 50 is for 512, and the demo model's 64 want less.
 """
 
 from dataclasses import dataclass
@@ -73,7 +73,12 @@ class TransCLIPSettings(JointSettings):
 class TransCLIP(WithSupport):
     title = "label all test images jointly: Gaussians and neighbours (transductive)"
     Settings = TransCLIPSettings
-    recipes = {"default": {}, "few-shot": {"use_support": True, "text_weight": 0.5}}
+    recipes = {
+        "default": {},
+        "few-shot": {"use_support": True, "text_weight": 0.5},
+        "demo": {"temperature": 5.0, "text_weight": 0.1},
+    }
+    demo_model = {"temperature": 5.0}
     transductive = True
 
     def __init__(self, clip, classnames, template, settings: TransCLIPSettings):
