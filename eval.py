@@ -136,13 +136,13 @@ def compare(run: Run, clip: CLIP, task: Task) -> dict[str, dict]:
     """Print and return the table of zero-shot CLIP and of the run on `task`."""
     queries = Queries.of(*described(run), run.config["experiment"]["seed"])
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
-    rows = {"zero-shot": evaluate(unadapted, task, queries)}
+    rows = {"zero-shot": evaluate(unadapted, task, queries)[0]}
     method = trained(run, clip, task.template)
     if task.classnames != run.learned and (
         method.names_unseen or not {*task.classnames} <= {*run.learned}
     ):
         method = method.for_classes(task.classnames)
-    rows[run.config["method"]] = evaluate(method, task, queries)
+    rows[run.config["method"]] = evaluate(method, task, queries)[0]
     if queries:
         print(queries.describe(rows[run.config["method"]]))
     print(table(rows))
@@ -155,13 +155,13 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
     experiment.prepare(clip)
     zero_shot = METHODS["zero_shot"]
     settings = zero_shot.Settings(**pick(zero_shot.Settings, given))
-    tested = [name for test in task.tests.values() for name in test.classnames]
-    for note in task.notes + unread(settings.prompts, tested):
+    for note in task.notes + unread(settings.prompts, task.tested_names):
         print(f"note: {note}")
     names, template = task.classnames, task.template
-    rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)}
+    rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)[0]}
     if kind := next((kind for kind in ("templates", "prompts") if given.get(kind)), None):
-        rows[f"zero-shot, {kind}"] = evaluate(zero_shot(clip, names, template, settings), task)
+        several = zero_shot(clip, names, template, settings)
+        rows[f"zero-shot, {kind}"] = evaluate(several, task)[0]
     print(table(rows))
     return rows
 

@@ -70,8 +70,10 @@ class Queries:
 
 
 def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
-    """As `fewshot.experiment.evaluate`, but over tasks; adds half widths of 95 % intervals."""
-    scores = {"base": None, "novel": None, "hm": None, "all": None, "parts": {}}
+    """As `fewshot.predictions.score`, but over tasks, and none among all names; adds half widths of
+    95 % intervals.
+    """
+    scores = {**dict.fromkeys(("base", "novel", "hm", "all", "joint")), "parts": {}}
     classes = (queries.k_eff, queries.k_eff_max or queries.k_eff)  # of a task
     classes = classes if queries.tasks else (inf, inf)
     for part, test in task.tests.items():

@@ -3,8 +3,7 @@
 A method turns a batch into logits, B images by K classes: `encode` computes what stays as it is
 while the method learns, `classify` the rest. It owns its parameters and knows its hyperparameters,
 but not where images come from, how they are batched, or what is measured: that is the experiment's
-(fewshot/). To add a method, write one file (projection.py is a short model) and name it in METHODS,
-methods/__init__.py: train.py, eval.py and the tests then find it.
+(fewshot/). To add one, write a file (projection.py is short) and name it in methods/__init__.py.
 """
 
 import contextlib
@@ -179,6 +178,8 @@ class Method(nn.Module):
     recipes: ClassVar[dict[str, dict]] = {"default": {}}
     demo_model: ClassVar[dict] = {}  # changes to "default" on the demo's small model
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
+    logits_apart: ClassVar[bool] = True  # does a class's logit depend on image and class alone?
+    reaches_unseen: ClassVar[bool] = True  # does what it learns change how it names those?
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
@@ -253,9 +254,7 @@ class Method(nn.Module):
         return self.clip.visual.finish(x, self.first_block)
 
     def text_features(self) -> Tensor:
-        """One text feature per class (K, E), not normalised; of several prompts the mean on the
-        unit sphere, W_k = mean_j norm(text(prompt_kj)).
-        """
+        """One text feature per class (K, E): of several, W_k = mean_j norm(text(prompt_kj))."""
         x = self.prompts(self.clip)  # (J, E)
         if len(x) == len(self.classnames):
             return x

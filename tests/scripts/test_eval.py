@@ -84,6 +84,7 @@ def test_a_run_in_16_bits_is_tested_and_used_in_16_bits(script, train, data, tmp
     result = script("eval", "--run", path)
     assert result.code == 0, result.err
     cells = [f"{saved[part]:.2f}" for part in ("base", "novel", "hm")]
+    cells += [f"{saved['joint']['hm']:.2f}"]
     assert table_lines(result.out)[2].split()[1:] == cells
     files = sorted((data / "test/blue-bell").iterdir())
     found = top(script("eval", "--run", path, "--image", *files).out)
