@@ -28,7 +28,7 @@ from fewshot.experiment import Experiment, evaluate, forget_peak, peak_memory_mb
 from fewshot.flags import changes
 from fewshot.loop import descend
 from fewshot.metrics import train_accuracy, val_accuracy
-from fewshot.predictions import Predictions
+from fewshot.predictions import Predictions, brief
 from fewshot.record import summary
 from fewshot.report import doubts, save_curves, table
 from fewshot.run import Run, provenance
@@ -36,7 +36,7 @@ from fewshot.task import Task
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method
-from methods.class_prompts import unread
+from methods.class_prompts import strangers
 from methods.disef import DISEFSettings
 from methods.interop.command import Plan, parse, recipe_for
 from methods.interop.init_from import load_into
@@ -160,7 +160,7 @@ def train(plan: Plan, world: World) -> dict:
     experiment, task = world.experiment, world.task
     torch.manual_seed(experiment.seed)
     method, settings = world.build(plan), plan.settings
-    for note in unread(getattr(settings, "prompts", None), task.tested_names):
+    for note in strangers(getattr(settings, "prompts", None), task.tested_names):
         print(f"note: {note}")
     if plan.init_from:
         load_into(method, plan.init_from)
@@ -228,13 +228,8 @@ def train(plan: Plan, world: World) -> dict:
         zero_shot, before = evaluate(world.unadapted, task, queries)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = peak_memory_mb()
-    brief = {
-        name: zero_shot[name]
-        for name in ("base", "novel", "hm", "all", "joint", "val")
-        if name in zero_shot
-    }
     measured = {"parameters": parameters, "seconds": seconds, "peak_memory_mb": memory}
-    results = {**scores, "zero_shot": brief, **fitted, **measured, **synthetic}
+    results = {**scores, "zero_shot": brief(zero_shot), **fitted, **measured, **synthetic}
     if after:
         rows = {predictions.ZERO_SHOT: before, plan.method: after}
         run.write_tensors(predictions.FILE, predictions.tensors(rows))

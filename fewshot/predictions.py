@@ -120,6 +120,11 @@ def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> di
     return scores
 
 
+def brief(scores: dict) -> dict:
+    """Scores without those of single classes."""
+    return {key: value for key, value in scores.items() if key != "parts"}
+
+
 # ----------------------------------------------------------------------------------- a run's file
 
 

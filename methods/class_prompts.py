@@ -91,12 +91,12 @@ def class_texts(
     return [[t.replace("{}", name) for t in prompts[spoken(name)]] for name in classnames]
 
 
-def unread(prompts: Prompts | None, classnames: Sequence[str]) -> list[str]:
+def strangers(prompts: Prompts | None, classnames: Sequence[str]) -> list[str]:
     """A note, if there are texts for names that are no classes: those names, and what is near."""
     known = {spoken(name) for name in classnames}
-    strangers = [name for name in prompts or () if name not in known]
-    near = {name: difflib.get_close_matches(name, sorted(known), 1) for name in strangers[:20]}
-    told = [name + (f" (near {near[name][0]})" if near.get(name) else "") for name in strangers]
+    others = [name for name in prompts or () if name not in known]
+    near = {name: difflib.get_close_matches(name, sorted(known), 1) for name in others[:20]}
+    told = [name + (f" (near {near[name][0]})" if near.get(name) else "") for name in others]
     return [f"--prompts: has texts for what is no class here: {some(told)}"] if told else []
 
 

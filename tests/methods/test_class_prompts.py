@@ -11,7 +11,7 @@ from published import openai_text_tower
 
 from clip_min import CLIP, CLIPConfig, UserError
 from methods import METHODS
-from methods.class_prompts import read_prompts, unread
+from methods.class_prompts import read_prompts, strangers
 from methods.templates import PromptSettings, TemplateSettings
 from methods.zero_shot import ZeroShot
 
@@ -160,9 +160,9 @@ def test_classes_without_texts_are_named_with_what_may_be_meant(clip, file):
 
 def test_texts_that_no_class_reads_are_noted_with_the_nearest_name():
     prompts = {"rose": ["a."], "ox eye daisy": ["b."], "fern": ["c."]}
-    (note,) = unread(prompts, NAMES)
+    (note,) = strangers(prompts, NAMES)
     assert "no class here: ox eye daisy (near ox-eye daisy), fern" in note
-    assert unread({"rose": ["a."]}, ["rose"]) == unread(None, NAMES) == []
+    assert strangers({"rose": ["a."]}, ["rose"]) == strangers(None, NAMES) == []
 
 
 def test_without_prompts_zero_shot_is_as_before(clip, images):

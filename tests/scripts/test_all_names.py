@@ -264,7 +264,7 @@ def test_predictions_of_something_else_are_one_line(damage, trained, tmp_path):
         elif damage == "nan":
             kept["lora/base/probabilities"][0, 0] = torch.nan
         elif damage == "part":
-            kept["lora/all/top"] = kept["lora/base/top"]
+            kept["lora/all/top"] = kept["lora/base/top"].clone()
         elif damage == "half":
             del kept["lora/base/top"]
         else:

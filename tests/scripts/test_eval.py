@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip_min
-import eval as eval_script
 from fewshot import datasets
 from methods import METHODS
+from methods.interop import classify
 
 BASE = ["amber lily", "blue bell", "cyan lotus"]
 NOVEL = ["dark iris", "egg flower"]
@@ -226,11 +226,11 @@ def test_pictures_of_a_folder_are_classified_a_batch_at_a_time(
     script, trained, data, tmp_path, monkeypatch
 ):
     alone = script("eval", "--run", trained.path, "--image", *sorted(data.rglob("test/*/*.png")))
-    monkeypatch.setattr(eval_script, "BATCH", 3)
+    monkeypatch.setattr(classify, "BATCH", 3)
     sizes = []
-    real = eval_script.normalize
+    real = classify.normalize
     monkeypatch.setattr(
-        eval_script, "normalize", lambda x, **how: sizes.append(len(x)) or real(x, **how)
+        classify, "normalize", lambda x, **how: sizes.append(len(x)) or real(x, **how)
     )
     whole = script("eval", "--run", trained.path, "--image", data / "test")
     assert whole.code == 0, whole.err
@@ -250,7 +250,7 @@ def test_a_transductive_method_labels_all_pictures_jointly(
     (run,) = tmp_path.glob("*/*/*")
     once = script("eval", "--run", run, "--image", data / "test")
     assert "note: em_dirichlet labels these 20 pictures jointly" in once.out
-    monkeypatch.setattr(eval_script, "BATCH", 3)
+    monkeypatch.setattr(classify, "BATCH", 3)
     assert script("eval", "--run", run, "--image", data / "test").out == once.out
 
 
