@@ -41,6 +41,7 @@ REFUSED = [
     ("vpt", {}),
     ("promptsrc", {}),
     ("em_dirichlet", {}),
+    ("transclip", {}),
 ]
 
 
