@@ -31,6 +31,7 @@ VARIANTS = {
     "vpt": ["--deep"],
     "finetune": ["--objective contrastive"],
     "em_dirichlet": ["--use-support"],
+    "transclip": ["--use-support", "--tasks 200"],
 }
 ALL = [f"{name} {flags}".strip() for name in METHODS for flags in ["", *VARIANTS.get(name, [])]]
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from clip_min import UserError
 from methods.base import DEFAULT, Method, TrainingSettings
 from methods.contrastive import contrastive_loss
+from methods.templates import PromptSettings
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(TrainingSettings):
+class FinetuneSettings(TrainingSettings, PromptSettings):
     train: Annotated[str, "weights that learn: both, image, text (towers) or last-N (blocks)"] = (
         "both"
     )
