@@ -159,6 +159,8 @@ def _intervals(results: dict) -> dict[str, list[float]]:
     """Of each part's accuracy, 95 %: by its pictures or, of a transductive method, its tasks."""
     found = {}
     for part, of in results.get("parts", {}).items():
+        if of.get("tasks") == 1:  # of one there is no spread
+            continue
         if "interval95" in of:
             found[part] = [results[part] - of["interval95"], results[part] + of["interval95"]]
         elif of.get("images"):
