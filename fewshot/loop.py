@@ -129,7 +129,7 @@ def descend(
     s = method.settings
     if s.grid:
         return search(method, train, val, run, seed)
-    length, state = Length.of(s, train), State(method, train)
+    length, state = Length.of(s, train, method.first_stage), State(method, train)
     if resume:
         state.load(run)
     at = state.at
@@ -191,6 +191,8 @@ def gradient_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(s, length, step)
     method.step = step
+    if step == length.switch and method.first_stage is not None:
+        method.second_stage()  # a tensor without a gradient stays; with its first one it is new
     with train.autocast():
         inputs = train.inputs(method, chosen, s.augment)
         loss = method.loss(inputs, *train.targets(chosen))

@@ -14,17 +14,21 @@ class Length:
     total: int
     round: int  # between two validations; the state to resume from is saved then, too
     chooses: bool  # does validation decide anything? else there is none
+    switch: int = 0  # the first step of a second stage, with which the rate starts anew
 
     @classmethod
-    def of(cls, s, train: Batches) -> "Length":
-        """The length that settings `s` ask for, on these training images."""
+    def of(cls, s, train: Batches, first_stage: float | None = None) -> "Length":
+        """The length that settings `s` ask for, on these training images; first_stage: the share
+        of all steps before a method's second stage, if it has one.
+        """
         fewest = min(len(part) for part in train.drawn)
         epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
         total = max(s.epochs * epoch, s.min_steps)
         if s.steps_per_shot:
             total = s.steps_per_shot * train.shots
         rounds = math.ceil(total / s.validations) if s.validations else epoch
-        return cls(epoch, total, max(1, rounds), "best" in s.keep or s.patience > 0)
+        chooses = "best" in s.keep or s.patience > 0
+        return cls(epoch, total, max(1, rounds), chooses, int((first_stage or 0) * total))
 
     def place(self, step: int) -> str:
         """For people: "epoch 3", or, where rounds are not epochs, "step 120"."""
@@ -51,7 +55,8 @@ def duration(seconds: float) -> str:
 
 
 def learning_rate(s, length: Length, step: int) -> float:
-    """The rate of a step; time is counted in steps, or in epochs where the schedule says so.
+    """The rate of a step; time is counted in steps, or in epochs where the schedule says so, and
+    anew in each of two stages.
 
     A warm-up, and then half a cosine from `lr` down to `min_lr`. The warm-up is
     constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever;
@@ -59,10 +64,12 @@ def learning_rate(s, length: Length, step: int) -> float:
     rate itself is not;
     linear, as VPT's code has it: the cosine fills the time that is left.
     """
+    start, end = (0, length.switch) if step < length.switch else (length.switch, length.total)
+    now, end = step - start, end - start
     if s.schedule == "step":
-        now, end, warm = step, length.total, s.warmup_steps or s.warmup_epochs * length.epoch
+        warm = s.warmup_steps or s.warmup_epochs * length.epoch
     else:
-        now, end = step // length.epoch, math.ceil(length.total / length.epoch)
+        now, end = now // length.epoch, math.ceil(end / length.epoch)
         warm = s.warmup_epochs
     if now < warm:
         share = now / warm

@@ -180,6 +180,7 @@ class Method(nn.Module):
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
+    first_stage: float | None = None  # share of the steps before the loop calls `second_stage`
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
     text_learns: bool = False  # do class features change while it learns?
     step = 0  # of training, from 0: set by the loop before it asks for the loss of that step

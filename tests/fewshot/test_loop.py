@@ -132,6 +132,7 @@ def followed(val, run, monkeypatch):
         s = dataclasses.replace(recipe(method, "paper"), augment="none", grid="", **point)
         toy, done = Toy(s), SimpleNamespace(settings=s, rates=[], sizes=[])
         toy.no_weight_decay = ("linear.bias",) if METHODS[method].no_weight_decay else ()
+        toy.first_stage, toy.second_stage = getattr(s, "first_stage", None), lambda: None
         new_optimizer = loop.new_optimizer
 
         def watched(*arguments):
@@ -213,6 +214,32 @@ def test_paper_clip_lora_trains_500_steps_a_shot_as_its_code(followed):
     assert adamw(done, 1e-8, 1e-2)
     assert done.validated == []
     assert done.settings.keep == "last"
+
+
+def test_paper_two_stage_trains_300_steps_a_shot_along_two_cosines_as_its_code(followed):
+    """fs/twostage.py of its repository: both start at 2e-4, and nothing warms up."""
+    assert recipe("two_stage", "paper").steps_per_shot == 300
+    done = followed("two_stage", batches(45, 1))  # 15 of a class
+    assert done.sizes == [32, 13] * 2250
+    expected = [*annealed(2e-4, 1e-6, 2700), *annealed(2e-4, 1e-6, 1800)]
+    assert done.rates == pytest.approx(expected, rel=1e-6)
+    assert adamw(done, 1e-8, 1e-2)
+    assert done.validated == []
+    assert done.settings.keep == "last"
+    assert recipe("two_stage", "paper").augment == "crop-flip"
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_each_of_two_stages_has_epochs_of_its_own(warmup):
+    """Three epochs of 4 steps before the switch, and two and a half after it."""
+    s = settings(epochs=6, warmup_epochs=warmup, warmup_lr=1e-3)
+    length = Length(4, 22, 4, True, switch=12)
+    found = [learning_rate(s, length, step) for step in range(22)]
+    each = [*annealed(0.01, 0, 3), *annealed(0.01, 0, 3)]
+    if warmup:
+        each[0] = each[3] = 1e-3
+        each[1:3] = each[4:6] = annealed(0.01, 0, 3)[:2]
+    assert found == pytest.approx([rate for rate in each for _ in range(4)][:22])
 
 
 def test_paper_cross_modal_takes_12800_steps_and_the_best_of_its_grid_as_its_code(followed):
