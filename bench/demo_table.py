@@ -27,8 +27,11 @@ ROOT = Path(__file__).parent.parent
 # Settings that a reader would ask for by name, each after its method.
 VARIANTS = {
     "zero_shot": ["--templates ensemble"],
+    "clip_adapter": ["--depth-head"],
+    "coop": ["--depth-head"],
+    "kgcoop": ["--depth-head"],
     "vpt": ["--deep"],
-    "finetune": ["--objective contrastive"],
+    "finetune": ["--objective contrastive", "--train last-2 --class-share 0.5"],
     "em_dirichlet": ["--use-support"],
 }
 ALL = [f"{name} {flags}".strip() for name in METHODS for flags in ["", *VARIANTS.get(name, [])]]

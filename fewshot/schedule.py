@@ -54,11 +54,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def learning_rate(s, length: Length, step: int) -> float:
+def learning_rate(s, length: Length, step: int, factor: float = 1.0) -> float:
     """The rate of a step; time is counted in steps, or in epochs where the schedule says so, and
     anew in each of two stages.
 
-    A warm-up, and then half a cosine from `lr` down to `min_lr`. The warm-up is
+    A warm-up, and then half a cosine from `factor`·`lr` down to `min_lr`. The warm-up is
     constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever;
     proportional, as cross-modal's code has it: the same, but for a rise from 0, which the first
     rate itself is not;
@@ -71,10 +71,11 @@ def learning_rate(s, length: Length, step: int) -> float:
     else:
         now, end = now // length.epoch, math.ceil(end / length.epoch)
         warm = s.warmup_epochs
+    peak = factor * s.lr
     if now < warm:
         share = now / warm
         if s.warmup == "proportional":
-            return share * s.lr or s.warmup_lr  # of the first step, whose share is 0
-        return s.warmup_lr + (share * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0)
+            return share * peak or s.warmup_lr  # of the first step, whose share is 0
+        return s.warmup_lr + (share * (peak - s.warmup_lr) if s.warmup == "linear" else 0)
     progress = (now - warm) / (end - warm if s.warmup == "linear" else end)
-    return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

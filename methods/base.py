@@ -3,8 +3,7 @@
 A method turns a batch into logits, B images by K classes: `encode` computes what stays as it is
 while the method learns, `classify` the rest. It owns its parameters and knows its hyperparameters,
 but not where images come from, how they are batched, or what is measured: that is the experiment's
-(fewshot/). To add a method, write one file (projection.py is a short model) and name it in METHODS,
-methods/__init__.py: train.py, eval.py and the tests then find it.
+(fewshot/). To add one, write a file (projection.py is short) and name it in methods/__init__.py.
 """
 
 import contextlib
@@ -180,6 +179,7 @@ class Method(nn.Module):
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
+    lr_factors: ClassVar[dict[str, float]] = {}  # what of it learns at so many times the rate
     first_stage: float | None = None  # share of the steps before the loop calls `second_stage`
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
     text_learns: bool = False  # do class features change while it learns?

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clip_min import PromptTree, UserError, tokenize
 from methods.base import DEFAULT, Method, TrainingSettings
+from methods.depth_head import DepthHeadSettings, WithDepthHead
 
 PLACEHOLDER = "X"  # one token, whose embedding the context replaces
 
@@ -77,12 +78,12 @@ class LearnedContext(Method):
 
 
 @dataclass(frozen=True)
-class CoOpSettings(ContextSettings):
+class CoOpSettings(ContextSettings, DepthHeadSettings):
     position: Annotated[Literal["end", "middle", "front"], "where the class name stands"] = "end"
     class_specific: Annotated[bool, "vectors for every class, instead of shared ones"] = False
 
 
-class CoOp(LearnedContext):
+class CoOp(WithDepthHead, LearnedContext):
     title = "learned prompt vectors, shared by all classes"
     Settings = CoOpSettings
     recipes = {

@@ -23,6 +23,7 @@ VARIANTS = {  # what a method can do beside its defaults, and whether it then na
     "clip_adapter": [
         ((), True),
         (("--recipe", "jclip", "--learn-ratio"), True),
+        (("--depth-head",), True),
     ],
     "projection": [((), True), (("--objective", "contrastive", "--activation", "relu"), True)],
     "tip_adapter": [((), True), (("--recipe", "paper", "--views", 2), True)],
@@ -36,7 +37,12 @@ VARIANTS = {  # what a method can do beside its defaults, and whether it then na
         (("--recipe", "mri"), False),
     ],
     "two_stage": [((), True), (("--first-stage", 0.2, "--layer-norms", "blocks"), True)],
-    "finetune": [((), True), (("--recipe", "contrastive", "--train", "last-1"), True)],
+    "kgcoop": [(("--recipe", "dept"), True)],
+    "finetune": [
+        ((), True),
+        (("--recipe", "contrastive", "--train", "last-1"), True),
+        (("--recipe", "skip-tuning", "--train", "last-1"), True),
+    ],
     "em_dirichlet": [
         (("--tasks", 5, "--k-eff", 2), True),
         (("--tasks", 5, "--recipe", "few-shot", "--assignment", "hard"), True),
