@@ -4,43 +4,46 @@ python eval.py --run runs/demo/demo/lora-s10-seed1            the table training
 python eval.py --run DIR --dataset other                      the run on another data set
 python eval.py --run DIR --dataset coop-11                    on several, and their mean
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
+python eval.py --run DIR --image FOLDER --csv out.csv         the same, as a table
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
+python eval.py --run DIR --keep-share 0,0.25,0.5,0.75,1       with less of what was learned
 python eval.py --method zero_shot --dataset demo              CLIP as it is
 """
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Before torch, which takes from it how threads wait.
-from clip_min import CLIP, UserError, crop, normalize, weights  # isort: skip
-import torch
-from torch import Tensor
+from clip_min import CLIP, UserError, weights  # isort: skip
 from tqdm import tqdm
 
 from clip_min.errors import nearest
+from clip_min.files import write_json, write_text
 from fewshot import cache, datasets, grid
-from fewshot.batches import autocast
 from fewshot.catalogue import IMPLIED, chosen
 from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
-from fewshot.folder import find_pictures
-from fewshot.pictures import open_image
+from fewshot.predictions import brief
 from fewshot.record import kept, summary
 from fewshot.report import table
-from fewshot.run import Run
+from fewshot.run import Run, set_aside
+from fewshot.shares import NOTE, numbers, save_curve, shown
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
-from methods import METHODS, Method
+from methods import METHODS
+from methods.interop.classify import Answer, Classifier, pictures_in
+from methods.interop.classify import write as write_table
 from methods.interop.load import described, trained
+from methods.wise_ft import keep_share
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
 # All that pictures of one's own are classified by; a run knows the last five.
-PICTURES = ("image", "classes", "device", "model", "image_size", "template", "templates")
-PICTURES += ("precision", "threads")
-BATCH = 64  # pictures in memory at once
+PICTURES = ("image", "classes", "device", "model", "csv", "threshold")
+PICTURES += ("image_size", "template", "templates", "precision", "threads")
 
 
 def main() -> None:
@@ -63,7 +66,11 @@ def main() -> None:
     if "image" in given:
         classify(run, experiment, given)
     elif run is None:
-        show_mean({each.dataset: test_zero_shot(each, given) for each in experiments})
+        check_there(experiments)
+        data, model, _ = experiment.folder("zero_shot").parts
+        folder = Path("runs") / data.replace(experiment.dataset, asked.replace(" ", ""), 1) / model
+        tables = {each.dataset: test_zero_shot(each, given) for each in experiments}
+        show_mean(tables, folder / "zero_shot-eval.json")
     elif "dataset" in given:
         transfer(run, experiment, given)
     else:
@@ -90,7 +97,15 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
             f"{run.path}: the data are not those it was trained and tested on, and which of them "
             "it has seen cannot be told without its data.json; put that back"
         )
-    compare(run, clip, task)
+    shares = given.get("keep_share", [])
+    rows = compare(run, clip, task, shares)
+    if len(shares) > 1:
+        curve = dict(zip(shares, [*rows.values()][1:], strict=True))
+        points = [{"share": share, **brief(scores)} for share, scores in curve.items()]
+        name, file = run.config["method"], run.path / "keep_share.json"
+        write_json(file, {"method": name, "accuracies_of": "test images", "points": points})
+        save_curve(name, curve, file.with_suffix(".png"))
+        print(f"curve: {file.with_suffix('.png')}")
 
 
 def transfer(run: Run, experiment: Experiment, given: dict) -> None:
@@ -99,25 +114,41 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
     Of several, the one that it learned from is left out, as in the published protocols.
     """
     names = chosen(given["dataset"])
-    others = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
-    more = IMPLIED.get(given["dataset"], {}) | given
-    show_mean({name: on_other(run, experiment, more | {"dataset": name}) for name in others})
+    names = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
+    known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
+    flags = IMPLIED.get(given["dataset"], {}) | given | known
+    others = [Experiment(**pick(Experiment, flags | {"dataset": name})) for name in names]
+    check_there(others)
+    tables = {other.dataset: on_other(run, experiment, other, given) for other in others}
+    show_mean(tables, run.path / f"eval-{given['dataset'].replace(' ', '')}.json")
 
 
-def show_mean(tables: dict[str, dict[str, dict]]) -> None:
-    """Print the tables of several data sets as one, with their mean."""
-    if len(tables) > 1:
-        of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
-        print(f"\n{grid.table_of_data_sets(of)}")
+def check_there(experiments: list[Experiment]) -> None:
+    """Of several data sets, tell one that is missing before hours of work on the others."""
+    for experiment in experiments if len(experiments) > 1 else ():
+        experiment.load_dataset()
 
 
-def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
+def show_mean(tables: dict[str, dict[str, dict]], file: Path) -> None:
+    """Print the tables of several data sets as one, with their mean, and leave them in a file."""
+    if len(tables) < 2:
+        return
+    of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
+    print(f"\n{grid.table_of_data_sets(of)}")
+    mean = {k: grid.mean([rows[k] for rows in of.values()]) for k in next(iter(of.values()))}
+    scores = {name: {k: brief(s) for k, s in rows.items()} for name, rows in tables.items()}
+    text = json.dumps({"datasets": scores, "mean": mean}, indent=2) + "\n"
+    if file.exists() and file.read_bytes() != text.encode():
+        set_aside(file, "table")
+    write_text(file, text)
+    print(f"data sets: {file}")
+
+
+def on_other(run: Run, experiment: Experiment, other: Experiment, given: dict) -> dict[str, dict]:
     """Print and return the table of a run on all classes of another data set.
 
     The names and the template are that data set's; what was learned is the run's.
     """
-    known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
-    other = Experiment(**pick(Experiment, given | known))
     clip = weights.load(other.model, other.device, image_size=experiment.image_size)
     other.prepare(clip)
     dataset = other.load_dataset()
@@ -128,23 +159,35 @@ def on_other(run: Run, experiment: Experiment, given: dict) -> dict[str, dict]:
         print(f"note: {note}")
     sizes = f"{len(task.classnames)} classes, {len(task.tests['all'].batches)} test images"
     print(f"{other.dataset}: {sizes}; {task.template!r}")
-    return compare(run, clip, task)
+    return compare(run, clip, task, given.get("keep_share", []))
 
 
-def compare(run: Run, clip: CLIP, task: Task) -> dict[str, dict]:
-    """Print and return the table of zero-shot CLIP and of the run on `task`."""
-    queries = Queries.of(*described(run), run.config["experiment"]["seed"])
-    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
-    rows = {"zero-shot": evaluate(unadapted, task, queries)}
-    method = trained(run, clip, task.template)
+def compare(run: Run, clip: CLIP, task: Task, shares: list[float]) -> dict[str, dict]:
+    """Print and return the table of zero-shot CLIP and of the run on `task`, or of the run with
+    each of these `shares` of what it learned.
+    """
+    name, method = run.config["method"], trained(run, clip, task.template)
+    known = method
     if task.classnames != run.learned and (
         method.names_unseen or not {*task.classnames} <= {*run.learned}
     ):
-        method = method.for_classes(task.classnames)
-    rows[run.config["method"]] = evaluate(method, task, queries)
+        known = method.for_classes(task.classnames)  # of the same tensors
+    if shares:
+        learned = {key: tensor.detach().clone() for key, tensor in method.adapter_state().items()}
+        keep_share(method, learned, shares[0])  # told before any work, if it cannot be
+    queries = Queries.of(*described(run), run.config["experiment"]["seed"])
+    unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
+    rows = {"zero-shot": evaluate(unadapted, task, queries)[0]}
+    for share in shares or [None]:
+        if share is not None:
+            method.load_adapter(keep_share(method, learned, share))
+        row = name if share is None else f"{name}, {shown(share)} kept"
+        rows[row] = evaluate(known, task, queries)[0]
     if queries:
-        print(queries.describe(rows[run.config["method"]]))
+        print(queries.describe(rows[name]))
     print(table(rows))
+    if shares:
+        print(NOTE)
     return rows
 
 
@@ -156,16 +199,17 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
         print(f"note: {note}")
     zero_shot = METHODS["zero_shot"]
     names, template = task.classnames, task.template
-    rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)}
+    rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)[0]}
     if given.get("templates"):
         settings = zero_shot.Settings(given["templates"])
-        rows["zero-shot, templates"] = evaluate(zero_shot(clip, names, template, settings), task)
+        several = zero_shot(clip, names, template, settings)
+        rows["zero-shot, templates"] = evaluate(several, task)[0]
     print(table(rows))
     return rows
 
 
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
-    """Print the five likeliest classes of each picture."""
+    """Print the five likeliest classes of each picture, or write them to a table."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
@@ -179,64 +223,44 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         zero_shot, template = METHODS["zero_shot"], experiment.template or "a photo of a {}."
         method = zero_shot(clip, known, template, zero_shot.Settings(given.get("templates", "")))
     else:
-        method = trained(run, clip)
+        method = trained(run, clip, share=given.get("keep_share", [None])[0])
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
-    skipped: list[str] = []
-    with method.inference(), autocast(clip.device, experiment.precision):
-        batches = inputs(method, files, skipped)
-        if method.transductive and len(files) > 1:
-            print(f"note: {run.config['method']} labels these {len(files)} pictures jointly")
-            parts = list(batches)
-            batches = [([f for part, _ in parts for f in part], torch.cat([x for _, x in parts]))]
-        for read, x in batches:
-            for path, row in zip(read, method.classify(x).softmax(-1), strict=True):  # x -> (B, K)
-                tqdm.write(str(path))  # above the progress bar
-                for probability, i in zip(*row.topk(min(5, len(row))), strict=True):
-                    tqdm.write(f"  {100 * probability:6.2f} %  {method.classnames[i]}")
+    if method.transductive and len(files) > 1:
+        print(f"note: {run.config['method']} labels these {len(files)} pictures jointly")
+    answers = Classifier(method, experiment.precision).classify(files)
+    answers = some_read(tqdm(answers, total=len(files), unit=" pictures", disable=None))
+    threshold = given.get("threshold", 0.0)
+    if "csv" in given:
+        count, unknown, unread = write_table(answers, Path(given["csv"]), threshold)
+        said = [f"{count:,} pictures"]
+        said += [f"{unknown:,} none of the classes"] if threshold else []
+        said += [f"{unread:,} could not be read"] if unread else []
+        print(f"{', '.join(said)}: {given['csv']}")
+        return
+    skipped = []
+    for answer in answers:
+        if answer.error:
+            skipped.append(answer.error)
+            continue
+        tqdm.write(str(answer.path))  # above the progress bar
+        if answer.probabilities[0] < threshold:
+            tqdm.write(f"  none of the classes (below {100 * threshold:.2f} %)")
+        for name, probability in zip(answer.names, answer.probabilities, strict=True):
+            tqdm.write(f"  {100 * probability:6.2f} %  {name}")
     for why in skipped:
         print(f"note: skipped, {why}")
 
 
-def pictures_in(path: Path) -> list[Path]:
-    """A picture's file, or all those below a folder; what else lies there is noted."""
-    if not path.is_dir():
-        return [path]
-    left_out: dict[str, list[Path]] = {}
-    files = find_pictures(path, left_out)
-    for why, others in left_out.items():
-        print(f"note: {path}: left out {len(others)} {why}")
-    if not files:
-        raise UserError(f"--image {path}: is a folder without pictures")
-    return files
-
-
-def inputs(
-    method: Method, files: list[Path], skipped: list[str]
-) -> Iterator[tuple[list[Path], Tensor]]:
-    """The readable files, a batch at a time, and them encoded for `method.classify`, (B, …).
-
-    Why one could not be read is added to `skipped`; if none can, that is an error.
-    """
-    config = method.clip.config
-    bar = tqdm(total=len(files), unit=" pictures", disable=None)  # None: only on a terminal
-    for batch in (files[i : i + BATCH] for i in range(0, len(files), BATCH)):
-        read, pixels = [], []
-        for path in batch:
-            try:
-                pixels.append(crop(open_image(path), config))
-                read.append(path)
-            except UserError as error:
-                skipped.append(str(error))
-        if read:
-            pixels = torch.stack(pixels).to(method.clip.device)
-            x = normalize(pixels, config=config)  # (B, 3, n, n)
-            yield read, method.encode(x)
-        bar.update(len(batch))
-    bar.close()
-    if len(skipped) == len(files):
-        more = f" (and {len(files) - 1} more, which are all)" if len(files) > 1 else ""
-        raise UserError(f"{skipped[0]}{more}")
+def some_read(answers: Iterable[Answer]) -> Iterator[Answer]:
+    """The same answers; UserError, if not one picture could be read."""
+    errors, count = [], 0
+    for count, answer in enumerate(answers, 1):
+        errors += [answer.error] if answer.error and len(errors) == count - 1 else []
+        yield answer
+    if errors and len(errors) == count:
+        more = f" (and {count - 1} more, which are all)" if count > 1 else ""
+        raise UserError(f"{errors[0]}{more}")
 
 
 def parse(argv: list[str]) -> dict:
@@ -244,6 +268,17 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
+    parser.add_argument(
+        "--keep-share",
+        metavar="A,…",
+        type=numbers,
+        help="how much of what the run learned is kept, from 0 (zero-shot CLIP) to 1; several: a "
+        "curve, left in the run's folder",
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write a row for each picture, .csv or .json")
+    parser.add_argument(
+        "--threshold", type=float, help="below this probability a picture is none of the classes"
+    )
     cache.add_flags(parser)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
@@ -255,10 +290,21 @@ def parse(argv: list[str]) -> dict:
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
     if "image" in given:
-        for name in sorted(given.keys() - {"run", "method", *PICTURES}):
+        for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
+        if not given.get("csv", ".csv").endswith((".csv", ".json")):
+            raise UserError(f"--csv {given['csv']}: expected a file that ends in .csv or .json")
+        if not 0 <= given.get("threshold", 0) <= 1:
+            raise UserError(f"--threshold {given['threshold']}: expected 0 to 1")
+    for name in sorted(given.keys() & {"csv", "threshold"}) if "image" not in given else ():
+        raise UserError(f"--{name}: is for pictures, --image; leave it out")
+    if "keep_share" in given and "run" not in given:
+        raise UserError("--keep-share: is for --run DIR, which has learned something")
+    if len(given.get("keep_share", [])) > 1 and given.keys() & {"image", "dataset"}:
+        raise UserError("--keep-share: with --image or --dataset, give one number")
     if "run" in given:
-        read = {"run", *PICTURES[:4]} if "image" in given else {"run", "cache", "cache_gb", *MOVED}
+        read = {"run", "keep_share"}
+        read |= {*PICTURES[:6]} if "image" in given else {"cache", "cache_gb", *MOVED}
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")

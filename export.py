@@ -6,6 +6,7 @@ python export.py --run DIR --format huggingface OUT                … for trans
 python export.py --run DIR --format open_clip OUT                  … for open_clip, a folder
 python export.py --run DIR --format peft OUT                       LoRA alone, for peft, a folder
 python export.py --run DIR --format classifier OUT.safetensors     a row for each class name
+python export.py … --keep-share 0.5                                half of what was learned
 """
 
 import json
@@ -19,6 +20,7 @@ from clip_min.formats import save_hugging_face, save_open_clip, save_openai
 from fewshot.experiment import named, run_script
 from fewshot.flags import Parser
 from fewshot.run import Run
+from fewshot.shares import one_share, shown
 from methods import Method
 from methods.interop.load import trained
 from methods.interop.peft import to_peft
@@ -72,7 +74,8 @@ def main() -> None:
     run = Run.open(Path(given["run"]))
     model = given.get("model", run.config["experiment"]["model"])
     size = run.config["experiment"].get("image_size", 0)  # none in old ones
-    method = trained(run, weights.load(model, image_size=size)).eval()
+    share = given.get("keep_share")
+    method = trained(run, weights.load(model, image_size=size), share=share).eval()
     if "classes" in given:
         names = named(given["classes"])
     elif method.names_unseen:
@@ -80,6 +83,7 @@ def main() -> None:
     else:
         names = method.classnames
     about, logits = {"classnames": names, "template": "|".join(method.templates)}, SCALED
+    about |= {} if share is None else {"keep_share": share}
     if name in MERGED:
         MERGED[name](merged_clip(method), out, about)
         if isinstance(method, TwoStage) and method.in_second:
@@ -89,7 +93,8 @@ def main() -> None:
         save_peft(method, out, HUGGING_FACE.get(model), about)
     else:
         logits = save_classifier(run, method, out, about)
-    print(f"{out}: {run.config['method']} as {name}. To use it:")
+    of = "" if share is None else f", {shown(share)} of what it learned kept,"
+    print(f"{out}: {run.config['method']}{of} as {name}. To use it:")
     base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
     print(USE[name].format(out=out, base=base, logits=logits))
 
@@ -129,6 +134,12 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--format", metavar="FORMAT", help="one of the above")
     parser.add_argument("--classes", metavar="NAMES", help='of a classifier: "a,b,c" or a file')
+    parser.add_argument(
+        "--keep-share",
+        metavar="A",
+        type=one_share,
+        help="how much of what was learned is kept, from 0 (zero-shot CLIP) to 1 [1]",
+    )
     parser.add_argument("--model", help="where the run's model is now, if it was moved")
     parser.add_argument("out", metavar="OUT", nargs="?", help="file or folder to write, a new one")
     given = parser.parse(argv)

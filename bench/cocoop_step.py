@@ -94,7 +94,7 @@ class Published(nn.Module):
         self.meta_net = nn.Sequential(nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 512))
         self.meta_net.load_state_dict(ours.meta_net.state_dict())
 
-    def forward(self, features):  # (B, E) -> (B, K)
+    def classify(self, features):  # (B, E) -> (B, K)
         features = F.normalize(features, dim=-1)
         contexts = self.context + self.meta_net(features).unsqueeze(1)  # (B, 4, D)
         logits = []
@@ -124,7 +124,7 @@ def stepper(model: nn.Module, features, labels):
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(features), labels).backward()
+        F.cross_entropy(model.classify(features), labels).backward()
         optimizer.step()
 
     return step
@@ -168,7 +168,7 @@ def compare(classes: int, batch: int, rounds: int, unit: dict, rate: float) -> d
     memory = {name: peak_mb(name, classes, batch) for name in ways}  # before this process grows
     logits = {}
     for name, model in ways.items():
-        logits[name] = model(features)
+        logits[name] = model.classify(features)
         F.cross_entropy(logits[name], labels).backward()
     if not skip:
         pairs = list(zip(_learned(ours), _learned(published), strict=True))
@@ -180,7 +180,7 @@ def compare(classes: int, batch: int, rounds: int, unit: dict, rate: float) -> d
 
     def predict(model):
         with torch.no_grad():
-            model(features)
+            model.classify(features)
 
     tests = seconds({n: lambda m=m: predict(m) for n, m in ways.items()}, rounds)
     for name in ways:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from side_by_side import markdown, show
 
+from fewshot.grid import spread
 from methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -98,13 +99,13 @@ def run(row: str, seeds: list[int], out: Path) -> tuple[list[dict], list[float]]
 
 
 def accuracies(results: list[dict]) -> dict:
-    """Mean and standard deviation over runs of base, novel and HM; None where a run has none."""
-    cells = {}
-    for part in ("base", "novel", "hm"):
-        values = [result[part] for result in results]
-        known = None not in values
-        cells[part] = statistics.mean(values) if known else None
-        cells[f"{part} std"] = statistics.stdev(values) if known and len(values) > 1 else None
+    """Mean and standard deviation over runs of base, novel, HM and the HM among all names; None
+    where a run has none.
+    """
+    found, cells = spread(results), {}
+    for column in ("base", "novel", "hm", "all names"):
+        score = found.get("joint_hm" if column == "all names" else column, {})
+        cells[column], cells[f"{column} std"] = score.get("mean"), score.get("std")
     return cells
 
 

@@ -1,5 +1,6 @@
 """One experiment from its settings: what train.py runs and eval.py rebuilds."""
 
+import contextlib
 import functools
 import io
 import os
@@ -19,8 +20,8 @@ from clip_min.hub import DEMO, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets, shots
 from fewshot.folder import read_text, spoken
-from fewshot.metrics import harmonic_mean, likeliest, per_class, predict, share
 from fewshot.pictures import Reader
+from fewshot.predictions import Predictions, predict_task, score
 from fewshot.record import Record
 from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
@@ -183,49 +184,38 @@ def named(classes: str) -> list[str]:
     return names
 
 
-def evaluate(method, task: Task, queries: Queries | None = None) -> dict:
-    """Score a method on every test part -> {"base", "novel", "hm", "all", "parts"}, in percent.
+def evaluate(
+    method, task: Task, queries: Queries | None = None
+) -> tuple[dict, dict[str, Predictions]]:
+    """Test a method on every part -> its scores in percent (`score`), and what they follow from.
 
-    Where a method cannot name the novel classes, novel and hm are None. With `queries`, it is
-    scored over transductive tasks instead (fewshot/transductive.py).
+    With `queries`, it is scored over transductive tasks instead (fewshot/transductive.py), and
+    nothing is kept of single pictures.
     """
     if queries is not None:
-        return evaluate_tasks(method, task, queries)
-    scores = {"base": None, "novel": None, "hm": None, "all": None, "parts": {}}
-    for part, test in task.tests.items():
-        if part == "novel" and not method.names_unseen:
-            continue
-        known = method if part != "novel" else method.for_classes(test.classnames)
-        chosen = slice(None)
-        if known.classnames != test.classnames:  # fewer: of a method that can name no others
-            chosen = [known.classnames.index(name) for name in test.classnames]
-        best = predict(known, test.batches, keep=lambda x, k=chosen: likeliest(x[:, k].float()))
-        labels = test.batches.labels.cpu()
-        recall, f1 = per_class(best[:, 0], labels, len(test.classnames))
-        names = test.classnames  # of two classes of one name, as ImageNet has, the number, too
-        names = [n if names.count(n) == 1 else f"{n} ({k})" for k, n in enumerate(names)]
-        scores[part] = share(best[:, :1], labels)
-        scores["parts"][part] = {
-            "images": len(labels),
-            "top1": scores[part],
-            "top5": share(best, labels),
-            "macro_f1": f1.mean().item(),
-            "classes": {
-                name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}
-                for name, r, f in zip(names, recall, f1, strict=True)
-            },
-        }
-    if scores["novel"] is not None:
-        scores["hm"] = harmonic_mean(scores["base"], scores["novel"])
-    return scores
+        return evaluate_tasks(method, task, queries), {}
+    found = predict_task(method, task)
+    return score(found, {part: test.classnames for part, test in task.tests.items()}), found
+
+
+def forget_peak() -> None:
+    """Let `peak_memory_mb` count from here, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held, in MB (of the GPU, if it computes there)."""
+    """The most memory this process has held since `forget_peak`, in MB (of the GPU, if it computes
+    there); elsewhere than on Linux, since it started.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: in bytes
 
 
 def _show(otherwise: Callable, message: Warning, category: type, *where) -> None:

@@ -4,18 +4,34 @@
     --dataset dtd,eurosat            the same on each of them, and the mean over data sets
 
 The spread is the sample standard deviation over the seeds (n - 1); one seed has none. The mean over
-data sets is of what they are each: HM is that of the means of base and novel, as it is published.
+data sets is of what they are each: HM is that of the means of base and novel, as it is published,
+and so is that of both among all names ("joint").
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
-from clip_min.files import replacing
+from clip_min.files import read_json, replacing, write_text
+from clip_min.typed import expect
 from fewshot.metrics import harmonic_mean
+from fewshot.run import set_aside
 
 SCORES = dict.fromkeys(("base", "novel", "hm", "all"), float | None)
-RESULTS = {**SCORES, "zero_shot": SCORES}  # what is read of a run's results.json
+JOINT = dict.fromkeys(("base", "novel", "hm"), float)
+# What a table shows, and its heading, where there are two halves.
+SHOWN = {"base": "base", "novel": "novel", "hm": "HM", "joint_hm": "all names"}
+
+
+def read_results(file: Path) -> dict:
+    """What a grid reads of a run's results.json; of one of earlier versions "joint" is None."""
+    kind = {**SCORES, "zero_shot": SCORES}
+    results = read_json(file, "remove the run's folder to run it again", kind)
+    for scores, key in ((results, "joint"), (results["zero_shot"], "zero_shot.joint")):
+        if scores.setdefault("joint", None) is not None:
+            expect(scores["joint"], JOINT, str(file), key)
+    return results
 
 
 def numbers(text: str, words: tuple[str, ...] = ()) -> list[int | str]:
@@ -45,14 +61,23 @@ def summarise(results: dict[tuple[int, int], dict]) -> dict:
 
 
 def spread(runs: list[dict]) -> dict[str, dict]:
-    """Scores of runs with several seeds  =>  {"base": {"mean", "std", "values"}, …}"""
+    """Scores of runs with several seeds  =>  {"base": {"mean", "std", "values"}, …, "joint_hm"}"""
     found = {}
-    for part in ("base", "novel", "hm", "all"):
-        values = [run[part] for run in runs if run[part] is not None]
-        if values:
+    for part in (*SCORES, "val", *(f"joint_{part}" for part in JOINT)):
+        values = [_number(run, part) for run in runs]
+        if None not in values:  # of a score that some lack, as of earlier versions, none is told
             std = statistics.stdev(values) if len(values) > 1 else None
             found[part] = {"mean": statistics.mean(values), "std": std, "values": values}
     return found
+
+
+def _number(scores: dict, part: str) -> float | None:
+    """One of the numbers of `evaluate`'s scores; "joint_hm": that of "joint"."""
+    if part in SCORES:
+        return scores[part]
+    if part == "val":  # on validation images; not in runs of earlier versions
+        return scores.get("val")
+    return scores["joint"] and scores["joint"][part.removeprefix("joint_")]
 
 
 def rows(method: str, summary: dict) -> dict[str, dict]:
@@ -66,18 +91,19 @@ def rows(method: str, summary: dict) -> dict[str, dict]:
 def mean(spreads: list[dict]) -> dict[str, dict]:
     """The spreads of several data sets  =>  their mean; a score that one of them lacks has none."""
     means = {}
-    for part in ("base", "novel", "all"):
+    for part in ("base", "novel", "all", "val", "joint_base", "joint_novel"):
         values = [spread[part]["mean"] for spread in spreads if part in spread]
         if len(values) == len(spreads):
             means[part] = statistics.mean(values)
-    if "novel" in means:
-        means["hm"] = harmonic_mean(means["base"], means["novel"])
+    for of in ("", "joint_"):
+        if f"{of}novel" in means:
+            means[f"{of}hm"] = harmonic_mean(means[f"{of}base"], means[f"{of}novel"])
     return {part: {"mean": value, "std": None} for part, value in means.items()}
 
 
 def table(method: str, summary: dict) -> str:
     """One line of zero-shot CLIP, one for each number of shots."""
-    return _lines(rows(method, summary), list(summary["zero_shot"]))
+    return _lines(rows(method, summary), _columns(summary["zero_shot"]))
 
 
 def table_of_data_sets(of: dict[str, dict[str, dict]]) -> str:
@@ -86,7 +112,7 @@ def table_of_data_sets(of: dict[str, dict[str, dict]]) -> str:
     """
     labels = list(next(iter(of.values())))
     of = {**of, "mean": {k: mean([spreads[k] for spreads in of.values()]) for k in labels}}
-    parts = list(of["mean"]["zero-shot"])
+    parts = _columns(of["mean"]["zero-shot"])
     if parts == ["all"]:
         return _lines(
             {name: {k: s[k].get("all") for k in labels} for name, s in of.items()}, labels
@@ -101,16 +127,22 @@ def _lines(scores: dict[str, dict], columns: list[str]) -> str:
     width = max(16, *(len(column) + 2 for column in columns))
     lines = [" " * first + "".join(f"{_title(column):>{width}}" for column in columns)]
     for name, of in scores.items():
-        cells = (_cell(of.get(column)) for column in columns)
+        cells = (cell(of.get(column)) for column in columns)
         lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 
+def _columns(zero_shot: dict[str, dict]) -> list[str]:
+    """What a table shows: one number, or those of two halves."""
+    return ["all"] if "all" in zero_shot else list(SHOWN)
+
+
 def _title(part: str) -> str:
-    return "HM" if part == "hm" else part
+    return SHOWN.get(part, part)
 
 
-def _cell(score: dict | None) -> str:
+def cell(score: dict | None) -> str:
+    """A spread, as tables have it: "81.20 ± 0.41"."""
     if score is None:
         return "n/a"
     return f"{score['mean']:.2f}" + ("" if score["std"] is None else f" ± {score['std']:.2f}")
@@ -127,7 +159,8 @@ def save_plot(method: str, summary: dict, path: Path) -> None:
     counts = [int(number) for number in labels if number != "all"]
     shots = [2 * max(counts, default=1) if n == "all" else int(n) for n in labels]
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    for i, (part, zero_shot) in enumerate(summary["zero_shot"].items()):
+    zero_shot = summary["zero_shot"]
+    for i, part in enumerate(part for part in _columns(zero_shot) if part in zero_shot):
         scores = [spread.get(part) for spread in summary["shots"].values()]
         if None not in scores:
             means = [score["mean"] for score in scores]
@@ -135,7 +168,7 @@ def save_plot(method: str, summary: dict, path: Path) -> None:
             axes.errorbar(
                 shots, means, stds, marker="o", capsize=3, color=f"C{i}", label=_title(part)
             )
-        axes.axhline(zero_shot["mean"], color=f"C{i}", linestyle="--", linewidth=1)
+        axes.axhline(zero_shot[part]["mean"], color=f"C{i}", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, labels)
     axes.set(xlabel="images a class", ylabel="accuracy (%)", title=method)
@@ -143,3 +176,37 @@ def save_plot(method: str, summary: dict, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
+
+
+def show(folder: Path, method: str, settings: dict, summary: dict) -> None:
+    """Print mean and spread over the seeds, and keep them in `folder`, as JSON and as a plot."""
+    found = {"method": method, **settings, **summary}
+    file = keep(folder, f"{method}-grid", summary["shots"], summary["seeds"], found)
+    save_plot(method, summary, file.with_suffix(".png"))
+    print(f"\nmean ± standard deviation, seeds {', '.join(map(str, summary['seeds']))}")
+    print(table(method, summary))
+    print(f"grid: {file}")
+
+
+def show_data_sets(folder: Path, method: str, settings: dict, summaries: dict[str, dict]) -> None:
+    """The same of several data sets (name -> `summarise`) and their mean, in one JSON file."""
+    of = {dataset: rows(method, summary) for dataset, summary in summaries.items()}
+    means = {k: mean([rows[k] for rows in of.values()]) for k in next(iter(of.values()))}
+    found = {"method": method, **settings, "datasets": summaries, "mean": means}
+    one = next(iter(summaries.values()))
+    file = keep(folder, f"{method}-grid", one["shots"], one["seeds"], found)
+    print(f"\n{table_of_data_sets(of)}")
+    print(f"data sets: {file}")
+
+
+def keep(folder: Path, name: str, shots, seeds, content: dict) -> Path:
+    """Write a summary as JSON, and keep another that is in its place -> the file."""
+    drawn = "-".join(map(str, shots)), "-".join(map(str, seeds))
+    file = folder / "{}-s{}-seed{}.json".format(name, *drawn)
+    text = json.dumps(content, indent=2) + "\n"
+    if file.exists() and file.read_bytes() != text.encode():
+        for earlier in (file, file.with_suffix(".png")):
+            if earlier.exists():
+                set_aside(earlier, "grid")
+    write_text(file, text)
+    return file

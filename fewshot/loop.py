@@ -302,13 +302,18 @@ def new_optimizer(
 
 
 def seconds_left(method, val: Batches, length: Length, done: int, step: float) -> float:
-    """What the rest takes, if one step takes `step` seconds; one batch of validation is tried."""
+    """What the rest takes, if one step takes `step` seconds."""
     left = length.total - done
     if not length.chooses:
         return left * step
+    each = validation_seconds(method, val)
+    return left * step + math.ceil(left / length.round) * len(val) * each
+
+
+def validation_seconds(method, val: Batches) -> float:
+    """What a validation image takes; one batch of them is tried."""
     some = val.part(torch.arange(min(64, len(val))))
     predict(method, some)  # the first one is slower
     started = time.perf_counter()
     predict(method, some)
-    each = (time.perf_counter() - started) / len(some)
-    return left * step + math.ceil(left / length.round) * len(val) * each
+    return (time.perf_counter() - started) / len(some)

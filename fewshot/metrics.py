@@ -1,7 +1,6 @@
 """What is measured, all in percent."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,17 +9,13 @@ from tqdm import tqdm
 from fewshot.batches import Batches
 
 
-def predict(
-    method, batches: Batches, batch_size: int = 64, keep: Callable = torch.Tensor.float
-) -> Tensor:
-    """Logits (N, K) of a method for all pictures, on the CPU; or of each batch's logits (B, K)
-    what `keep` makes of them.
-    """
+def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
+    """Logits (N, K) of a method for all pictures, float32, on the CPU."""
     count = math.ceil(len(batches) / batch_size)
     with method.inference(), batches.autocast():
         encoded = batches.each(method, batch_size)  # read and encoded as the loop asks for it
         encoded = tqdm(encoded, "testing", count, leave=False, disable=count <= 8 or None)
-        return torch.cat([keep(method.classify(x)) for x in encoded]).cpu()
+        return torch.cat([method.classify(x).float() for x in encoded]).cpu()
 
 
 def train_accuracy(method, train: Batches, most: int = 500) -> float:
@@ -28,6 +23,11 @@ def train_accuracy(method, train: Batches, most: int = 500) -> float:
     train = train.real()
     some = train.part(torch.arange(0, len(train), math.ceil(len(train) / most)))
     return accuracy(predict(method, some), some.labels.cpu())
+
+
+def val_accuracy(method, val: Batches) -> float:
+    """Percent of the validation pictures that a method names right."""
+    return accuracy(predict(method, val), val.labels.cpu())
 
 
 def likeliest(logits: Tensor, top: int = 5) -> Tensor:

@@ -6,14 +6,20 @@ from clip_min.files import replacing
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Name -> scores (as `evaluate` gives them), one line each; n/a where there is no number."""
-    columns = ["all"] if any(s["all"] is not None for s in rows.values()) else []
-    columns = columns or ["base", "novel", "hm"]
-    width = max(len(name) for name in rows) + 2
-    lines = [" " * width + "".join(f"{c.upper() if c == 'hm' else c:>8}" for c in columns)]
+    """Name -> scores (as `evaluate` gives them), one line each; n/a where there is no number.
+
+    "all names": the HM of base and novel pictures, each among the names of both halves.
+    """
+    shown = {"base": "base", "novel": "novel", "hm": "HM", "joint": "all names"}
+    if any(scores["all"] is not None for scores in rows.values()):
+        shown = {"all": "all"}
+    first = max(len(name) for name in rows) + 2
+    widths = {column: max(8, len(title) + 2) for column, title in shown.items()}
+    lines = [" " * first + "".join(f"{title:>{widths[c]}}" for c, title in shown.items())]
     for name, scores in rows.items():
-        cells = ("n/a" if scores[c] is None else f"{scores[c]:.2f}" for c in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells))
+        numbers = {**scores, "joint": scores["joint"] and scores["joint"]["hm"]}
+        cells = {c: "n/a" if numbers[c] is None else f"{numbers[c]:.2f}" for c in shown}
+        lines.append(f"{name:<{first}}" + "".join(f"{cells[c]:>{widths[c]}}" for c in shown))
     return "\n".join(lines)
 
 

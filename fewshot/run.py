@@ -6,7 +6,9 @@
     log.jsonl            a line for each round of training: an epoch, or a share of the steps
     adapter.safetensors  what was learned (--keep: after which round), and nothing else
     resume.safetensors   all that the next round depends on (resume.json: its header, to read)
-    results.json         base, novel, HM, zero-shot beside them, per class
+    results.json         base, novel, HM, also among all names, zero-shot beside them, per class
+    predictions.safetensors  what these follow from: the five likeliest classes of each test picture
+                         (fewshot/predictions.py)
     curves.png           loss and validation accuracy
     grid1/ …             with --grid: the same of each of its points, but results and curves
 
@@ -173,6 +175,10 @@ class Run:
     def write_json(self, name: str, value: dict) -> None:
         self._check_folder()
         write_json(self.path / name, value)
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self._check_folder()
+        write_safetensors(self.path / name, tensors)
 
     def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""

@@ -64,8 +64,10 @@ class Queries:
 
 
 def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
-    """As `fewshot.experiment.evaluate`, but over tasks; adds half widths of 95 % intervals."""
-    scores = {"base": None, "novel": None, "hm": None, "all": None, "parts": {}}
+    """As `fewshot.predictions.score`, but over tasks, and none among all names; adds half widths of
+    95 % intervals.
+    """
+    scores = {**dict.fromkeys(("base", "novel", "hm", "all", "joint")), "parts": {}}
     most = queries.k_eff_max or queries.k_eff
     for part, test in task.tests.items():
         known = method if part != "novel" else method.for_classes(test.classnames)

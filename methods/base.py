@@ -28,10 +28,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters of a method: fields annotated with their meaning, which become its flags.
-
-    A method that needs no training has none.
-    """
+    """Hyperparameters of a method: fields annotated with their meaning, which become its flags."""
 
     # Field -> the least and the most it may be. Checked first: a value out of range would fail
     # after minutes of work, or, worse, train.
@@ -171,13 +168,15 @@ class Method(nn.Module):
     title: ClassVar[str] = ""  # one line for --help
     Settings: ClassVar[type] = Settings
     # Name -> settings that differ from the defaults above.
-    # "default": for pictures of one's own; "paper": as published; "notebook": as in the course
-    # notebook whose numbers the README quotes, and taken on its data set, flowers102; "demo": for
-    # the demo task, and taken there.
+    # "default": for pictures of one's own; "paper": as published; "notebook": the course notebook's
+    # that the README quotes, taken on its data set, flowers102; "demo": taken on the demo task.
     recipes: ClassVar[dict[str, dict]] = {"default": {}}
     demo_model: ClassVar[dict] = {}  # changes to "default" on the demo's small model
     names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
+    logits_apart: ClassVar[bool] = True  # does a class's logit depend on image and class alone?
+    reaches_unseen: ClassVar[bool] = True  # does what it learns change how it names those?
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
+    zero_shot_state: Callable | None = None  # () -> learned tensors of zero-shot CLIP; wise_ft.py
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
     lr_factors: ClassVar[dict[str, float]] = {}  # what of it learns at so many times the rate
     first_stage: float | None = None  # share of the steps before the loop calls `second_stage`

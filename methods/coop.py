@@ -107,6 +107,14 @@ class CoOp(WithDepthHead, LearnedContext):
             self.context = nn.Parameter(torch.cat(each))  # (K·M, D)
             self.names_unseen = False
 
+    def zero_shot_state(self) -> dict[str, Tensor] | None:
+        """The words of `ctx_init`, if these and the name are the template."""
+        s, words = self.settings, self.settings.ctx_init
+        written = not (s.class_specific or s.depth_head) and s.position == "end" and words
+        if not written or self.templates != (f"{words} {{}}.",):
+            return None
+        return {"context": initial_context(self.clip, s.n_ctx, words)}
+
     def prompt_tree(self) -> PromptTree:
         """The prompts of the classes, with slots for the context."""
         n_ctx, position = self.settings.n_ctx, self.settings.position

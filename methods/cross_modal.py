@@ -66,8 +66,12 @@ class CrossModal(Method):
 
     def __init__(self, clip, classnames, template, settings: CrossModalSettings):
         super().__init__(clip, classnames, template, settings)
-        self.head = nn.Parameter(F.normalize(self.class_features().float(), dim=-1))  # (K, E)
+        self.head = nn.Parameter(self.zero_shot_state()["head"])  # (K, E)
         self.seed = torch.initial_seed()  # what the order of the texts follows from
+
+    def zero_shot_state(self) -> dict[str, Tensor]:
+        """norm(W)."""
+        return {"head": F.normalize(self.class_features().float(), dim=-1)}
 
     def classify(self, x: Tensor) -> Tensor:
         """Features x (B, E), of images or of texts -> logits (B, K)."""

@@ -59,6 +59,7 @@ class WithDepthHead(Method):
     def __init__(self, clip, classnames, template, settings):
         super().__init__(clip, classnames, template, settings)
         self.learned_names, self.head = list(classnames), None
+        self.logits_apart = not settings.depth_head
         if settings.depth_head:
             embed = clip.config.embed_dim
             parts = {side: ScaleAndShift(embed) for side in ("image", "text")}

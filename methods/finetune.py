@@ -110,6 +110,11 @@ class Finetune(Method):
         image = [name for name in self.adapter_state() if name.startswith("clip.visual.")]
         return dict.fromkeys(image, self.settings.image_lr_factor)
 
+    def zero_shot_state(self) -> dict[str, Tensor]:
+        """The lent CLIP's weights."""
+        names = self.adapter_state()
+        return {name: self.lent[0].get_parameter(name.removeprefix("clip.")) for name in names}
+
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Encoded images x (B, …), labels (B,) -> scalar."""
         if self.clip.logit_scale.requires_grad:  # as in CLIP's pretraining: s <= 100

@@ -64,6 +64,7 @@ class GDA(WithSupport):
     def __init__(self, clip, classnames, template, settings):
         super().__init__(clip, classnames, template, settings)
         self.alpha = torch.tensor(max(settings.alpha, 0.0), device=clip.device)
+        self.logits_apart = settings.novel == "zero-shot"  # new classes share the mean of their P
 
     def set_classes(self, classnames: list[str]) -> None:
         super().set_classes(classnames)

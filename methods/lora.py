@@ -188,6 +188,11 @@ class LoRA(Method):
                 self.first_block = numbers[0]
         self.text_learns = settings.towers != "image"
 
+    def zero_shot_state(self) -> dict[str, Tensor]:
+        """B at 0: see wise_ft.py."""
+        learned = self.adapter_state().items()
+        return {name: torch.zeros_like(b) for name, b in learned if name.endswith("lora_B")}
+
     def layers(self) -> list[GroupedLoRA]:
         return [layer for layer in self.modules() if isinstance(layer, GroupedLoRA)]
 

@@ -12,6 +12,7 @@ pretraining knew of the space has to be learned again from the few images.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,6 +54,15 @@ class Projection(Method):
                 nn.init.eye_(layer.weight)
                 nn.init.zeros_(layer.bias)
         return layers
+
+    def zero_shot_state(self) -> dict[str, Tensor] | None:
+        """Identities, if φ is one; to float rounding, since they are normalised twice."""
+        if self.settings.activation == "relu":
+            return None
+        return {
+            name: torch.eye(*t.shape) if t.dim() == 2 else torch.zeros(t.shape)
+            for name, t in self.adapter_state().items()
+        }
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x as in `classify` -> image features (B, E) and class features (K, E), both projected."""

@@ -73,6 +73,10 @@ class ProLIP(Method):
         """x (B, D), as `encode` gives it -> features (B, E), not normalised."""
         return x @ self.clip.visual.proj
 
+    def zero_shot_state(self) -> dict[str, Tensor]:
+        """V₀."""
+        return {"clip.visual.proj": self.lent[0].visual.proj}
+
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """x (B, D), as `encode` gives it, labels (B,) -> scalar."""
         moved = self.clip.visual.proj - self.lent[0].visual.proj.detach()

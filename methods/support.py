@@ -16,6 +16,7 @@ class WithSupport(Method):
     """
 
     trains_support = False
+    reaches_unseen = False
 
     def __init__(self, clip, classnames, template, settings):
         super().__init__(clip, classnames, template, settings)

@@ -7,6 +7,7 @@ from clip_min import CLIP, UserError, weights
 from clip_min.errors import nearest
 from fewshot.run import Run
 from methods import METHODS, Method, Settings
+from methods.wise_ft import keep_share
 
 
 def described(run: Run) -> tuple[type[Method], Settings]:
@@ -20,10 +21,11 @@ def described(run: Run) -> tuple[type[Method], Settings]:
         raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
 
 
-def trained(run: Run, clip: CLIP, template: str = "") -> Method:
+def trained(run: Run, clip: CLIP, template: str = "", share: float | None = None) -> Method:
     """The method as it was after its training, for the classes it learned from.
 
-    clip: the one it was trained on. template: if not the run's own.
+    clip: the one it was trained on. template: if not the run's own. share: how much of what it
+    learned is kept (methods/wise_ft.py); None: all of it, of any method.
     """
     run.check_model(weights.fingerprint(clip))
     method_class, settings = described(run)
@@ -33,4 +35,6 @@ def trained(run: Run, clip: CLIP, template: str = "") -> Method:
         method.load_adapter(state)
     except UserError as error:
         raise UserError(f"{run.path}: {error}") from None
+    if share is not None:
+        method.load_adapter(keep_share(method, state, share))
     return method

@@ -126,11 +126,16 @@ def test_a_run_belongs_under_data_model_method_shots_and_seed(
     assert Experiment(**settings).folder("lora") == Path(folder)
 
 
+NAMES = [f"6-{k}" for k in range(6)] + [f"7-{k}" for k in range(7)]  # of base and of novel
+
+
 class Rigged:
-    """Says, of every picture, the class that its first value names."""
+    """Says, of every picture, the class that its first value names; but that of the second, if it
+    may choose it.
+    """
 
     encoder = None  # nothing is kept
-    names_unseen = True
+    names_unseen = logits_apart = True
 
     def __init__(self, classnames):
         self.classnames = classnames
@@ -146,31 +151,37 @@ class Rigged:
         return images
 
     def classify(self, images):
-        order = torch.arange(len(self.classnames), 0, -1) / 100  # of those that are not named
-        named = images[:, 0, 0, 0].mul(10).round().long()  # see `task`
-        return order + torch.nn.functional.one_hot(named, len(self.classnames))
+        numbers = torch.tensor([NAMES.index(name) for name in self.classnames])  # (K,)
+        first, second = (images[:, i, 0, 0].mul(100).round()[:, None] for i in range(2))  # (B, 1)
+        return (numbers == first) * 1.0 + (numbers == second) * 2.0 - numbers / 100
 
 
 @pytest.fixture
 def task(monkeypatch):
-    """Six base and seven novel classes; what is guessed and what is true are both given."""
+    """Six base and seven novel classes; what is guessed and what is true are both given.
 
-    def test(classes: int, guesses: list[int], labels: list[int]) -> Part:
+    A base picture is also drawn to the novel class of this number, a novel one to a base class; 9:
+    to none.
+    """
+
+    def test(part: int, guesses: list[int], labels: list[int], drawn: list[int]) -> Part:
+        own, others = (0, 6) if part == 6 else (6, 0)  # where each half begins
         pixels = torch.zeros(len(labels), 3, 2, 2)
-        pixels[:, 0, 0, 0] = torch.tensor(guesses) / 10
+        pixels[:, 0, 0, 0] = (own + torch.tensor(guesses)) / 100
+        pixels[:, 1, 0, 0] = torch.tensor([99 if k == 9 else others + k for k in drawn]) / 100
         batches = Batches(SimpleNamespace(labels=torch.tensor(labels)), pixels, Reader(2))
         monkeypatch.setattr(batches, "images", lambda chosen, augment="none": pixels[chosen])
-        return Part([f"{classes}-{k}" for k in range(classes)], batches)
+        return Part([name for name in NAMES if name.startswith(f"{part}-")], batches)
 
     tests = {
-        "base": test(6, [0, 0, 1, 2, 2, 5, 5, 3], [0, 1, 1, 2, 2, 5, 0, 4]),
-        "novel": test(7, [0, 1, 2, 3, 4], [0, 1, 2, 6, 0]),
+        "base": test(6, [0, 0, 1, 2, 2, 5, 5, 3], [0, 1, 1, 2, 2, 5, 0, 4], [3, 3] + [9] * 6),
+        "novel": test(7, [0, 1, 2, 3, 4], [0, 1, 2, 6, 0], [9, 0, 5, 5, 9]),
     }
     return Task(tests["base"].classnames, "a {}", None, None, tests, [])
 
 
 def test_scores_are_percentages_of_each_part_among_its_own_names(task):
-    scores = evaluate(Rigged(task.classnames), task)
+    scores, _ = evaluate(Rigged(task.classnames), task)
     assert scores["base"] == pytest.approx(100 * 5 / 8)
     assert scores["novel"] == pytest.approx(100 * 3 / 5)
     assert scores["hm"] == pytest.approx(2 * 62.5 * 60 / 122.5)
@@ -187,19 +198,40 @@ def test_scores_are_percentages_of_each_part_among_its_own_names(task):
     assert base["macro_f1"] == pytest.approx(sum(f1) / 6)
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_among_all_names_the_other_half_may_win(task, apart, monkeypatch):
+    monkeypatch.setattr(Rigged, "logits_apart", apart)
+    scores, found = evaluate(Rigged(task.classnames), task)
+    assert scores["joint"] == {  # of each half's right ones, that many are drawn away
+        "base": pytest.approx(100 * (5 - 1) / 8),
+        "novel": pytest.approx(100 * (3 - 2) / 5),
+        "hm": pytest.approx(2 * 50 * 20 / 70),
+    }
+    assert (scores["base"], scores["novel"]) == (62.5, 60)
+    assert found["base"].joint_top[:3, :3].tolist() == [[9, 0, 1], [9, 0, 1], [1, 0, 2]]
+    assert found["novel"].joint_top[1].tolist() == [0, 7, 1, 2, 3]
+    assert found["novel"].top[1].tolist() == [1, 0, 2, 3, 4]  # among novel names alone
+    logits = torch.tensor([-k / 100 + (k == 1) for k in range(7)]) - 0.06
+    expected = logits.exp() / logits.exp().sum()
+    torch.testing.assert_close(found["novel"].probabilities[1], expected[[1, 0, 2, 3, 4]])
+    assert found["novel"].labels.tolist() == [0, 1, 2, 6, 0]
+
+
 def test_a_method_that_cannot_name_new_classes_has_no_novel_score(task, monkeypatch):
     monkeypatch.setattr(Rigged, "names_unseen", False)
-    scores = evaluate(Rigged(task.classnames), task)
+    scores, found = evaluate(Rigged(task.classnames), task)
     assert scores["base"] == pytest.approx(62.5)
-    assert scores["novel"] is scores["hm"] is None
-    assert list(scores["parts"]) == ["base"]
+    assert scores["novel"] is scores["hm"] is scores["joint"] is None
+    assert list(scores["parts"]) == list(found) == ["base"]
+    assert found["base"].joint_top is found["base"].joint_probabilities is None
 
 
 def test_all_classes_have_one_score(task):
     task.tests = {"all": task.tests["base"]}
-    scores = evaluate(Rigged(task.classnames), task)
+    scores, found = evaluate(Rigged(task.classnames), task)
     assert scores["all"] == pytest.approx(62.5)
-    assert scores["base"] is scores["novel"] is scores["hm"] is None
+    assert scores["base"] is scores["novel"] is scores["hm"] is scores["joint"] is None
+    assert found["all"].joint_top is None
 
 
 def test_peak_memory_is_in_megabytes_and_never_falls():

@@ -23,9 +23,11 @@ def test_what_is_no_list_of_numbers_is_refused(text):
         grid.numbers(text)
 
 
-def score(base, novel=None, all_=None) -> dict:
+def score(base, novel=None, all_=None, joint=None) -> dict:
+    """joint: what each half loses where all names are chosen from."""
     hm = None if novel is None else 2 * base * novel / (base + novel)
-    return {"base": base, "novel": novel, "hm": hm, "all": all_}
+    joint = joint and {k: score(base - joint, novel - joint)[k] for k in ("base", "novel", "hm")}
+    return {"base": base, "novel": novel, "hm": hm, "all": all_, "joint": joint}
 
 
 @pytest.fixture
@@ -33,7 +35,8 @@ def results():
     """2 numbers of shots x 3 seeds; zero-shot depends on the seed, as when it splits the data."""
     dice = np.random.default_rng(0)
     return {
-        (shots, seed): score(*dice.uniform(50, 99, 2)) | {"zero_shot": score(60 + seed, 70 - seed)}
+        (shots, seed): score(*dice.uniform(50, 99, 2), joint=9)
+        | {"zero_shot": score(60 + seed, 70 - seed, joint=5)}
         for shots in (1, 16)
         for seed in (1, 2, 5)
     }
@@ -44,9 +47,14 @@ def test_means_and_sample_deviations_are_numpys(results):
     assert found["seeds"] == [1, 2, 5]
     assert list(found["shots"]) == ["1", "16"]
     for shots in (1, 16):
-        assert list(found["shots"][str(shots)]) == ["base", "novel", "hm"]
-        for part in ("base", "novel", "hm"):
-            values = [results[shots, seed][part] for seed in (1, 2, 5)]
+        joint = ["joint_base", "joint_novel", "joint_hm"]
+        assert list(found["shots"][str(shots)]) == ["base", "novel", "hm", *joint]
+        for part in ("base", "novel", "hm", *joint):
+            key = part.removeprefix("joint_")
+            values = [
+                (run["joint"] if key != part else run)[key]
+                for run in (results[shots, seed] for seed in (1, 2, 5))
+            ]
             cell = found["shots"][str(shots)][part]
             assert cell["values"] == values
             assert cell["mean"] == pytest.approx(np.mean(values))
@@ -56,20 +64,29 @@ def test_means_and_sample_deviations_are_numpys(results):
 
 def test_the_table_shows_mean_and_spread_and_no_number_where_there_is_none(results):
     for result in results.values():
-        result["novel"] = result["hm"] = None  # of a method that cannot name new classes
+        result |= dict.fromkeys(("novel", "hm", "joint"))  # it cannot name new classes
     lines = grid.table("coop", grid.summarise(results)).splitlines()
-    assert lines[0].split() == ["base", "novel", "HM"]
+    assert lines[0].split() == ["base", "novel", "HM", "all", "names"]
     values = [results[1, seed]["base"] for seed in (1, 2, 5)]
     assert lines[1].startswith("zero-shot")
     assert "62.67 ± 2.08" in lines[1]
     assert lines[2].startswith("coop, 1 shot ")
     assert lines[2].split()[3:] == [
         *(f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}".split()),
-        "n/a",
-        "n/a",
+        *["n/a"] * 3,
     ]
     assert lines[3].startswith("coop, 16 shots ")
     assert len({len(line) for line in lines}) == 1
+
+
+def test_among_all_names_there_is_a_mean_only_if_every_run_has_one(results):
+    shown = grid.table("lora", grid.summarise(results)).splitlines()
+    values = [results[16, seed]["joint"]["hm"] for seed in (1, 2, 5)]
+    assert shown[-1].endswith(f"  {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
+    results[16, 2]["joint"] = None  # of an earlier version
+    again = grid.table("lora", grid.summarise(results)).splitlines()
+    assert again[:-1] == shown[:-1]
+    assert again[-1].endswith("  n/a")
 
 
 def test_one_seed_has_a_mean_and_no_spread():
@@ -112,17 +129,22 @@ PUBLISHED = {
 
 def test_the_mean_over_data_sets_is_the_published_one():
     summaries = {
-        name: grid.summarise({(16, 1): {**score(base + 1, novel), "zero_shot": score(base, novel)}})
+        name: grid.summarise(
+            {(16, 1): {**score(base + 1, novel), "zero_shot": score(base, novel, joint=10)}}
+        )
         for name, (base, novel) in PUBLISHED.items()
     }
     of = {name: grid.rows("lora", summary) for name, summary in summaries.items()}
     zero_shot, ours = (t.splitlines() for t in grid.table_of_data_sets(of).split("\n\n"))
-    assert zero_shot[:2] == ["zero-shot", f"{'base':>31}{'novel':>16}{'HM':>16}"]
+    assert zero_shot[:2] == ["zero-shot", f"{'base':>31}{'novel':>16}{'HM':>16}{'all names':>16}"]
     assert [line.split()[0] for line in zero_shot[2:]] == [*PUBLISHED, "mean"]
-    assert zero_shot[3].split() == ["caltech101", "96.84", "94.00", "95.40"]
-    assert zero_shot[-1].split() == ["mean", "69.34", "74.22", "71.70"]
+    assert zero_shot[3].split() == ["caltech101", "96.84", "94.00", "95.40", "85.40"]
+    assert zero_shot[-1].split()[:4] == ["mean", "69.34", "74.22", "71.70"]
+    base, novel = (np.mean([row[i] for row in PUBLISHED.values()]) - 10 for i in range(2))
+    assert zero_shot[-1].split()[4] == f"{2 * base * novel / (base + novel):.2f}"
     assert ours[0] == "lora, 16 shots"
     assert ours[-1].split()[:3] == ["mean", "70.34", "74.22"]
+    assert ours[-1].split()[4] == "n/a"
 
 
 def test_one_number_a_run_is_one_table_of_data_sets():
@@ -141,7 +163,7 @@ def test_one_number_a_run_is_one_table_of_data_sets():
 
 
 def test_a_score_that_a_data_set_lacks_has_no_mean():
-    probe = {"base": 90.0, "novel": None, "hm": None, "all": None}
+    probe = {"base": 90.0, "novel": None, "hm": None, "all": None, "joint": None}
     runs = {(4, 1): {**probe, "zero_shot": score(70.0, 60.0)}}
     shown = grid.table_of_data_sets({"dtd": grid.rows("linear_probe", grid.summarise(runs))})
-    assert shown.splitlines()[-1].split() == ["mean", "90.00", "n/a", "n/a"]
+    assert shown.splitlines()[-1].split() == ["mean", "90.00", *["n/a"] * 3]

@@ -6,22 +6,23 @@ from PIL import Image
 from fewshot.report import save_curves, table
 
 BOTH = {"base": 71.333, "novel": 78.236, "hm": 74.624, "all": None}
-BASE_ONLY = {"base": 90.0, "novel": None, "hm": None, "all": None}
-ALL = {"base": None, "novel": None, "hm": None, "all": 100.0}
+BOTH["joint"] = {"base": 60.0, "novel": 70.0, "hm": 64.6149}
+BASE_ONLY = {"base": 90.0, "novel": None, "hm": None, "all": None, "joint": None}
+ALL = {"base": None, "novel": None, "hm": None, "all": 100.0, "joint": None}
 
 
 def test_a_table_has_a_line_for_each_name_and_two_decimals():
     cells = [line.split() for line in table({"zero-shot": BOTH, "lora": BOTH}).splitlines()]
     assert cells == [
-        ["base", "novel", "HM"],
-        ["zero-shot", "71.33", "78.24", "74.62"],
-        ["lora", "71.33", "78.24", "74.62"],
+        ["base", "novel", "HM", "all", "names"],
+        ["zero-shot", "71.33", "78.24", "74.62", "64.61"],
+        ["lora", "71.33", "78.24", "74.62", "64.61"],
     ]
 
 
 def test_a_number_that_does_not_exist_reads_na():
     cells = [line.split() for line in table({"zero-shot": BOTH, "probe": BASE_ONLY}).splitlines()]
-    assert cells[2] == ["probe", "90.00", "n/a", "n/a"]
+    assert cells[2] == ["probe", "90.00", "n/a", "n/a", "n/a"]
 
 
 def test_all_classes_are_one_column():

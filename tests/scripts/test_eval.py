@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip_min
-import eval as eval_script
 from fewshot import datasets
 from methods import METHODS
+from methods.interop import classify
 
 BASE = ["amber lily", "blue bell", "cyan lotus"]
 NOVEL = ["dark iris", "egg flower"]
@@ -84,6 +84,7 @@ def test_a_run_in_16_bits_is_tested_and_used_in_16_bits(script, train, data, tmp
     result = script("eval", "--run", path)
     assert result.code == 0, result.err
     cells = [f"{saved[part]:.2f}" for part in ("base", "novel", "hm")]
+    cells += [f"{saved['joint']['hm']:.2f}"]
     assert table_lines(result.out)[2].split()[1:] == cells
     files = sorted((data / "test/blue-bell").iterdir())
     found = top(script("eval", "--run", path, "--image", *files).out)
@@ -225,11 +226,11 @@ def test_pictures_of_a_folder_are_classified_a_batch_at_a_time(
     script, trained, data, tmp_path, monkeypatch
 ):
     alone = script("eval", "--run", trained.path, "--image", *sorted(data.rglob("test/*/*.png")))
-    monkeypatch.setattr(eval_script, "BATCH", 3)
+    monkeypatch.setattr(classify, "BATCH", 3)
     sizes = []
-    real = eval_script.normalize
+    real = classify.normalize
     monkeypatch.setattr(
-        eval_script, "normalize", lambda x, **how: sizes.append(len(x)) or real(x, **how)
+        classify, "normalize", lambda x, **how: sizes.append(len(x)) or real(x, **how)
     )
     whole = script("eval", "--run", trained.path, "--image", data / "test")
     assert whole.code == 0, whole.err
@@ -249,7 +250,7 @@ def test_a_transductive_method_labels_all_pictures_jointly(
     (run,) = tmp_path.glob("*/*/*")
     once = script("eval", "--run", run, "--image", data / "test")
     assert "note: em_dirichlet labels these 20 pictures jointly" in once.out
-    monkeypatch.setattr(eval_script, "BATCH", 3)
+    monkeypatch.setattr(classify, "BATCH", 3)
     assert script("eval", "--run", run, "--image", data / "test").out == once.out
 
 

@@ -2,17 +2,23 @@
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 
 import fewshot.run
-import train as train_script
+from methods.interop.command import Plan, parse
 
 BASE = Path("noise/tiny")
 GRID = ("--shots", "2,4", "--seeds", "1,2")
 NAMES = [f"lora-s{shots}-seed{seed}" for shots in (2, 4) for seed in (1, 2)]
+
+
+def plan_of(argv: list[str]) -> Plan:
+    ((plan,), _) = parse(argv, "")
+    return plan
 
 
 def results(run: Path) -> dict:
@@ -53,8 +59,8 @@ def test_the_summary_is_mean_and_spread_of_the_runs(whole):
     for row, shots in ((-3, 2), (-2, 4)):
         runs = [results(out / BASE / f"lora-s{shots}-seed{seed}") for seed in (1, 2)]
         shown = []
-        for part in ("base", "novel", "hm"):
-            values = [run[part] for run in runs]
+        for part in ("base", "novel", "hm", "joint_hm"):
+            values = [run["joint"]["hm"] if part == "joint_hm" else run[part] for run in runs]
             mean, std = statistics.mean(values), statistics.stdev(values)
             assert summary["shots"][str(shots)][part]["mean"] == pytest.approx(mean)
             shown += [f"{mean:.2f}", "±", f"{std:.2f}"]
@@ -100,6 +106,25 @@ def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(
     again = script("train", *flags, "--out", tmp_path, *GRID, "--resume")
     assert epochs == []
     assert again.out.splitlines()[-6:-1] == whole[1].splitlines()[-6:-1]
+
+
+def test_runs_of_before_all_names_were_scored_have_no_such_number(whole, script, flags, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "old")
+    for run in (out / BASE).glob("lora-s4-*"):
+        (run / "predictions.safetensors").unlink()
+        old = results(run)
+        del old["joint"], old["zero_shot"]["joint"]
+        (run / "results.json").write_text(json.dumps(old))
+    again = script("train", *flags, "--out", out, *GRID, "--resume")
+    assert again.code == 0, again.err
+    before, after = (text.splitlines()[-4:-1] for text in (whole[1], again.out))
+    assert after[:2] == before[:2]
+    assert after[2].split() == [*before[2].split()[:-3], "n/a"]
+    old["joint"] = {"base": "high", "novel": 1.0, "hm": 1.0}
+    (run / "results.json").write_text(json.dumps(old))
+    again = script("train", *flags, "--out", out, *GRID, "--resume")
+    assert again.code == 2
+    assert "results.json: joint.base is 'high'" in again.err
 
 
 def test_resuming_a_grid_with_another_setting_is_an_error(whole, script, flags, is_one_line):
@@ -152,12 +177,12 @@ def test_a_wrong_grid_is_one_line_before_anything_runs(
 
 
 def test_the_experiments_of_a_plan_are_every_pair():
-    plan = train_script.parse(["--method", "lora", "--shots", "1,16", "--seeds", "3,4"])
+    plan = plan_of(["--method", "lora", "--shots", "1,16", "--seeds", "3,4"])
     pairs = [(experiment.shots, experiment.seed) for experiment in plan.experiments]
     assert pairs == [(1, 3), (1, 4), (16, 3), (16, 4)]
-    plan = train_script.parse(["--method", "lora", "--shots", "1,2,all"])
+    plan = plan_of(["--method", "lora", "--shots", "1,2,all"])
     assert [experiment.shots for experiment in plan.experiments] == [1, 2, "all"]
-    (alone,) = train_script.parse(["--method", "lora", "--seed", "7"]).experiments
+    (alone,) = plan_of(["--method", "lora", "--seed", "7"]).experiments
     assert (alone.shots, alone.seed) == (10, 7)
 
 

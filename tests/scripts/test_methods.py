@@ -88,10 +88,12 @@ def test_it_trains_repeats_to_the_byte_and_is_tested_again(method, more, names_n
     found = json.loads((one.path / "results.json").read_text())
     row = table_lines(one.out)[2].split()
     assert row[0] == method
+    jointly = f"{found['joint']['hm']:.2f}" if found["joint"] else "n/a"
+    assert (found["joint"] is not None) == (names_novel and not METHODS[method].transductive)
     if names_novel:
-        assert row[1:] == [f"{found[part]:.2f}" for part in ("base", "novel", "hm")]
+        assert row[1:] == [*(f"{found[part]:.2f}" for part in ("base", "novel", "hm")), jointly]
     else:
-        assert row[1:] == [f"{found['base']:.2f}", "n/a", "n/a"]
+        assert row[1:] == [f"{found['base']:.2f}", *["n/a"] * 3]
         assert found["novel"] is found["hm"] is None
     result = script("eval", "--run", one.path)
     assert result.code == 0, result.err

@@ -113,16 +113,22 @@ def test_flags_that_do_not_fit_another_data_set_are_one_line(
 # ------------------------------------------------------------------------------- several data sets
 
 
-def test_a_run_on_several_data_sets_is_the_run_on_each_and_their_mean(script, trained, published):
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the trained run, in which files may be left."""
+    return Path(shutil.copytree(trained.path, tmp_path / "run"))
+
+
+def test_a_run_on_several_data_sets_is_the_run_on_each_and_their_mean(script, run, published):
     where = ("--data-root", published)
-    result = script("eval", "--run", trained.path, "--dataset", "dtd,food101", *where)
+    result = script("eval", "--run", run, "--dataset", "dtd,food101", *where)
     assert (result.code, result.err) == (0, "")
     alone = []
     for name in ("dtd", "food101"):
-        out = script("eval", "--run", trained.path, "--dataset", name, *where).out
+        out = script("eval", "--run", run, "--dataset", name, *where).out
         assert out in result.out
         alone.append([float(line.split()[1]) for line in last_lines(out, 2)])
-    lines = [line.split() for line in last_lines(result.out, 4)]
+    *lines, last = (line.split() for line in last_lines(result.out, 5))
     assert lines[0] == ["zero-shot", "lora"]
     for name, line, scores in zip(("dtd", "food101"), lines[1:], alone, strict=False):
         assert line == [name, *(f"{score:.2f}" for score in scores)]
@@ -130,10 +136,54 @@ def test_a_run_on_several_data_sets_is_the_run_on_each_and_their_mean(script, tr
     for shown, values in zip(lines[3][1:], zip(*alone, strict=True), strict=True):
         assert float(shown) == pytest.approx(sum(values) / 2, abs=0.01)
 
+    file = run / "eval-dtd,food101.json"
+    assert last == ["data", "sets:", str(file)]
+    saved = json.loads(file.read_text())
+    for name, scores in zip(("dtd", "food101"), alone, strict=True):
+        found = [saved["datasets"][name][row]["all"] for row in ("zero-shot", "lora")]
+        assert found == pytest.approx(scores, abs=0.005)
+    for row in ("zero-shot", "lora"):
+        values = [saved["datasets"][name][row]["all"] for name in saved["datasets"]]
+        assert saved["mean"][row]["all"]["mean"] == pytest.approx(sum(values) / 2)
 
-def test_coop_11_is_the_11_in_coops_split_without_what_was_learned_from(
-    script, trained, tmp_path, monkeypatch
+    first = file.read_bytes()
+    assert script("eval", "--run", run, "--dataset", "dtd, food101", *where).code == 0
+    assert file.read_bytes() == first
+    other = script("eval", "--run", run, "--dataset", "dtd,food101", *where, "--template", "my {}")
+    old = file.with_name(f"{file.name}.old1")
+    assert f"an earlier table is kept as {old}" in other.out
+    assert old.read_bytes() == first != file.read_bytes()
+
+
+def test_zero_shot_on_several_data_sets_leaves_its_table(
+    script, published, model, tmp_path, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--dataset", "dtd,food101", "--data-root", published, "--model", model)
+    result = script("eval", "--method", "zero_shot", *flags, "--classes", "all")
+    assert (result.code, result.err) == (0, "")
+    file = Path("runs/dtd,food101-all/tiny/zero_shot-eval.json")
+    mean, said = last_lines(result.out, 2)
+    assert said == f"data sets: {file}"
+    saved = json.loads(file.read_text())
+    each = [saved["datasets"][name]["zero-shot"]["all"] for name in ("dtd", "food101")]
+    assert mean.split() == ["mean", f"{sum(each) / 2:.2f}"]
+
+
+def test_a_data_set_that_is_missing_is_told_before_others_are_tested(
+    script, run, published, model, is_one_line, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--dataset", "dtd,food101,caltech101", "--data-root", published, "--model", model)
+    for of in (("--run", run), ("--method", "zero_shot")):
+        result = script("eval", *of, *flags)
+        assert is_one_line(result, "published/caltech-101")
+        assert result.out == ""
+    assert not list(run.glob("eval-*"))
+    assert not Path("runs").exists()
+
+
+def test_coop_11_is_the_11_in_coops_split_without_what_was_learned_from(script, run, monkeypatch):
     asked = []
 
     def read(name, root, seed, split, file):
@@ -142,17 +192,18 @@ def test_coop_11_is_the_11_in_coops_split_without_what_was_learned_from(
         return Dataset(list(OTHERS), "a {}", picture, None, picture)
 
     monkeypatch.setattr(datasets, "load", read)
-    assert script("eval", "--run", trained.path, "--dataset", "coop-11").code == 0
-    assert asked == [(name, "coop") for name in GROUPS["coop-11"]]
+    assert script("eval", "--run", run, "--dataset", "coop-11").code == 0
+    each = [(name, "coop") for name in GROUPS["coop-11"]]
+    assert asked == each * 2  # first to see that they are there
     asked.clear()
-    run = Path(shutil.copytree(trained.path, tmp_path / "run"))
     config = json.loads((run / "config.json").read_text())
     config["experiment"]["dataset"] = "imagenet"
     (run / "config.json").write_text(json.dumps(config))
     for group in ("imagenet,imagenet-variants", "coop-11"):
         assert script("eval", "--run", run, "--dataset", group).code == 0
-    assert asked[:4] == [(name, "official") for name in GROUPS["imagenet-variants"]]
-    assert asked[4:] == [(name, "coop") for name in GROUPS["coop-11"][1:]]
+    assert asked[:8] == 2 * [(name, "official") for name in GROUPS["imagenet-variants"]]
+    assert asked[8:] == 2 * each[1:]
+    assert (run / "eval-imagenet,imagenet-variants.json").exists()
 
 
 # ------------------------------------------------------------------------ domain generalisation
@@ -192,7 +243,10 @@ def imagenet(tmp_path, draw, monkeypatch) -> Path:
     return root
 
 
-def test_a_run_on_imagenet_is_tested_on_all_of_its_variants(script, imagenet, model, tmp_path):
+def test_a_run_on_imagenet_is_tested_on_all_of_its_variants(
+    script, imagenet, model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     common = ("--data-root", imagenet, "--model", model)
     known = (
         "--method",
@@ -214,7 +268,7 @@ def test_a_run_on_imagenet_is_tested_on_all_of_its_variants(script, imagenet, mo
     assert [*scored] == ["amber lily", "missile (1)", "cyan lotus", "missile (3)"]
     shown = script("eval", "--run", path, "--dataset", "imagenet-variants", *common)
     assert (shown.code, shown.err) == (0, "")
-    table = [line.split() for line in last_lines(shown.out, 6)]
+    table = [line.split() for line in last_lines(shown.out, 7)[:-1]]
     assert [row[0] for row in table[1:]] == [*VARIANTS, "mean"]
 
     clip = clip_min.load(model)
@@ -233,7 +287,7 @@ def test_a_run_on_imagenet_is_tested_on_all_of_its_variants(script, imagenet, mo
     zero_shot = ("--method", "zero_shot", "--dataset", "imagenet-variants", "--classes", "all")
     alone = script("eval", *zero_shot, *common)
     assert (alone.code, alone.err) == (0, "")
-    assert [line.split() for line in last_lines(alone.out, 6)] == [
+    assert [line.split() for line in last_lines(alone.out, 7)[:-1]] == [
         table[0][:1],
         *(row[:2] for row in table[1:]),
     ]

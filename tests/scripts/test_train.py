@@ -26,6 +26,7 @@ from fewshot.run import Run
 from fewshot.schedule import Length
 from methods import METHODS, TrainingSettings
 from methods.base import Augment
+from methods.interop.command import Plan, parse
 
 BASE, NOVEL = ["amber_lily", "blue-bell", "cyan lotus"], ["dark-iris", "egg flower"]
 HERE = "noise/tiny/lora-s4-seed1"
@@ -35,10 +36,16 @@ FILES = [
     "curves.png",
     "data.json",
     "log.jsonl",
+    "predictions.safetensors",
     "results.json",
     "resume.json",
     "resume.safetensors",
 ]
+
+
+def plan_of(argv: list[str]) -> Plan:
+    ((plan,), _) = parse(argv, "")
+    return plan
 
 
 def results(run: Path) -> dict:
@@ -123,7 +130,8 @@ def test_what_is_printed_is_what_is_saved(trained):
     found, lines = results(trained.path), trained.out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
     for name, scores in (("lora", found), ("zero-shot", found["zero_shot"])):
-        assert rows[name] == [f"{scores[part]:.2f}" for part in ("base", "novel", "hm")]
+        numbers = [scores["base"], scores["novel"], scores["hm"], scores["joint"]["hm"]]
+        assert rows[name] == [f"{number:.2f}" for number in numbers]
     assert f"{found['parameters']:,} trained parameters" in trained.out
     assert lines[-1] == f"adapter: {trained.path}/adapter.safetensors"
     assert "3 classes to learn from 12 images (12 for validation)" in trained.out
@@ -568,7 +576,7 @@ def test_help_without_a_method_lists_the_methods(script):
     ],
 )
 def test_the_recipe_follows_from_the_data_and_flags_win_over_it(argv, recipe, lr, model):
-    plan = train_script.parse(["--method", "lora", *argv])
+    plan = plan_of(["--method", "lora", *argv])
     (experiment,) = plan.experiments
     assert (plan.method, plan.recipe) == ("lora", recipe)
     assert (plan.settings.lr, experiment.model) == (lr, model)
@@ -587,22 +595,22 @@ class Counted(list):
 
 def test_epochs_that_are_given_are_all_there_are():
     own = ["--method", "lora", "--dataset", "folder"]
-    assert train_script.parse(own).settings.min_steps == 400
-    settings = train_script.parse([*own, "--epochs", "2"]).settings
+    assert plan_of(own).settings.min_steps == 400
+    settings = plan_of([*own, "--epochs", "2"]).settings
     assert (settings.epochs, settings.min_steps) == (2, 0)
-    settings = train_script.parse([*own, "--epochs", "2", "--min-steps", "5"]).settings
+    settings = plan_of([*own, "--epochs", "2", "--min-steps", "5"]).settings
     assert (settings.epochs, settings.min_steps) == (2, 5)
 
 
 def test_a_flag_wins_over_the_grid_of_a_recipe():
     own = ["--method", "cross_modal", "--recipe", "paper"]
-    assert len(train_script.parse(own).settings.points()) == 12
-    settings = train_script.parse([*own, "--lr", "0.5", "--batch-size", "8"]).settings
+    assert len(plan_of(own).settings.points()) == 12
+    settings = plan_of([*own, "--lr", "0.5", "--batch-size", "8"]).settings
     assert (settings.lr, settings.grid) == (0.5, "weight_decay=0,0.01,1e-4")
-    settings = train_script.parse([*own, "--lr", "0.5", "--grid", "batch_size=2"]).settings
+    settings = plan_of([*own, "--lr", "0.5", "--grid", "batch_size=2"]).settings
     assert settings.points() == [{"batch_size": 2}]
     with pytest.raises(UserError, match="--lr and --grid lr=1,2: give one of them"):
-        train_script.parse([*own, "--lr", "0.5", "--grid", "lr=1,2"])
+        plan_of([*own, "--lr", "0.5", "--grid", "lr=1,2"])
 
 
 @pytest.mark.parametrize(
@@ -610,7 +618,7 @@ def test_a_flag_wins_over_the_grid_of_a_recipe():
 )
 def test_the_default_of_what_learns_by_steps_is_long_enough_for_two_classes(method):
     """And validates a bounded number of times, whatever its length."""
-    settings = train_script.parse(["--method", method, "--dataset", "folder"]).settings
+    settings = plan_of(["--method", method, "--dataset", "folder"]).settings
     for images in (2, 8, 2 * 64, 500, 500 * 64):
         length = Length.of(settings, Counted(images))
         assert length.total >= (300 if method == "prolip" else 400)  # of all images at once
@@ -622,29 +630,31 @@ def test_the_default_of_what_learns_by_steps_is_long_enough_for_two_classes(meth
 @pytest.mark.parametrize("method", [m for m in METHODS if hasattr(METHODS[m].Settings, "augment")])
 def test_whatever_augments_can_do_it_in_every_way(method):
     for augment in get_args(Augment):
-        plan = train_script.parse(["--method", method, "--augment", augment])
+        plan = plan_of(["--method", method, "--augment", augment])
         assert plan.settings.augment == augment
 
 
 def test_the_lora_run_that_filters_is_the_same_experiment(tmp_path, monkeypatch):
     other = ("--seed", "3", "--shots", "2", "--precision", "bf16", "--template", "one {}")
     other += ("--base-classes", str(tmp_path / "base.txt"), "--threads", "1", "--cache", "none")
-    plan = train_script.parse(["--method", "disef_f1", *other, "--out", str(tmp_path)])
+    plan = plan_of(["--method", "disef_f1", *other, "--out", str(tmp_path)])
     (own,) = plan.experiments
+    world = train_script.World(own, None, SimpleNamespace(template="one {}"))
     asked = []
     monkeypatch.setattr(train_script, "train", lambda *run: asked.append(run))
-    path = train_script.lora_run(plan, own, SimpleNamespace(template="one {}"))
-    ((lora, experiment),) = asked
-    assert lora.experiments == [experiment] == [own]
+    path = train_script.lora_run(plan, world)
+    ((lora, same),) = asked
+    assert same is world
+    assert lora.experiments == [own]
     assert lora.cache is None
-    assert lora.out / experiment.folder(lora.method) == path
-    alone = train_script.parse(["--method", "lora", *other])
+    assert lora.out / own.folder(lora.method) == path
+    alone = plan_of(["--method", "lora", *other])
     assert (lora.recipe, lora.settings) == (alone.recipe, alone.settings)
 
 
 def test_a_recipe_that_a_method_lacks_is_an_error():
     with pytest.raises(UserError, match="--recipe paper: unknown; known are default"):
-        train_script.parse(["--method", "zero_shot", "--recipe", "paper"])
+        plan_of(["--method", "zero_shot", "--recipe", "paper"])
 
 
 @pytest.mark.parametrize(

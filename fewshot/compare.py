@@ -1,0 +1,186 @@
+"""Several methods on the same pictures: how long they will take, their table, and which to take.
+
+What a method is chosen by is its accuracy on validation images, which stands in the table; the test
+images, which all other accuracies are of, choose nothing.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from fewshot import grid
+from fewshot.loop import NotFinite, State, gradient_step, shuffled, validation_seconds
+from fewshot.schedule import Length, duration
+from fewshot.task import Task
+
+ZERO_SHOT = "zero-shot"  # CLIP as it is; no method is called so
+
+
+def seconds_of(method, task: Task) -> float:
+    """About how many seconds `method`, which is spoilt by it, takes to train and be tested.
+
+    It takes three gradient steps and is asked for one batch of validation images. What is solved
+    in closed form counts as nothing.
+    """
+    if not hasattr(method.settings, "epochs"):
+        return 0.0
+    trained = 0.0
+
+    def tried(method, train, val) -> float:
+        nonlocal trained
+        s, each = method.settings, validation_seconds(method, val)
+        length, state = Length.of(s, train), State(method, train)
+        batches = itertools.cycle(shuffled(train, s.batch_size, 0, 0))
+        one = 0.0
+        method.train()
+        for step in range(min(3, length.total)):  # the last counts: the first are slower
+            started = time.perf_counter()
+            gradient_step(method, train, next(batches), state, length, step)
+            one = time.perf_counter() - started
+        rounds = math.ceil(length.total / length.round) if length.chooses else 0
+        trained += (length.total * one + rounds * len(val) * each) * max(1, len(s.points()))
+        method.eval()
+        return 0.0
+
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with quiet, torch.random.fork_rng(), contextlib.suppress(NotFinite):  # the run will say so
+        method.fit(task.train, task.val, tried)
+    tested = sum(len(test.batches) for test in task.tests.values())
+    return trained + tested * validation_seconds(method, task.val)
+
+
+def within(budget: float, seconds: dict[str, float]) -> list[str]:
+    """The methods, in the order given, that can be run in `budget` seconds: the shortest first, as
+    many as fit.
+    """
+    left, fitting = budget, set()
+    for name in sorted(seconds, key=seconds.get):
+        if seconds[name] > left:
+            break
+        left -= seconds[name]
+        fitting.add(name)
+    return [name for name in seconds if name in fitting]
+
+
+def announce(seconds: dict[str, float], kept: list[str]) -> str:
+    """What is to come, and what was left out, in a line or two."""
+    listed = ", ".join(f"{name} {duration(seconds[name])}" for name in kept)
+    text = f"about {duration(sum(seconds[name] for name in kept))}: {listed}"
+    out = [f"{name} (about {duration(s)})" for name, s in seconds.items() if name not in kept]
+    return text + (f"\nleft out, since they do not fit: {', '.join(out)}" if out else "")
+
+
+def summarise(runs: dict[str, list[dict]]) -> dict[str, dict]:
+    """Method -> results of its runs, one a seed  =>  what they come to, best on validation first.
+
+    The row "zero-shot" is CLIP as it is. Each has the spreads of its scores (`grid.spread`), and
+    the means of "parameters", "seconds" (of training) and "peak_memory_mb", None for "zero-shot".
+    """
+    first = next(iter(runs.values()))
+    rows = {ZERO_SHOT: [result["zero_shot"] for result in first], **runs}
+    found = {}
+    for name, results in rows.items():
+        costs = {cost: [r.get(cost) for r in results] for cost in COSTS}
+        means = {k: None if None in v else statistics.mean(v) for k, v in costs.items()}
+        found[name] = {**grid.spread(results), **means}
+    return dict(sorted(found.items(), key=lambda row: -row[1]["val"]["mean"]))
+
+
+COSTS = {"parameters": "parameters", "seconds": "seconds", "peak_memory_mb": "MB"}
+
+
+def table(rows: dict[str, dict]) -> str:
+    """`summarise`'s rows, a line each; n/a where a method cannot name the classes."""
+    scores = {"all": "test"} if "all" in rows[ZERO_SHOT] else grid.SHOWN
+    shown = {"val": "validation", **scores, **COSTS}
+    lines = [["", *shown.values()]]
+    for name, row in rows.items():
+        cells = [grid.cell(row.get(column)) for column in shown if column not in COSTS]
+        costs = [(row[cost], 1 if cost == "seconds" else 0) for cost in COSTS]
+        costs = ["" if value is None else f"{value:,.{digits}f}" for value, digits in costs]
+        lines.append([name, *cells, *costs])
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip()
+        for name, *cells in lines
+    )
+
+
+def advice(rows: dict[str, dict], images: int, by_name: set[str]) -> str:
+    """Which of `summarise`'s rows to take, and why.
+
+    images: how many validation was on. by_name: the methods whose learning reaches names that they
+    were not trained on.
+    """
+    val = {name: row["val"]["mean"] for name, row in rows.items()}  # the best first
+    took = {name: row["seconds"] or 0.0 for name, row in rows.items()}
+    called = {name: "CLIP as it is" if name == ZERO_SHOT else name for name in rows}
+    best, *others = rows
+    share = val[best] / 100
+    error = 100 * math.sqrt(share * (1 - share) / images)
+    text = f"Take {called[best]}: it is best on the {images} validation images, {val[best]:.1f} %."
+    near = [
+        name for name in others if val[best] - val[name] <= error and took[name] < took[best] / 2
+    ]
+    if near:
+        name = min(near, key=took.get)
+        text += (
+            f" Within the standard error of that, {error:.1f} points, is {called[name]}, "
+            f"{val[name]:.1f} %, in {took[name]:.1f} s of training, not {took[best]:.1f} s."
+        )
+    later = [name for name in rows if name in by_name]
+    if "novel" in rows[ZERO_SHOT] and later and best not in (*by_name, ZERO_SHOT):
+        text += (
+            " Validation is on the classes that were learned; of methods whose learning reaches "
+            f"other names, {called[later[0]]} is best there, {val[later[0]]:.1f} %."
+        )
+    return text
+
+
+def show(
+    results: dict, folders: dict[str, Path], together: Path, settings: dict, by_name: set[str]
+) -> None:
+    """Print a table and advice for each data set and number of shots, and keep them as JSON.
+
+    results: data set -> method -> (shots, seed) -> results.json. folders: data set -> its folder;
+    together: that of all of them. settings: method -> recipe and settings. by_name: see `advice`.
+    """
+    tables: dict[str, dict[str, dict]] = {}  # shots -> data set -> rows
+    for dataset, methods in results.items():
+        drawn = list(next(iter(methods.values())))
+        shots, seeds = (list(dict.fromkeys(of)) for of in zip(*drawn, strict=True))
+        found = {}
+        for s in shots:
+            rows = summarise(
+                {m: [r for (of, _), r in runs.items() if of == s] for m, runs in methods.items()}
+            )
+            images = next(iter(methods.values()))[drawn[0]]["val_images"]
+            found[str(s)] = {"rows": rows, "advice": advice(rows, images, by_name)}
+            tables.setdefault(str(s), {})[dataset] = rows
+            seeds_are = f", mean ± standard deviation of seeds {', '.join(map(str, seeds))}"
+            print(f"\n{dataset}, {s} shots{seeds_are if len(seeds) > 1 else ''}")
+            print(f"{table(rows)}\n{found[str(s)]['advice']}")
+        content = {"methods": settings, "seeds": seeds, "shots": found}
+        print(f"comparison: {grid.keep(folders[dataset], 'compare', shots, seeds, content)}")
+    if len(results) > 1:
+        means = {s: mean_of_data_sets(list(of.values())) for s, of in tables.items()}
+        for s, rows in means.items():
+            print(f"\nmean of {len(results)} data sets, {s} shots\n{table(rows)}")
+        content = {"methods": settings, "seeds": seeds, "datasets": list(results), "shots": means}
+        print(f"data sets: {grid.keep(together, 'compare', shots, seeds, content)}")
+
+
+def mean_of_data_sets(tables: list[dict[str, dict]]) -> dict[str, dict]:
+    """`summarise`'s rows of several data sets  =>  their means, best on validation first."""
+    found = {}
+    for name in tables[0]:
+        costs = {cost: [rows[name][cost] for rows in tables] for cost in COSTS}
+        means = {k: None if None in v else statistics.mean(v) for k, v in costs.items()}
+        found[name] = {**grid.mean([rows[name] for rows in tables]), **means}
+    return dict(sorted(found.items(), key=lambda row: -row[1]["val"]["mean"]))

@@ -1,0 +1,182 @@
+"""What a method answers to every test picture: a run keeps it, and its accuracies follow from it.
+
+Each part of the test set (base, novel) is scored among its own names, and among the names of all
+parts in one list, since a user rarely knows which half a picture is from. For most methods a
+class's logit depends on the image and that class alone, so one pass gives both: the part's logits
+are its columns of all logits. Of these the five likeliest classes are kept, and how likely.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clip_min import UserError
+from clip_min.files import read_safetensors
+from fewshot.metrics import harmonic_mean, likeliest, per_class, share
+from fewshot.task import Task
+
+FILE = "predictions.safetensors"
+ZERO_SHOT = "zero-shot"  # the row of CLIP as it is, as tables have it; no method is called so
+
+
+@dataclass
+class Predictions:
+    """Answers to the N test pictures of a part, in the order of the run's data.json; on the CPU.
+
+    Probabilities are the softmax of float32 logits, over the part's own names or over all names.
+    """
+
+    labels: Tensor  # (N,) int32, numbers of the part's own names
+    top: Tensor  # (N, 5) int32, the likeliest of these, best first; fewer where there are fewer
+    probabilities: Tensor  # (N, 5) float32, of these
+    joint_top: Tensor | None = None  # (N, 5) int32, the likeliest of all names: base, then novel
+    joint_probabilities: Tensor | None = None  # (N, 5) float32; None where there are no halves, or
+    # the method cannot name both
+
+
+def predict_task(method, task: Task, batch_size: int = 64) -> dict[str, Predictions]:
+    """What a method answers to each part of the test set; a part it cannot name is left out."""
+    every, joint = method, len(task.tests) > 1 and method.names_unseen
+    if joint:
+        every = method.for_classes([name for t in task.tests.values() for name in t.classnames])
+    found, first = {}, 0  # first: the number of the part's first name among all names
+    with every.inference():  # once, so that class features are computed once for all parts
+        for part, test in task.tests.items():
+            if part == "novel" and not method.names_unseen:
+                continue
+            own, alone = slice(None), None
+            if joint and method.logits_apart:
+                own = slice(first, first + len(test.classnames))
+            elif joint:
+                alone = method.for_classes(test.classnames)
+            elif method.classnames != test.classnames:  # fewer: it can name no others
+                own = [method.classnames.index(name) for name in test.classnames]
+            answers = _answers(every, test.batches, own, joint, alone, batch_size)
+            found[part] = Predictions(test.batches.labels.cpu().int(), *answers)
+            first += len(test.classnames)
+    return found
+
+
+def _answers(every, batches, own, joint: bool, alone, batch_size: int) -> list[Tensor]:
+    """`top`, `probabilities` and, if `joint`, those of all names.
+
+    own: the part's columns of the logits of `every`; or `alone`: what gives the part's own logits.
+    """
+    rows, count = [], math.ceil(len(batches) / batch_size)
+    encoded = batches.each(every, batch_size)  # read and encoded as the loop asks for it
+    encoded = tqdm(encoded, "testing", count, leave=False, disable=count <= 8 or None)
+
+    def keep(logits: Tensor) -> list[Tensor]:  # (B, K) -> (B, 5) each
+        top = likeliest(logits)
+        return [top.int(), logits.softmax(dim=1).gather(1, top)]
+
+    with batches.autocast(), contextlib.nullcontext() if alone is None else alone.inference():
+        for x in encoded:
+            logits = every.classify(x).float()  # (B, K)
+            mine = logits[:, own] if alone is None else alone.classify(x).float()
+            rows.append(keep(mine) + (keep(logits) if joint else []))
+    return [torch.cat(column).cpu() for column in zip(*rows, strict=True)]
+
+
+def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> dict:
+    """Accuracies of `predict_task`'s answers, in percent -> {"base", "novel", "hm", "all", "joint",
+    "parts"}.
+
+    classnames: part -> its names. What a method cannot name is None: novel and hm, and joint, the
+    accuracies {"base", "novel", "hm"} of the same pictures among all names.
+    """
+    scores = {**dict.fromkeys(("base", "novel", "hm", "all", "joint")), "parts": {}}
+    joint, first = {}, 0
+    for part, names in classnames.items():
+        if part not in found:
+            continue
+        of = found[part]
+        recall, f1 = per_class(of.top[:, 0], of.labels, len(names))
+        # of two classes of one name, as ImageNet has, the number, too
+        names = [n if names.count(n) == 1 else f"{n} ({k})" for k, n in enumerate(names)]
+        scores[part] = share(of.top[:, :1], of.labels)
+        scores["parts"][part] = {
+            "images": len(of.labels),
+            "top1": scores[part],
+            "top5": share(of.top, of.labels),
+            "macro_f1": f1.mean().item(),
+            "classes": {
+                name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}
+                for name, r, f in zip(names, recall, f1, strict=True)
+            },
+        }
+        if of.joint_top is not None:
+            joint[part] = share(of.joint_top[:, :1], first + of.labels)
+        first += len(names)
+    if scores["novel"] is not None:
+        scores["hm"] = harmonic_mean(scores["base"], scores["novel"])
+    if joint:
+        scores["joint"] = {**joint, "hm": harmonic_mean(joint["base"], joint["novel"])}
+    return scores
+
+
+def brief(scores: dict) -> dict:
+    """Scores without those of single classes."""
+    return {key: value for key, value in scores.items() if key != "parts"}
+
+
+# ----------------------------------------------------------------------------------- a run's file
+
+
+def tensors(rows: dict[str, dict[str, Predictions]]) -> dict[str, Tensor]:
+    """Row ("zero-shot", "lora") -> part -> predictions  =>  the tensors of predictions.safetensors:
+
+    base/labels                                         (N,) int32
+    lora/base/top, lora/base/probabilities              (N, 5) int32 and float32
+    lora/base/joint_top, lora/base/joint_probabilities  the same among all names, where scored
+
+    and so for every row and part ("base" and "novel", or "all"); see `Predictions`.
+    """
+    named = {}
+    for row, parts in rows.items():
+        for part, of in parts.items():
+            named[f"{part}/labels"] = of.labels
+            for kind in _KEPT:
+                if getattr(of, kind) is not None:
+                    named[f"{row}/{part}/{kind}"] = getattr(of, kind)
+    return named
+
+
+def read(path: Path, classnames: dict[str, list[str]]) -> dict[str, dict[str, Predictions]]:
+    """A run's predictions.safetensors, as `tensors` names what is in it -> row -> part ->
+    predictions.
+
+    classnames: those of the run's config.json. UserError if there is no such file, as in runs of
+    earlier versions, or if it is not of these classes.
+    """
+    named, _ = read_safetensors(path)
+    total = sum(map(len, classnames.values()))
+    rows: dict[str, dict[str, Predictions]] = {}
+    try:
+        for key, tensor in named.items():
+            *_, part, kind = key.split("/")
+            labels, names = named[f"{part}/labels"], len(classnames[part])
+            most = total if kind.startswith("joint") else names
+            shape = labels.shape if kind == "labels" else (len(labels), min(5, most))
+            type_ = torch.float32 if kind.endswith("probabilities") else torch.int32
+            inside = tensor.numel() == 0 or (tensor.min() >= 0 and tensor.max() < most)
+            if labels.dim() != 1 or tensor.shape != shape or tensor.dtype != type_ or not inside:
+                raise ValueError
+        for prefix in sorted({key.rpartition("/")[0] for key in named if key.count("/") > 1}):
+            row, part = prefix.split("/")
+            kept = {k: named[f"{prefix}/{k}"] for k in _KEPT if f"{prefix}/{k}" in named}
+            rows.setdefault(row, {})[part] = Predictions(named[f"{part}/labels"], **kept)
+    except (KeyError, ValueError, TypeError):
+        raise UserError(
+            f"{path}: is not of the run whose config.json this is, or of another version; "
+            "train again"
+        ) from None
+    return rows
+
+
+_KEPT = [field.name for field in fields(Predictions) if field.name != "labels"]

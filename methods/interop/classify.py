@@ -1,0 +1,181 @@
+"""Pictures of one's own, named by a run, or by zero-shot CLIP.
+
+    from methods.interop.classify import open_run
+
+    for answer in open_run("runs/demo/demo/lora-s10-seed1").classify(["a.jpg", "folder"]):
+        print(answer.path, answer.names[0], answer.probabilities[0])
+
+Threads decode the next pictures while the model computes with these, and no more than a few batches
+are in memory, however many pictures there are.
+"""
+
+import csv
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+
+from clip_min import UserError, crop, normalize, weights
+from clip_min.files import replacing
+from fewshot.batches import autocast
+from fewshot.experiment import Experiment
+from fewshot.folder import find_pictures
+from fewshot.pictures import ahead, open_image
+from fewshot.run import Run
+from methods.base import Method
+from methods.interop.load import trained
+
+BATCH = 64  # pictures that are computed with at once
+TOP = 5
+
+
+@dataclass
+class Answer:
+    """What a picture is called: the likeliest names first, five or all, each with its probability.
+
+    Of a picture that cannot be read there are none, and `error` says why.
+    """
+
+    path: Path
+    names: list[str]
+    probabilities: list[float]
+    error: str = ""
+
+    @property
+    def margin(self) -> float:
+        """The first probability less the second."""
+        return self.probabilities[0] - sum(self.probabilities[1:2])
+
+    def row(self, threshold: float = 0.0) -> dict:
+        """As a line of a table; `answer` is the first name, or "" below the threshold."""
+        known = bool(self.names) and self.probabilities[0] >= threshold
+        row = {"path": str(self.path), "answer": self.names[0] if known else ""}
+        row["margin"] = round(self.margin, 6) if self.names else ""
+        for i in range(TOP):
+            there = i < len(self.names)
+            row[f"name{i + 1}"] = self.names[i] if there else ""
+            row[f"probability{i + 1}"] = round(self.probabilities[i], 6) if there else ""
+        return {**row, "error": self.error}
+
+
+@dataclass
+class Classifier:
+    """A trained method, for the names that it chooses from."""
+
+    method: Method
+    precision: str = "fp32"
+
+    def classify(self, paths: Iterable[str | Path]) -> Iterator[Answer]:
+        """The answers to pictures and to folders of pictures, in their order."""
+        files = [file for path in paths for file in pictures_in(Path(path))]
+        device = self.method.clip.device
+        with self.method.inference(), autocast(device, self.precision):
+            batches = self._encoded(files)
+            if self.method.transductive:  # it labels all jointly
+                batches = [_joined(list(batches))] if files else []
+            for read, x in batches:
+                rows = [] if x is None else self.method.classify(x).float().softmax(-1)  # (B, K)
+                for path, why in read:
+                    yield Answer(path, [], [], why) if why else self._answer(path, rows[0])
+                    rows = rows if why else rows[1:]
+
+    def _answer(self, path: Path, row: Tensor) -> Answer:
+        best = row.topk(min(TOP, len(row)))
+        return Answer(path, [self.method.classnames[i] for i in best.indices], best.values.tolist())
+
+    def _encoded(self, files: list[Path]) -> Iterator[tuple[list[tuple[Path, str]], Tensor | None]]:
+        """A batch at a time: the files, each with why it cannot be read, or ""; and those that can
+        be, encoded for `method.classify` (B, …).
+        """
+        config = self.method.clip.config
+
+        def attempt(path: Path) -> tuple[Path, Tensor | None, str]:
+            try:
+                return path, crop(open_image(path), config), ""
+            except UserError as error:
+                return path, None, str(error)
+
+        decoded = ahead(attempt, files)
+        while batch := list(itertools.islice(decoded, BATCH)):
+            pixels = [picture for _, picture, _ in batch if picture is not None]
+            x = None
+            if pixels:
+                images = torch.stack(pixels).to(self.method.clip.device)
+                x = self.method.encode(normalize(images, config=config))  # (B, 3, n, n) -> (B, …)
+            yield [(path, why) for path, _, why in batch], x
+
+
+def _joined(batches: list) -> tuple[list, Tensor | None]:
+    encoded = [x for _, x in batches if x is not None]
+    return [one for read, _ in batches for one in read], torch.cat(encoded) if encoded else None
+
+
+def open_run(
+    path: str | Path,
+    classnames: list[str] | None = None,
+    device: str = "",
+    model: str = "",
+    share: float | None = None,
+) -> Classifier:
+    """A run of train.py, ready to name pictures.
+
+    classnames: what it chooses from; default: all names of the run, or those it learned if it can
+    name no others. model: where CLIP is, if it has moved. share: of what it learned, see
+    methods/wise_ft.py.
+    """
+    run = Run.open(Path(path))
+    moved = {"device": device} | ({"model": model} if model else {})
+    experiment = Experiment(**{**run.config["experiment"], **moved})
+    clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
+    method = trained(run, clip, share=share)
+    if classnames is None and method.names_unseen:
+        classnames = [name for names in run.config["classnames"].values() for name in names]
+    method = method.for_classes(classnames) if classnames else method
+    return Classifier(method, experiment.precision)
+
+
+def pictures_in(path: Path) -> list[Path]:
+    """A picture's file, or all those below a folder; what else lies there is noted."""
+    if not path.is_dir():
+        return [path]
+    left_out: dict[str, list[Path]] = {}
+    files = find_pictures(path, left_out)
+    for why, others in left_out.items():
+        print(f"note: {path}: left out {len(others)} {why}")
+    if not files:
+        raise UserError(f"--image {path}: is a folder without pictures")
+    return files
+
+
+def write(answers: Iterable[Answer], file: Path, threshold: float = 0.0) -> tuple[int, int, int]:
+    """Write answers to a .csv or .json file as they come -> how many; how many of them are below
+    the threshold; how many could not be read.
+    """
+    counts = [0, 0, 0]
+    with replacing(file) as temporary, _text(temporary) as out:
+        lines = None
+        for answer in answers:
+            row = answer.row(threshold)
+            counts[0] += 1
+            counts[1] += bool(answer.names) and not row["answer"]
+            counts[2] += bool(answer.error)
+            if file.suffix == ".json":
+                out.write(("[\n" if lines is None else ",\n") + json.dumps(row, ensure_ascii=False))
+                lines = True
+                continue
+            if lines is None:
+                lines = csv.DictWriter(out, row)
+                lines.writeheader()
+            lines.writerow(row)
+        if file.suffix == ".json":
+            out.write("\n]\n" if lines else "[]\n")
+    return tuple(counts)
+
+
+def _text(file: str) -> TextIO:
+    return open(file, "w", encoding="utf-8", newline="", errors="backslashreplace")  # of odd names

@@ -1,0 +1,201 @@
+"""train.py's command line: which methods, with which settings, on what."""
+
+import argparse
+import functools
+import math
+import re
+import typing
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from clip_min import UserError
+from clip_min.errors import nearest
+from fewshot import cache, datasets, grid
+from fewshot.catalogue import IMPLIED, chosen
+from fewshot.experiment import Experiment
+from fewshot.flags import Parser, add_flags, pick
+from methods import METHODS, Method, Settings, TrainingSettings
+from methods.disef import DISEFSettings
+
+# The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
+MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
+
+# Flags that most people change; --help shows them first.
+OFTEN = ("dataset", "data_root", "model", "shots", "seed", "epochs", "lr", "batch_size")
+OFTEN += ("image_rank", "text_rank")
+
+
+@dataclass
+class Plan:
+    """What the command line asks for, of one method: a run for each data set, shots and seed."""
+
+    method: str
+    data: str  # one data set, or several: "coop-11"
+    recipe: str
+    usual: Settings  # the recipe's
+    settings: Settings  # the same, as flags have changed them
+    experiments: list[Experiment]
+    out: Path
+    init_from: Path | None
+    resume: bool
+    cache: Path | None
+    several: bool  # is it one of several runs, so that --resume leaves out what has ended?
+
+
+def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
+    """-> a plan for each method, and the seconds that all may take together.
+
+    Two passes: which methods, and then their own settings beside the common ones.
+    """
+    first = Parser(add_help=False)
+    for flag in ("--method", "--model", "--dataset", "--recipe"):
+        first.add_argument(flag)
+    known, _ = first.parse_known_args(argv)
+    listed = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
+    about = f"{about}\nmethods:\n{listed}\n\ndata sets:\n{datasets.LISTED}"
+    parser = Parser(usage="%(prog)s --method METHOD [FLAG VALUE …]", description=about)
+    often = parser.add_argument_group("what most people change")
+    often.add_argument(
+        "--method", help="the method to train, listed above; several, as a,b; or all"
+    )
+    often.add_argument("--out", help="folder that run folders are made in [runs]")
+    often.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
+    add_flags(often, Experiment, only=OFTEN)
+    shots = next(a for a in parser._actions if a.dest == "shots")
+    shots.type = functools.partial(grid.numbers, words=("all",))
+    shots.help += "; several, as 1,2,4: a run for each"
+    names = methods_of(known.method) if known.method is not None else []
+    if names:
+        named = {key: value for key, value in vars(known).items() if value is not None}
+        data = named.get("dataset", Experiment.dataset)
+        defaults = Experiment(**pick(Experiment, named | {"dataset": chosen(data)[0]}))
+        recipes = {n: recipe_for(METHODS[n], data, defaults.model) for n in names}
+        if known.recipe is not None:
+            of = {n: "--recipe" if len(names) == 1 else f"{n}: --recipe" for n in names}
+            recipes = {n: nearest(of[n], known.recipe, METHODS[n].recipes) for n in names}
+        presets = {n: METHODS[n].preset(recipes[n], defaults.model) for n in names}
+        add_settings(parser, often, recipes, presets)
+    rest = [f.name for f in fields(Experiment) if f.name not in OFTEN]
+    add_flags(parser.add_argument_group("experiment"), Experiment, only=rest)
+    group = parser.add_argument_group("run")
+    group.add_argument("--recipe", help="a named set of defaults for the method's settings")
+    group.add_argument("--resume", action="store_true", help="go on with what was killed")
+    group.add_argument(
+        "--budget", type=seconds_in, help="of several methods, run those that fit in 90s, 10m, 2h"
+    )
+    cache.add_flags(group)
+    group.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="start from an adapter: a run's folder, PEFT's folder, CLIP-LoRA's or loralib's file",
+    )
+    if known.method is None:
+        parser.parse(argv)  # --help ends here
+        raise UserError(f"--method is missing; methods are {', '.join(METHODS)}")
+
+    given = parser.parse(argv)
+    if "seed" in given and "seeds" in given:
+        raise UserError("--seed and --seeds: give one of them")
+    if len(names) == 1 and "budget" in given:
+        raise UserError("--budget is for several methods, as --method lora,coop; leave it out")
+    if len(names) > 1 and "init_from" in given:
+        raise UserError("--init-from is for one method; leave it out, or name one")
+    common = IMPLIED.get(data, {}) | pick(Experiment, given)
+    experiments = [
+        Experiment(**{**common, "dataset": dataset, "shots": shots, "seed": seed})
+        for dataset in chosen(data)
+        for shots in given.get("shots", [defaults.shots])
+        for seed in given.get("seeds", [given.get("seed", defaults.seed)])
+    ]
+    plans = [
+        Plan(
+            method=name,
+            data=data,
+            recipe=recipes[name],
+            usual=METHODS[name].Settings(**presets[name]),
+            settings=settings_of(name, presets[name], given),
+            experiments=experiments,
+            out=Path(given.get("out", "runs")),
+            init_from=Path(given["init_from"]).expanduser() if "init_from" in given else None,
+            resume=given["resume"],
+            cache=cache.chosen(given),
+            several=len(names) * len(experiments) > 1,
+        )
+        for name in names
+    ]
+    return plans, given.get("budget", math.inf)
+
+
+def methods_of(text: str) -> list[str]:
+    """The names that --method gives: "lora", "lora,coop", or "all"."""
+    if text == "all":
+        return [
+            name for name, method in METHODS.items() if name != "zero_shot" and comparable(method)
+        ]
+    names = list(dict.fromkeys(nearest("--method", name, METHODS) for name in text.split(",")))
+    for name in names if len(names) > 1 else ():
+        if METHODS[name].transductive:
+            raise UserError(
+                f"--method {text}: {name} labels a batch of test images jointly, which no other "
+                "method can be compared with; run it apart"
+            )
+    return names
+
+
+def comparable(method: type[Method]) -> bool:
+    """Whether `--method all` has it: it labels one image at a time, and needs no others made."""
+    return not method.transductive and not issubclass(method.Settings, DISEFSettings)
+
+
+def add_settings(parser, often, recipes: dict[str, str], presets: dict[str, dict]) -> None:
+    """Flags of the settings of these methods; of several, only those that mean the same to all."""
+    shared = [f.name for f in fields(TrainingSettings) if f.name not in OFTEN]
+    kinds = {n: typing.get_type_hints(METHODS[n].Settings, include_extras=True) for n in recipes}
+    known = [(key, kind) for of in kinds.values() for key, kind in of.items()]
+    left = {key for key, kind in known if all(kind == other for k, other in known if k == key)}
+    left.discard("limits")
+    groups = {"often": often, "training": None}
+    for name, preset in presets.items():
+        own = left.difference(OFTEN, shared)
+        title = f"{name}: recipe {recipes[name]} of {', '.join(METHODS[name].recipes)}"
+        shown = preset if len(presets) == 1 else dict.fromkeys(left, "")  # each has its own
+        for group, keys in (("often", OFTEN), (title, own), ("training", shared)):
+            keys = [
+                f.name for f in fields(METHODS[name].Settings) if f.name in left.intersection(keys)
+            ]
+            if keys:
+                groups[group] = groups.get(group) or parser.add_argument_group(group)
+                add_flags(groups[group], METHODS[name].Settings, shown, keys)
+                left.difference_update(keys)
+
+
+def settings_of(name: str, preset: dict, given: dict) -> Settings:
+    """A method's settings: its recipe's, as flags have changed them."""
+    if "grid" in preset:  # a flag wins over it, too
+        axes = preset["grid"].split()
+        preset = preset | {
+            "grid": " ".join(axis for axis in axes if axis.split("=")[0] not in given)
+        }
+    for axis in given.get("grid", "").split():
+        if (of := axis.split("=")[0]) in given:
+            raise UserError(f"--{of.replace('_', '-')} and --grid {axis}: give one of them")
+    kind = METHODS[name].Settings
+    settings = kind(**{**preset, **pick(kind, given)})
+    if "epochs" in given and "min_steps" not in given and hasattr(settings, "epochs"):
+        settings = replace(settings, min_steps=0)  # as many as asked for, then
+    return settings
+
+
+def recipe_for(method: type[Method], data: str, model: str) -> str:
+    """The recipe that is taken if none is named: one made for the data, or the default."""
+    of_its_world = (data == "demo") == (model == "demo")
+    wanted = MADE_FOR.get(data, ()) if of_its_world else ()
+    return next(r for r in (*wanted, "default", *method.recipes) if r in method.recipes)
+
+
+def seconds_in(text: str) -> float:
+    """The type of --budget: "90s" -> 90, "10m" -> 600, "2h" -> 7200; a bare number is seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"invalid value: {text!r}; expected 90s, 10m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
