@@ -33,6 +33,7 @@ from fewshot.shares import NOTE, numbers, save_curve, shown
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS
+from methods.class_prompts import strangers
 from methods.interop.classify import Answer, Classifier, pictures_in
 from methods.interop.classify import write as write_table
 from methods.interop.load import described, trained
@@ -41,9 +42,9 @@ from methods.wise_ft import keep_share
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
-# All that pictures of one's own are classified by; a run knows the last five.
+# All that pictures of one's own are classified by; a run knows the last six.
 PICTURES = ("image", "classes", "device", "model", "csv", "threshold")
-PICTURES += ("image_size", "template", "templates", "precision", "threads")
+PICTURES += ("image_size", "template", "templates", "prompts", "precision", "threads")
 
 
 def main() -> None:
@@ -195,15 +196,15 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
     """Print and return the table of CLIP as it is and, if any are given, with templates."""
     clip, task = experiment.load(cache.chosen(given), record={})  # nothing is learned
     experiment.prepare(clip)
-    for note in task.notes:
-        print(f"note: {note}")
     zero_shot = METHODS["zero_shot"]
+    settings = zero_shot.Settings(**pick(zero_shot.Settings, given))
+    for note in task.notes + strangers(settings.prompts, task.tested_names):
+        print(f"note: {note}")
     names, template = task.classnames, task.template
     rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)[0]}
-    if given.get("templates"):
-        settings = zero_shot.Settings(given["templates"])
+    if kind := next((kind for kind in ("templates", "prompts") if given.get(kind)), None):
         several = zero_shot(clip, names, template, settings)
-        rows["zero-shot, templates"] = evaluate(several, task)[0]
+        rows[f"zero-shot, {kind}"] = evaluate(several, task)[0]
     print(table(rows))
     return rows
 
@@ -221,7 +222,8 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         raise UserError('--image: say which classes to choose from: --classes "rose,tulip"')
     if run is None:
         zero_shot, template = METHODS["zero_shot"], experiment.template or "a photo of a {}."
-        method = zero_shot(clip, known, template, zero_shot.Settings(given.get("templates", "")))
+        settings = zero_shot.Settings(**pick(zero_shot.Settings, given))
+        method = zero_shot(clip, known, template, settings)
     else:
         method = trained(run, clip, share=given.get("keep_share", [None])[0])
     if method.names_unseen or "classes" in given:
@@ -289,6 +291,8 @@ def parse(argv: list[str]) -> dict:
     given = parser.parse(argv)
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
+    if "templates" in given and "prompts" in given:
+        raise UserError("--templates and --prompts: give one of them")
     if "image" in given:
         for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")

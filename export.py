@@ -22,6 +22,7 @@ from fewshot.flags import Parser
 from fewshot.run import Run
 from fewshot.shares import one_share, shown
 from methods import Method
+from methods.class_prompts import class_texts
 from methods.interop.load import trained
 from methods.interop.peft import to_peft
 from methods.interop.plain_weights import classifier, merged_clip
@@ -82,7 +83,7 @@ def main() -> None:
         names = [name for part in run.config["classnames"].values() for name in part]
     else:
         names = method.classnames
-    about, logits = {"classnames": names, "template": "|".join(method.templates)}, SCALED
+    about, logits = {"classnames": names, **written(method, names)}, SCALED
     about |= {} if share is None else {"keep_share": share}
     if name in MERGED:
         MERGED[name](merged_clip(method), out, about)
@@ -97,6 +98,14 @@ def main() -> None:
     print(f"{out}: {run.config['method']}{of} as {name}. To use it:")
     base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
     print(USE[name].format(out=out, base=base, logits=logits))
+
+
+def written(method: Method, names: list[str]) -> dict:
+    """What the names are put into: the template, or the texts written for each."""
+    if prompts := getattr(method.settings, "prompts", None):
+        texts = class_texts(names, method.templates, prompts)
+        return {"prompts": dict(zip(names, texts, strict=True))}
+    return {"template": "|".join(method.templates)}
 
 
 def save_peft(method: Method, out: Path, base: str | None, about: dict) -> None:

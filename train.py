@@ -36,6 +36,7 @@ from fewshot.task import Task
 from fewshot.transductive import Queries
 from generate import add_synthetic
 from methods import METHODS, Method
+from methods.class_prompts import strangers
 from methods.disef import DISEFSettings
 from methods.interop.command import Plan, parse, recipe_for
 from methods.interop.init_from import load_into
@@ -159,6 +160,8 @@ def train(plan: Plan, world: World) -> dict:
     experiment, task = world.experiment, world.task
     torch.manual_seed(experiment.seed)
     method, settings = world.build(plan), plan.settings
+    for note in strangers(getattr(settings, "prompts", None), task.tested_names):
+        print(f"note: {note}")
     if plan.init_from:
         load_into(method, plan.init_from)
     for tested, test in itertools.product((world.unadapted, method), task.tests.values()):

@@ -34,6 +34,7 @@ VARIANTS = {
     "vpt": ["--deep"],
     "finetune": ["--objective contrastive", "--train last-2 --class-share 0.5"],
     "em_dirichlet": ["--use-support"],
+    "transclip": ["--use-support", "--tasks 200"],
 }
 ALL = [f"{name} {flags}".strip() for name in METHODS for flags in ["", *VARIANTS.get(name, [])]]
 

@@ -172,14 +172,25 @@ def read_json_lines(path: Path, kind=dict) -> list[dict]:
 
 
 def parse_json(text: str, kind, where: str) -> dict:
-    """JSON of this kind, whose numbers are all finite. where: what to name in an error."""
+    """JSON of this kind, whose numbers are all finite and whose keys stand once. where: what to
+    name in an error.
+    """
     try:
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(
+            text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_once
+        )
     except RecursionError:
         raise UserError(f"{where}: cannot be read as JSON (it is nested too deeply)") from None
     except ValueError as error:
         raise UserError(f"{where}: cannot be read as JSON ({first_line(error)})") from None
     expect(value, kind, where)
+    return value
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    if len(value := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return value
 
 

@@ -5,8 +5,8 @@
     save_open_clip     a folder, for `open_clip.create_model("local-dir:…")`; the weights in it are
                        the file that `pretrained=` takes
 
-What a model is about, {"classnames": […], "template": …}, goes along: in the header of a lone file,
-in the config of a folder (Hugging Face's with the names as id2label and label2id).
+What a model is about, {"classnames": […], "template": …} (or "prompts"), goes along: in the header
+of a lone file, in the config of a folder (Hugging Face's with the names as id2label and label2id).
 
 A folder is complete: sizes, preprocessing and (Hugging Face) tokenizer lie beside the weights, so
 that nothing is downloaded or guessed, least of all the activation.
@@ -58,8 +58,9 @@ def save_hugging_face(clip: CLIP, folder: str | Path, about: dict | None = None)
         config = hugging_face_config(clip.config)
         if about:
             names = about["classnames"]
-            config |= {"id2label": dict(enumerate(names)), "template": about["template"]}
+            config |= about | {"id2label": dict(enumerate(names))}
             config |= {"label2id": {name: label for label, name in enumerate(names)}}
+            del config["classnames"]
         write_json(folder / "config.json", config)
         write_json(folder / "preprocessor_config.json", _image_processor(clip.config))
         bpe = tokenizer()

@@ -47,12 +47,15 @@ def add_flags(group, settings: type, shown: dict | None = None, only: Sequence |
         kind, help = typing.get_args(hints[field.name])
         default = (shown or {}).get(field.name, field.default)
         options = {
-            "help": help + ("" if default is False or default in ("", ()) else f" [{default}]")
+            "help": help
+            + ("" if default is False or default in ("", (), None) else f" [{default}]")
         }
         if typing.get_origin(kind) is typing.Literal:
             options |= {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:  # one text, which the settings take apart
             options |= {"metavar": "TEXTS"}
+        elif dict in typing.get_args(kind):  # a file's name, for what the file holds
+            options |= {"metavar": "FILE"}
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         else:
@@ -80,4 +83,6 @@ def changes(settings, usual) -> str:
     """What differs from the usual settings, in one line: "lr 0.0002, epochs 15"; "" if nothing."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     differ = {name: value for name, value in values.items() if value != getattr(usual, name)}
+    for name, value in differ.items():
+        differ[name] = f"of {len(value)} classes" if isinstance(value, dict) else value
     return ", ".join(f"{name} {value or repr(value)}" for name, value in differ.items())

@@ -96,6 +96,8 @@ class Run:
             )
         run = cls(path, _read_config(path, dict.fromkeys(KEYS, object)))  # compared just below
         config = json.loads(json.dumps(config))  # as it is read back: tuples are lists
+        if isinstance(settings := run.config.get("settings"), dict):  # an older run lacks new ones
+            run.config["settings"] = dict.fromkeys(config["settings"]) | settings
         for key, value in config.items():
             told = key not in FREE and (key != "data" or key in run.config)  # none in old ones
             if told and run.config.get(key) != value:
@@ -335,4 +337,4 @@ def _difference(name: str, old, new) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
         return _difference(key, old.get(key), new.get(key))
-    return f"{name} {old}, not {new}"
+    return f"{name} {old!s:.200}, not {new!s:.200}"

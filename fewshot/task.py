@@ -47,6 +47,11 @@ class Task:
     tests: dict[str, Test]  # {"base", "novel"}, or {"all"}
     notes: list[str]  # what the user should know: short classes, skipped files
 
+    @property
+    def tested_names(self) -> list[str]:
+        """The class names of all parts of the test set."""
+        return [name for test in self.tests.values() for name in test.classnames]
+
     def record(self, root: str) -> Record:
         """What a run learns from, chooses by and is tested on; files are named from `root` on."""
         parts = {"train": [(self.classnames, self.train)], "val": [(self.classnames, self.val)]}

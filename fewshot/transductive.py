@@ -3,13 +3,15 @@
 The protocol of Martin et al., arXiv:2405.18437: a task is Q test images of k_eff of the K classes;
 which classes, and that they are few, the method is not told. In their zero-shot tasks k_eff is
 drawn for each task, from 3 to 10. Accuracy is the mean over tasks. A number found this way is not
-comparable with one found image by image.
+comparable with one found image by image. Or there is a single task, of all test images, as in
+TransCLIP's (arXiv:2406.01837).
 
 What we do differently: where the classes of a task have fewer than Q images it has fewer; theirs is
 drawn again until it has Q.
 """
 
 from dataclasses import dataclass
+from math import inf
 from statistics import mean, stdev
 
 import torch
@@ -23,7 +25,7 @@ from fewshot.task import Task
 class Queries:
     """How tasks are drawn."""
 
-    tasks: int
+    tasks: int  # 0: one, of all images
     queries: int  # Q, images of a task; fewer where its classes have fewer
     k_eff: int  # classes of a task; all of them, where there are fewer
     seed: int
@@ -38,6 +40,8 @@ class Queries:
 
     def draw(self, labels: Tensor) -> list[Tensor]:
         """labels (N,) of the test images -> for each task the numbers of its images, (Q,)."""
+        if self.tasks == 0:
+            return [torch.arange(len(labels))]
         generator = torch.Generator().manual_seed(self.seed)
         present = labels.unique()
         tasks = []
@@ -53,6 +57,8 @@ class Queries:
 
     def describe(self, scores: dict) -> str:
         """What `evaluate_tasks` scored, in a line to stand above its table."""
+        if self.tasks == 0:
+            return "all test images of each part labelled jointly:"
         parts = scores["parts"].items()
         widths = ", ".join(f"{part} ± {score['interval95']:.2f}" for part, score in parts)
         counts = sorted({n for _, score in parts for n in score["classes"]})  # that there are
@@ -68,7 +74,8 @@ def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
     95 % intervals.
     """
     scores = {**dict.fromkeys(("base", "novel", "hm", "all", "joint")), "parts": {}}
-    most = queries.k_eff_max or queries.k_eff
+    classes = (queries.k_eff, queries.k_eff_max or queries.k_eff)  # of a task
+    classes = classes if queries.tasks else (inf, inf)
     for part, test in task.tests.items():
         known = method if part != "novel" else method.for_classes(test.classnames)
         labels = test.batches.labels
@@ -81,7 +88,7 @@ def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
         spread = stdev(accuracies) if len(accuracies) > 1 else 0.0
         scores["parts"][part] = {
             "tasks": len(accuracies),
-            "classes": [min(n, len(labels.unique())) for n in (queries.k_eff, most)],  # of a task
+            "classes": [min(n, len(labels.unique())) for n in classes],
             "interval95": 1.96 * spread / len(accuracies) ** 0.5,
         }
     if scores["novel"] is not None:

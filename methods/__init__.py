@@ -16,6 +16,7 @@ from methods.projection import Projection
 from methods.prolip import ProLIP
 from methods.promptsrc import PromptSRC
 from methods.tip_adapter import TipAdapter, TipAdapterF
+from methods.transclip import TransCLIP
 from methods.two_stage import TwoStage
 from methods.vpt import VPT
 from methods.zero_shot import ZeroShot
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
     "disef_f1": DISEF_F1,
     "finetune": Finetune,
     "em_dirichlet": EMDirichlet,
+    "transclip": TransCLIP,
 }
 
 __all__ = ["METHODS", "Method", "Settings", "TrainingSettings"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clip_min import CLIP, PromptTree, UserError, tokenize
 from clip_min.typed import expect_fields
 from clip_min.weights import fingerprint, mismatches
+from methods.class_prompts import class_texts, mean_per_class
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -205,13 +206,13 @@ class Method(nn.Module):
         self.prompts = self.prompt_tree().to(self.clip.device)
         self._text = None
 
+    def written_prompts(self) -> list[list[str]]:
+        """The prompts of each class: those written for it, or one of each template."""
+        return class_texts(self.classnames, self.templates, getattr(self.settings, "prompts", None))
+
     def prompt_tree(self) -> PromptTree:
-        """The prompts of the classes: J·K, the K of the first template first."""
-        for template in self.templates:
-            if "{}" not in template:
-                raise UserError(f"--template {template!r} has no {{}} for the class name; add one")
-        texts = [t.replace("{}", name) for t in self.templates for name in self.classnames]
-        return PromptTree(tokenize(texts))
+        """The prompts of the classes, class after class: J in all."""
+        return PromptTree(tokenize(list(itertools.chain(*self.written_prompts()))))
 
     # ------------------------------------------------------------------- images, to logits
 
@@ -252,13 +253,11 @@ class Method(nn.Module):
         return self.clip.visual.finish(x, self.first_block)
 
     def text_features(self) -> Tensor:
-        """One text feature per class (K, E), not normalised; of several templates the mean on the
-        unit sphere, W_k = mean_j norm(text(template_j(name_k))).
-        """
-        x = self.prompts(self.clip)  # (J·K, E)
+        """One text feature per class (K, E): of several, W_k = mean_j norm(text(prompt_kj))."""
+        x = self.prompts(self.clip)  # (J, E)
         if len(x) == len(self.classnames):
             return x
-        return F.normalize(x, dim=-1).unflatten(0, (-1, len(self.classnames))).mean(0)  # (K, E)
+        return mean_per_class(F.normalize(x, dim=-1), self.written_prompts())  # (K, E)
 
     def class_features(self) -> Tensor:
         """`text_features`, computed once where nothing in them learns, and in `inference`."""

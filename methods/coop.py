@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clip_min import PromptTree, UserError, tokenize
 from methods.base import DEFAULT, Method, TrainingSettings
+from methods.class_prompts import mean_per_class
 from methods.depth_head import DepthHeadSettings, WithDepthHead
 
 PLACEHOLDER = "X"  # one token, whose embedding the context replaces
@@ -66,14 +67,14 @@ class LearnedContext(Method):
         self._written = None
 
     def written_features(self) -> Tensor:
-        """The classes' text features (K, E) in the templates as they are written, by the CLIP that
-        was lent, computed once; of several templates the mean, not normalised.
+        """The classes' text features (K, E) in the prompts as they are written, by the CLIP that
+        was lent, computed once; of several prompts the mean, not normalised.
         """
         if self._written is None:
             tree = Method.prompt_tree(self).to(self.clip.device)
             with torch.no_grad():
-                x = tree(self.lent[0])  # (J·K, E)
-            self._written = x.unflatten(0, (-1, len(self.classnames))).mean(0)
+                x = tree(self.lent[0])  # (J, E)
+            self._written = mean_per_class(x, self.written_prompts())
         return self._written
 
 

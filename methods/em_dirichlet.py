@@ -41,7 +41,25 @@ from methods.templates import TemplateSettings
 
 
 @dataclass(frozen=True)
-class EMDirichletSettings(TemplateSettings):
+class JointSettings(TemplateSettings):
+    """Of methods that label batches of test images jointly: which batches these are."""
+
+    tasks: Annotated[
+        int, "batches to label, for each half of the classes; 0: one, of all its test images"
+    ] = 200
+    queries: Annotated[int, "Q, images in one of them, at most"] = 75
+    k_eff: Annotated[int, "classes they come from, unknown to the method"] = 5
+    k_eff_max: Annotated[int, "if not 0: k-eff to this many, drawn for each of them"] = 0
+    limits = {"tasks": (0, inf), "queries": (1, inf), "k_eff": (1, inf), "k_eff_max": (0, inf)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.k_eff_max < self.k_eff:
+            raise UserError(f"--k-eff-max {self.k_eff_max}: expected 0, or --k-eff {self.k_eff} up")
+
+
+@dataclass(frozen=True)
+class EMDirichletSettings(JointSettings):
     temperature: Annotated[float, "T, in the softmax that makes an image a point"] = 30.0
     balance: Annotated[
         float, "λ, weight of the class proportions; 1 is EM; below 0: K/5, rounded down"
@@ -51,26 +69,14 @@ class EMDirichletSettings(TemplateSettings):
     mm_steps: Annotated[int, "steps towards α_k in each round, at most"] = 10
     mm_tolerance: Annotated[float, "they end where α moves less: ‖change‖² over ‖α‖²"] = 0.0
     use_support: Annotated[bool, "few-shot: training images join in with their labels"] = False
-    tasks: Annotated[int, "batches to label, for each half of the classes"] = 200
-    queries: Annotated[int, "Q, images in one of them, at most"] = 75
-    k_eff: Annotated[int, "classes they come from, unknown to the method"] = 5
-    k_eff_max: Annotated[int, "if not 0: k-eff to this many, drawn for each of them"] = 0
     limits = {
+        **JointSettings.limits,
         "temperature": (0, 1e6),  # far above, points lie on corners, where no density is finite
         "balance": (-1, inf),
         "iterations": (1, inf),
         "mm_steps": (1, inf),
         "mm_tolerance": (0, inf),
-        "tasks": (1, inf),
-        "queries": (1, inf),
-        "k_eff": (1, inf),
-        "k_eff_max": (0, inf),
     }
-
-    def __post_init__(self):
-        super().__post_init__()
-        if 0 < self.k_eff_max < self.k_eff:
-            raise UserError(f"--k-eff-max {self.k_eff_max}: expected 0, or --k-eff {self.k_eff} up")
 
 
 PUBLISHED = {  # T = 30, as here

@@ -36,12 +36,13 @@ from clip_min import UserError
 from methods.base import DEFAULT, Method, TrainingSettings
 from methods.contrastive import contrastive_loss
 from methods.coop import PUBLISHED
+from methods.templates import PromptSettings
 
 MOST = 50  # classes in a step's loss, where these are a share of all
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(TrainingSettings):
+class FinetuneSettings(TrainingSettings, PromptSettings):
     train: Annotated[str, "weights that learn: both, image, text (towers) or last-N (blocks)"] = (
         "both"
     )

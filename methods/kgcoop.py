@@ -23,10 +23,11 @@ from torch import Tensor
 
 from methods.base import DEFAULT
 from methods.coop import OWN, PUBLISHED, CoOp, CoOpSettings
+from methods.templates import PromptSettings
 
 
 @dataclass(frozen=True)
-class KgCoOpSettings(CoOpSettings):
+class KgCoOpSettings(CoOpSettings, PromptSettings):
     near: Annotated[float, "λ, how strongly text features are held near the template's"] = 8.0
     limits = {**CoOpSettings.limits, "near": (0, inf)}
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from clip_min import UserError
 from clip_min.fast import linear
 from methods.base import DEFAULT, Method, TrainingSettings
+from methods.templates import PromptSettings
 
 
 class GroupedLoRA(nn.Module):
@@ -107,7 +108,7 @@ class GroupedLoRA(nn.Module):
 
 
 @dataclass(frozen=True)
-class LoRASettings(TrainingSettings):
+class LoRASettings(TrainingSettings, PromptSettings):
     image_rank: Annotated[int, "R in the image tower"] = 64
     image_alpha: Annotated[float, "α in the image tower"] = 32.0
     text_rank: Annotated[int, "R in the text tower"] = 16

@@ -1,16 +1,18 @@
 """Templates: the sentences that class names are put into.
 
-A class may have several prompts, one of each of J templates (the prompt ensemble of Radford et al.,
+A class may have several prompts, one of each template (the prompt ensemble of Radford et al.,
 arXiv:2103.00020, section 3.1.4); its text feature is then their mean on the unit sphere, see
-`Method.text_features`.
+`Method.text_features`. Or prompts of its own, which then stand in place of all templates: see
+class_prompts.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from clip_min import UserError
 from methods.base import Settings
+from methods.class_prompts import read_prompts
 
 ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 80
     "a photo of a {}.",
@@ -37,7 +39,21 @@ ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 
 
 
 @dataclass(frozen=True)
-class TemplateSettings(Settings):
+class PromptSettings(Settings):
+    """Of methods that read prompts as people write them."""
+
+    prompts: Annotated[
+        dict | None,
+        "texts written for each class, in place of templates: a JSON file, {class: [texts]}",
+    ] = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        object.__setattr__(self, "prompts", read_prompts(self.prompts))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class TemplateSettings(PromptSettings):
     templates: Annotated[
         tuple[str, ...],
         "templates to average over: 'ensemble' (a list of ours), a file of one a line, or the "

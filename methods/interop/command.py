@@ -16,6 +16,7 @@ from fewshot.experiment import Experiment
 from fewshot.flags import Parser, add_flags, pick
 from methods import METHODS, Method, Settings, TrainingSettings
 from methods.disef import DISEFSettings
+from methods.templates import PromptSettings
 
 # The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
 MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
@@ -48,7 +49,7 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     Two passes: which methods, and then their own settings beside the common ones.
     """
     first = Parser(add_help=False)
-    for flag in ("--method", "--model", "--dataset", "--recipe"):
+    for flag in ("--method", "--model", "--dataset", "--recipe", "--prompts"):
         first.add_argument(flag)
     known, _ = first.parse_known_args(argv)
     listed = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
@@ -69,6 +70,8 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
         named = {key: value for key, value in vars(known).items() if value is not None}
         data = named.get("dataset", Experiment.dataset)
         defaults = Experiment(**pick(Experiment, named | {"dataset": chosen(data)[0]}))
+        if known.prompts is not None and known.method != "all":
+            check_prompts(names)
         recipes = {n: recipe_for(METHODS[n], data, defaults.model) for n in names}
         if known.recipe is not None:
             of = {n: "--recipe" if len(names) == 1 else f"{n}: --recipe" for n in names}
@@ -96,6 +99,8 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     given = parser.parse(argv)
     if "seed" in given and "seeds" in given:
         raise UserError("--seed and --seeds: give one of them")
+    if "templates" in given and "prompts" in given:
+        raise UserError("--templates and --prompts: give one of them")
     if len(names) == 1 and "budget" in given:
         raise UserError("--budget is for several methods, as --method lora,coop; leave it out")
     if len(names) > 1 and "init_from" in given:
@@ -140,6 +145,14 @@ def methods_of(text: str) -> list[str]:
                 "method can be compared with; run it apart"
             )
     return names
+
+
+def check_prompts(names: list[str]) -> None:
+    """UserError, unless each of these methods reads prompts that are written for each class."""
+    for name in names:
+        if not issubclass(METHODS[name].Settings, PromptSettings):
+            title = METHODS[name].title
+            raise UserError(f"--prompts: {name} ({title}) reads no written prompts; leave it out")
 
 
 def comparable(method: type[Method]) -> bool:
