@@ -179,6 +179,8 @@ class Method(nn.Module):
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     zero_shot_state: Callable | None = None  # () -> learned tensors of zero-shot CLIP; wise_ft.py
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
+    lr_factors: ClassVar[dict[str, float]] = {}  # what of it learns at so many times the rate
+    first_stage: float | None = None  # share of the steps before the loop calls `second_stage`
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
     text_learns: bool = False  # do class features change while it learns?
     step = 0  # of training, from 0: set by the loop before it asks for the loss of that step

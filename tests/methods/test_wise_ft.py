@@ -37,9 +37,11 @@ REFUSED = [
     ("coop", {"ctx_init": ""}),
     ("coop", {"class_specific": True}),
     ("coop", {"position": "front"}),
+    ("kgcoop", {"depth_head": True}),
     ("cocoop", {}),
     ("vpt", {}),
     ("promptsrc", {}),
+    ("two_stage", {}),
     ("em_dirichlet", {}),
     ("transclip", {}),
 ]

@@ -30,10 +30,10 @@ ALL = [name for names in NAMES.values() for name in names]
 SIZES = {"base": 70, "novel": 9}  # pictures: of base more than a batch
 VARIANTS = {
     "zero_shot": [{"templates": "a {}.|the {}!"}],
-    "clip_adapter": [{"adapters": "both"}],
+    "clip_adapter": [{"adapters": "both"}, {"depth_head": True}],
     "projection": [{"activation": "relu"}],
     "gda": [{"novel": "neighbours"}],
-    "coop": [{"class_specific": True}, {"position": "front"}],
+    "coop": [{"class_specific": True}, {"position": "front"}, {"depth_head": True}],
     "vpt": [{"head": "linear"}, {"deep": True}],
     "finetune": [{"train": "last-1"}],
     "lora": [{"blocks": "1", "towers": "image"}],
