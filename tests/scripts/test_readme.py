@@ -1,7 +1,10 @@
-"""What the README shows can be typed."""
+"""What the README and the pages of docs/ show can be typed, and is there."""
 
+import importlib.util
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,31 +15,88 @@ from methods import METHODS
 COMMAND = re.compile(
     r"^python (train|eval|generate|export|report)\.py (.+?)(?: +#.*)?$", re.MULTILINE
 )
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
 @pytest.fixture(scope="module")
-def blocks(root) -> list[str]:
-    """The README's code blocks, with continued lines joined."""
-    text = (root / "README.md").read_text(encoding="utf-8")
-    return [b.replace("\\\n", " ") for b in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)]
+def pages(root) -> dict[Path, str]:
+    """README, CONTRIBUTING and docs/, with continued lines joined."""
+    files = [root / "README.md", root / "CONTRIBUTING.md", *sorted(root.glob("docs/**/*.md"))]
+    return {file: file.read_text(encoding="utf-8").replace("\\\n", " ") for file in files}
+
+
+def blocks_of(text: str) -> list[str]:
+    return re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def blocks(pages) -> list[str]:
+    return [block for text in pages.values() for block in blocks_of(text)]
 
 
 def test_the_flags_of_every_command_are_known(blocks, script):
     commands = [match for block in blocks for match in COMMAND.findall(block)]
-    assert len(commands) > 15
+    assert len(commands) > 30
+    helps: dict[tuple, str] = {}
     for name, text in commands:
         words = shlex.split(text)
         method = [words[i + 1] for i, word in enumerate(words) if word == "--method"]
-        help = script(name, *(["--method", *method] if method else []), "--help").out
-        unknown = [w for w in words if w.startswith("--") and not re.search(rf"{w}\b", help)]
+        if (key := (name, *method)) not in helps:
+            flags = ["--method", *method] if method else []
+            helps[key] = script(name, *flags, "--help").out
+        unknown = [w for w in words if w[:2] == "--" and not re.search(rf"{w}\b", helps[key])]
         assert not unknown, f"{name}.py {text}"
         if name == "train" and "folder" in words:  # pictures: the demo's model is of no use
             assert "--model" in words, text
 
 
+def test_links_lead_to_files(pages):
+    for file, text in pages.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        gone = [link for link in LINK.findall(prose) if not (file.parent / link).exists()]
+        assert not gone, file
+
+
+def test_the_readme_can_be_read_to_the_end(pages, root):
+    assert len((root / "README.md").read_text().splitlines()) <= 220
+
+
+def test_the_tree_counts_lines_as_they_are(pages, root):
+    """To a tenth: `python tools/tree.py` writes them anew."""
+    spec = importlib.util.spec_from_file_location("tree", root / "tools/tree.py")
+    tree = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tree)
+    (shown,) = [
+        b for b in blocks_of(pages[root / "README.md"]) if "clip_min/" in b and "tests/" in b
+    ]
+    lines = list(zip(shown.splitlines(), tree.counted(shown).splitlines(), strict=True))
+    assert len(lines) > 15
+    for before, now in lines:
+        said, counted = (int(tree.LINE.match(line)[4].replace(",", "")) for line in (before, now))
+        assert said == pytest.approx(counted, rel=0.1), before
+
+
+def test_the_python_of_the_readme_runs(pages, root, trained, data, tmp_path, monkeypatch, capsys):
+    """In a folder with a picture and the run of the demo's main command."""
+    run = tmp_path / "runs/demo/demo/lora-s10-seed1"
+    shutil.copytree(trained.path, run)
+    shutil.copy(next(data.rglob("*.png")), tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    code = [b for b in blocks_of(pages[root / "README.md"]) if b.startswith(("import", "from"))]
+    assert len(code) == 2
+    for block in code:
+        exec(block, names)
+    shares = names["clip"].logits(names["f"], names["w"]).softmax(dim=-1)
+    printed = capsys.readouterr().out
+    assert f"{shares[0, 0]:.4f}" in printed
+    assert "a.jpg " in printed
+    assert [logits.shape for logits in names["logits"]] == [(1, 2), (1, 2)]
+
+
 @pytest.fixture(scope="module")
 def task_residual(blocks) -> type:
-    """The class that the README shows."""
+    """The class that docs/your-method.md shows."""
     (code,) = [block for block in blocks if "class TaskResidual(" in block]
     names: dict = {"__name__": "task_residual"}
     exec(code, names)
