@@ -182,7 +182,10 @@ def _halves(task: dict, rows: list[dict], labels: list[str]) -> Markup | None:
     )
     caption = "Base against novel accuracy; the cross is zero-shot CLIP."
     if any(row["keep_share"] for row in rows):
-        caption += " Lines: shares of what was learned, from none to all."
+        caption += (
+            " Lines: shares of what was learned, from none to all (a share that is chosen by "
+        )
+        caption += "these test pictures is no result)."
     used = sorted({labels.index(row["label"]) for row in rows})
     drawn = chart(draw, f"Base and novel accuracy, %: {said}.")
     return figure(drawn, caption, _legend(labels, used))
