@@ -32,7 +32,7 @@ from fewshot.metrics import train_accuracy, val_accuracy
 from fewshot.predictions import Predictions, brief
 from fewshot.record import summary
 from fewshot.run import Run, provenance
-from fewshot.tables import doubts, save_curves, table
+from fewshot.tables import doubts, save_curves, table, uneven
 from fewshot.task import Task
 from fewshot.transductive import Queries
 from generate import add_synthetic
@@ -66,6 +66,8 @@ class World:
             f"{len(task.classnames)} classes to learn from {len(task.train)} images "
             f"({len(task.val)} for validation); test images: {counts}"
         )
+        if line := uneven(task.train.labels.cpu(), task.classnames):
+            print(line)
         return cls(experiment, clip, task)
 
     def build(self, plan: Plan) -> Method:
