@@ -6,7 +6,9 @@ from reports.gather import Found
 from reports.markup import Markup, figure, name, notes, number, page, section, table, tag
 from reports.run_page import data_named, filters
 
+# As `grid.spread` names them.
 TITLES = {"hm": "HM", "joint_hm": "all names", "all": "all", "base": "base", "novel": "novel"}
+TITLES |= {"val": "validation"}
 LONGEST = 8  # series in a chart: colours and marks that can be told apart
 
 
@@ -39,7 +41,8 @@ def _task(task: dict, k: int) -> Markup:
         tag(
             "p",
             "Mean ± standard deviation over seeds, in percent; seconds of training; memory at peak "
-            "of the process, in MB.",
+            "of the process, in MB. Choose by validation: all other accuracies are of test "
+            "pictures.",
             class_="quiet",
         ),
         tag("div", charts, class_="charts") if charts else None,
