@@ -97,20 +97,12 @@ class TrainingSettings(Settings):
     ] = "none"
 
     limits = {
-        "lr": (0, inf),
-        "weight_decay": (0, inf),
-        "epochs": (0, inf),
-        "min_steps": (0, inf),
-        "steps_per_shot": (0, inf),
-        "validations": (0, inf),
+        **dict.fromkeys(
+            ("lr", "weight_decay", "min_lr", "warmup_lr", "clip_norm", "eps"), (0, inf)
+        ),
+        **dict.fromkeys(("epochs", "min_steps", "steps_per_shot", "validations"), (0, inf)),
+        **dict.fromkeys(("warmup_epochs", "warmup_steps", "patience"), (0, inf)),
         "batch_size": (1, inf),
-        "min_lr": (0, inf),
-        "warmup_epochs": (0, inf),
-        "warmup_steps": (0, inf),
-        "warmup_lr": (0, inf),
-        "patience": (0, inf),
-        "clip_norm": (0, inf),
-        "eps": (0, inf),
     }
 
     def __post_init__(self):
