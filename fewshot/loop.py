@@ -130,6 +130,7 @@ def descend(
     s = method.settings
     if s.grid:
         return search(method, train, val, run, seed)
+    method.class_weights = train.class_weights(len(method.classnames)) if s.balance else None
     length, state = Length.of(s, train, method.first_stage), State(method, train)
     if resume:
         state.load(run)

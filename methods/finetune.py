@@ -34,7 +34,7 @@ from torch import Tensor
 
 from clip_min import UserError
 from methods.base import DEFAULT, Method, TrainingSettings
-from methods.contrastive import contrastive_loss
+from methods.contrastive import check_objective, contrastive_loss
 from methods.coop import PUBLISHED
 from methods.templates import PromptSettings
 
@@ -60,6 +60,7 @@ class FinetuneSettings(TrainingSettings, PromptSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        check_objective(self)
         if self.class_share < 1 and self.objective != "class":
             raise UserError(
                 f"--class-share {self.class_share}: captions are of a batch's own classes; leave "
@@ -126,7 +127,8 @@ class Finetune(Method):
             chosen = self.most_similar(f, labels)  # (C,)
             names = [self.classnames[k] for k in chosen.tolist()]
             logits = self.clip.logits(f, self.for_classes(names).text_features())  # (B, C)
-            return F.cross_entropy(logits, torch.searchsorted(chosen, labels))
+            weights = None if self.class_weights is None else self.class_weights[chosen]
+            return F.cross_entropy(logits, torch.searchsorted(chosen, labels), weights)
         if self.settings.objective == "class":
             return super().loss(x, labels)
         captions = self.class_features()[labels]  # (K, E) -> (B, E)
