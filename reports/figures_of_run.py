@@ -185,6 +185,7 @@ def _training(run: Tested) -> dict:
         "keep": keep,
         "kept_step": kept,
         "train_accuracy": (run.results or {}).get("train"),
+        "val_accuracy": (run.results or {}).get("val"),
     }
 
 

@@ -62,8 +62,12 @@ def _cards(found: dict) -> Markup:
         cards.append(
             _card("classes with F1 below 0.70", str(weak), [f"of {len(judged)} that were tested"])
         )
-    if (train := found["training"]["train_accuracy"]) is not None:
-        cards.append(_card("training accuracy, %", number(train), ["on its own training pictures"]))
+    train, val = (found["training"][key] for key in ("train_accuracy", "val_accuracy"))
+    if train is not None:
+        more = [] if val is None else [f"on validation pictures {val:.2f}"]
+        cards.append(_card("training accuracy, %", number(train), more))
+    elif val is not None:
+        cards.append(_card("validation accuracy, %", number(val), []))
     return tag("div", cards, class_="cards")
 
 

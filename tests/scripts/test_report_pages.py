@@ -89,7 +89,8 @@ def test_every_score_is_that_of_results_json(script, run):
     assert [row["f1"] for row in found["classes"]] == sorted(row["f1"] for row in found["classes"])
     for key in ("parameters", "seconds", "peak_memory_mb", "steps"):
         assert found["cost"][key] == results[key]
-    assert found["training"]["train_accuracy"] == results["train"]
+    for part in ("train", "val"):
+        assert found["training"][f"{part}_accuracy"] == results[part]
 
 
 def test_what_results_json_has_not_follows_from_the_answers(script, run):
