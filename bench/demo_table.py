@@ -6,7 +6,8 @@ Runs `python train.py --method ROW --seed S` as a user would, one after another,
 results.json of each. Seconds are of the whole command, memory its peak. What labels test images
 jointly (transductive) gets a table of its own, with zero-shot on the same tasks beside it.
 For DISEF seconds include the making of its synthetic images, a column of their own; disef_f1's LoRA
-filter is trained within them, too.
+filter is trained within them, too. A run that is in --out already is not trained again; seconds and
+memory are of those that are trained now.
 """
 
 import argparse
@@ -61,10 +62,12 @@ def main() -> None:
                 made = [
                     result["synthetic"]["images"] for result in results if "synthetic" in result
                 ]
+                timed = {i: wall for i, wall in enumerate(walls) if wall is not None}
+                memory = [results[i]["peak_memory_mb"] for i in timed]
                 costs = {
                     "parameters": results[0]["parameters"],
-                    "seconds": statistics.mean(walls),
-                    "peak MB": max(result["peak_memory_mb"] for result in results),
+                    "seconds": statistics.mean(timed.values()) if timed else None,
+                    "peak MB": max(memory, default=None),
                     "synthetic images": round(statistics.mean(made)) if made else None,
                 }
                 inductive.append({"method": row, **accuracies(results), **costs})
@@ -83,18 +86,23 @@ def main() -> None:
         show(title, inductive, transductive=transductive, gains=gains)
 
 
-def run(row: str, seeds: list[int], out: Path) -> tuple[list[dict], list[float]]:
-    """Train `row` with every seed -> the runs' results, and the seconds each took."""
+def run(row: str, seeds: list[int], out: Path) -> tuple[list[dict], list[float | None]]:
+    """Train `row` with every seed -> the runs' results, and the seconds each took; None: it was
+    there.
+    """
     results, walls = [], []
     for seed in seeds:
         folder = out / row.replace(" ", "_") / str(seed)
         command = [sys.executable, "train.py", "--method", *shlex.split(row)]
         command += ["--seed", str(seed), "--out", str(folder)]
+        kept = f"{row.split()[0]}-s*/results.json"  # disef_f1's folder has its filter's besides
         started = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
-        walls.append(time.perf_counter() - started)
-        name = row.split()[0]  # disef_f1's folder has the run of its filter besides
-        (path,) = folder.rglob(f"{name}-s*/results.json")
+        if there := list(folder.rglob(kept)):
+            walls.append(None)
+        else:
+            subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+            walls.append(time.perf_counter() - started)
+        (path,) = there or folder.rglob(kept)
         results.append(json.loads(path.read_text()))
     return results, walls
 
