@@ -16,10 +16,9 @@ import torch
 
 from fewshot import grid
 from fewshot.loop import NotFinite, State, gradient_step, shuffled, validation_seconds
+from fewshot.predictions import ZERO_SHOT
 from fewshot.schedule import Length, duration
 from fewshot.task import Task
-
-ZERO_SHOT = "zero-shot"  # CLIP as it is; no method is called so
 
 
 def seconds_of(method, task: Task) -> float:

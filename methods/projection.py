@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.base import DEFAULT, Method, TrainingSettings
-from methods.contrastive import contrastive_loss
+from methods.contrastive import check_objective, contrastive_loss
 from methods.templates import TemplateSettings
 
 
@@ -28,6 +28,10 @@ class ProjectionSettings(TrainingSettings, TemplateSettings):
     ] = "class"
     plain_pairs: Annotated[bool, "contrastive: only an image's own caption is right"] = False
     activation: Annotated[Literal["none", "relu"], "φ, between the two layers"] = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_objective(self)
 
 
 OWN = {"optimizer": "sgd", "lr": 1e-3, "epochs": 50, "patience": 10}

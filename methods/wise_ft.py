@@ -28,7 +28,8 @@ from methods.base import Method
 @torch.no_grad()
 def keep_share(method: Method, learned: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """`learned`, as `adapter_state` gives it, with a = `share` of it kept: at 0 `method` is
-    zero-shot CLIP, at 1 what it has learned, both to the bit. UserError if it never was zero-shot.
+    zero-shot CLIP with the same templates, at 1 what it has learned, both to the bit. UserError if
+    it did not start there.
     """
     start = method.zero_shot_state and method.zero_shot_state()
     if not start:
