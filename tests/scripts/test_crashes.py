@@ -34,7 +34,8 @@ from fewshot.experiment import run_script
 
 FORK = multiprocessing.get_context("fork")
 HERE = "noise/tiny/lora-s4-seed1"
-TIMES = {"seconds", "peak_memory_mb", "argv"}  # all that differs between equal runs, and the flags
+# All that differs between equal runs; the flags, and the commit where somebody works on the code.
+TIMES = {"seconds", "peak_memory_mb", "argv", "commit"}
 
 # Where a training is killed, and whether a run was begun by then, so that --resume goes on with it.
 TRAIN = [
