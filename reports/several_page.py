@@ -6,7 +6,9 @@ from reports.gather import Found
 from reports.markup import Markup, figure, name, notes, number, page, section, table, tag
 from reports.run_page import data_named, filters
 
+# As `grid.spread` names them.
 TITLES = {"hm": "HM", "joint_hm": "all names", "all": "all", "base": "base", "novel": "novel"}
+TITLES |= {"val": "validation"}
 LONGEST = 8  # series in a chart: colours and marks that can be told apart
 
 
@@ -39,7 +41,8 @@ def _task(task: dict, k: int) -> Markup:
         tag(
             "p",
             "Mean ± standard deviation over seeds, in percent; seconds of training; memory at peak "
-            "of the process, in MB.",
+            "of the process, in MB. Choose by validation: all other accuracies are of test "
+            "pictures.",
             class_="quiet",
         ),
         tag("div", charts, class_="charts") if charts else None,
@@ -182,7 +185,10 @@ def _halves(task: dict, rows: list[dict], labels: list[str]) -> Markup | None:
     )
     caption = "Base against novel accuracy; the cross is zero-shot CLIP."
     if any(row["keep_share"] for row in rows):
-        caption += " Lines: shares of what was learned, from none to all."
+        caption += (
+            " Lines: shares of what was learned, from none to all (a share that is chosen by "
+        )
+        caption += "these test pictures is no result)."
     used = sorted({labels.index(row["label"]) for row in rows})
     drawn = chart(draw, f"Base and novel accuracy, %: {said}.")
     return figure(drawn, caption, _legend(labels, used))

@@ -87,7 +87,7 @@ def make(
     scores, zero = (predictions.score(found, classnames) for found in (after, before))
     brief = {key: zero[key] for key in ("base", "novel", "hm", "all", "joint")}
     cost = {"parameters": 1234, "seconds": 4.5 * seed, "peak_memory_mb": 678.9}
-    results = {**scores, "zero_shot": brief, "steps": 40, "train": 93.75, **cost}
+    results = {**scores, "zero_shot": brief, "steps": 40, "train": 93.75, "val": 75.0, **cost}
     write_json(path / "config.json", config)
     (path / "data.json").write_text(json.dumps(record))
     (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))

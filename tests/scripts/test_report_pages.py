@@ -82,6 +82,9 @@ def test_every_score_is_that_of_results_json(script, run):
     for key in ("base", "novel", "hm", "all", "joint"):
         assert found["scores"]["method"][key] == results[key]
         assert found["scores"]["zero_shot"][key] == results["zero_shot"][key]
+    for part, of in found["parts"].items():
+        assert of.keys() == {"images", "top1", "top5", "macro_accuracy", "macro_f1"}
+        assert all(of[key] == results["parts"][part][key] for key in of)
     for row in found["classes"]:
         of = results["parts"][row["part"]]["classes"][row["name"]]
         assert (row["accuracy"], row["f1"]) == (of["accuracy"], of["f1"])
@@ -89,7 +92,8 @@ def test_every_score_is_that_of_results_json(script, run):
     assert [row["f1"] for row in found["classes"]] == sorted(row["f1"] for row in found["classes"])
     for key in ("parameters", "seconds", "peak_memory_mb", "steps"):
         assert found["cost"][key] == results[key]
-    assert found["training"]["train_accuracy"] == results["train"]
+    for part in ("train", "val"):
+        assert found["training"][f"{part}_accuracy"] == results[part]
 
 
 def test_what_results_json_has_not_follows_from_the_answers(script, run):

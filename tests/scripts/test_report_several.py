@@ -42,7 +42,7 @@ def test_seeds_are_one_row_with_mean_and_deviation(script, folder):
         files = [folder / f"noise/tiny/{method}-s{shots}-seed{seed}" for seed in (1, 2)]
         results = [json.loads((file / "results.json").read_text()) for file in files]
         assert row["folders"] == [str(file) for file in files]
-        for key in ("base", "novel", "hm"):
+        for key in ("base", "novel", "hm", "val"):
             values = [result[key] for result in results]
             assert row["scores"][key]["mean"] == pytest.approx(statistics.mean(values))
             assert row["scores"][key]["std"] == pytest.approx(statistics.stdev(values))
