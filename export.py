@@ -26,6 +26,7 @@ from methods.class_prompts import class_texts
 from methods.interop.load import trained
 from methods.interop.peft import to_peft
 from methods.interop.plain_weights import classifier, merged_clip
+from methods.two_stage import TwoStage
 
 MERGED = {
     "safetensors": lambda clip, out, about: weights.save(clip, out, about=about),
@@ -86,6 +87,9 @@ def main() -> None:
     about |= {} if share is None else {"keep_share": share}
     if name in MERGED:
         MERGED[name](merged_clip(method), out, about)
+        if isinstance(method, TwoStage) and method.in_second:
+            print("note: this names all classes by their prompts; --format classifier has the rows")
+            print("      that were learned for some")
     elif name == "peft":
         save_peft(method, out, HUGGING_FACE.get(model), about)
     else:

@@ -28,8 +28,11 @@ ROOT = Path(__file__).parent.parent
 # Settings that a reader would ask for by name, each after its method.
 VARIANTS = {
     "zero_shot": ["--templates ensemble"],
+    "clip_adapter": ["--depth-head"],
+    "coop": ["--depth-head"],
+    "kgcoop": ["--depth-head"],
     "vpt": ["--deep"],
-    "finetune": ["--objective contrastive"],
+    "finetune": ["--objective contrastive", "--train last-2 --class-share 0.5"],
     "em_dirichlet": ["--use-support"],
     "transclip": ["--use-support", "--tasks 200"],
 }

@@ -16,10 +16,9 @@ import torch
 
 from fewshot import grid
 from fewshot.loop import NotFinite, State, gradient_step, shuffled, validation_seconds
+from fewshot.predictions import ZERO_SHOT
 from fewshot.schedule import Length, duration
 from fewshot.task import Task
-
-ZERO_SHOT = "zero-shot"  # CLIP as it is; no method is called so
 
 
 def seconds_of(method, task: Task) -> float:
@@ -35,7 +34,7 @@ def seconds_of(method, task: Task) -> float:
     def tried(method, train, val) -> float:
         nonlocal trained
         s, each = method.settings, validation_seconds(method, val)
-        length, state = Length.of(s, train), State(method, train)
+        length, state = Length.of(s, train, method.first_stage), State(method, train)
         batches = itertools.cycle(shuffled(train, s.batch_size, 0, 0))
         one = 0.0
         method.train()

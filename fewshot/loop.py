@@ -44,7 +44,8 @@ class State:
         self.kept = copies(self.learned)  # of the best round, the last, or a mean; not views
         trained = {name: tensor for name, tensor in self.learned.items() if tensor.requires_grad}
         self.trained = list(trained.values())
-        self.optimizer = new_optimizer(method.settings, trained, method.no_weight_decay)
+        settings, undecayed = method.settings, method.no_weight_decay
+        self.optimizer = new_optimizer(settings, trained, undecayed, method.lr_factors)
         # fp16 has no small numbers: the loss is multiplied so that gradients do not vanish.
         enabled = train.precision == "fp16"
         self.scaler = torch.amp.GradScaler(train.device.type, enabled=enabled)
@@ -129,7 +130,8 @@ def descend(
     s = method.settings
     if s.grid:
         return search(method, train, val, run, seed)
-    length, state = Length.of(s, train), State(method, train)
+    method.class_weights = train.class_weights(len(method.classnames)) if s.balance else None
+    length, state = Length.of(s, train, method.first_stage), State(method, train)
     if resume:
         state.load(run)
     at = state.at
@@ -189,8 +191,10 @@ def gradient_step(
     """Lower the loss of the pictures `chosen` a little -> what it was."""
     s, optimizer, scaler = method.settings, state.optimizer, state.scaler
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(s, length, step)
+        group["lr"] = learning_rate(s, length, step, group["factor"])
     method.step = step
+    if step == length.switch and method.first_stage is not None:
+        method.second_stage()  # a tensor without a gradient stays; with its first one it is new
     with train.autocast():
         inputs = train.inputs(method, chosen, s.augment)
         loss = method.loss(inputs, *train.targets(chosen))
@@ -280,13 +284,19 @@ def shuffled(train: Batches, size: int, seed: int, epoch: int) -> list[Tensor]:
     return [torch.cat(pair) for pair in zip(*(o.split(size) for o in orders), strict=False)]
 
 
-def new_optimizer(s, trained: dict[str, Tensor], undecayed: tuple[str, ...]):
-    """AdamW or SGD over `trained`; the tensors named in `undecayed` have no weight decay."""
+def new_optimizer(
+    s, trained: dict[str, Tensor], undecayed: tuple[str, ...], factors: dict[str, float]
+):
+    """AdamW or SGD over `trained`; those in `undecayed` have no weight decay, those in `factors` so
+    many times the learning rate.
+    """
+    kinds: dict[tuple[bool, float], list[Tensor]] = {}
+    for name, tensor in trained.items():
+        kinds.setdefault((name in undecayed, factors.get(name, 1.0)), []).append(tensor)
     groups = [
-        {"params": [t for name, t in trained.items() if (name in undecayed) == free], **decay}
-        for free, decay in ((False, {"weight_decay": s.weight_decay}), (True, {"weight_decay": 0}))
+        {"params": tensors, "weight_decay": 0 if free else s.weight_decay, "factor": factor}
+        for (free, factor), tensors in sorted(kinds.items(), key=lambda item: item[0])
     ]
-    groups = [group for group in groups if group["params"]]
     if s.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=s.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=s.lr, eps=s.eps)

@@ -39,6 +39,9 @@ class Predictions:
     # the method cannot name both
 
 
+_KEPT = [field.name for field in fields(Predictions) if field.name != "labels"]
+
+
 def predict_task(method, task: Task, batch_size: int = 64) -> dict[str, Predictions]:
     """What a method answers to each part of the test set; a part it cannot name is left out."""
     every, joint = method, len(task.tests) > 1 and method.names_unseen
@@ -97,6 +100,7 @@ def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> di
             continue
         of = found[part]
         recall, f1 = per_class(of.top[:, 0], of.labels, len(names))
+        least, most = of.labels.bincount(minlength=len(names)).aminmax()
         # of two classes of one name, as ImageNet has, the number, too
         names = [n if names.count(n) == 1 else f"{n} ({k})" for k, n in enumerate(names)]
         scores[part] = share(of.top[:, :1], of.labels)
@@ -104,7 +108,9 @@ def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> di
             "images": len(of.labels),
             "top1": scores[part],
             "top5": share(of.top, of.labels),
+            "macro_accuracy": recall.nanmean().item(),
             "macro_f1": f1.mean().item(),
+            "images_a_class": [least.item(), most.item()],
             "classes": {
                 name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}
                 for name, r, f in zip(names, recall, f1, strict=True)
@@ -163,20 +169,20 @@ def read(path: Path, classnames: dict[str, list[str]]) -> dict[str, dict[str, Pr
             labels, names = named[f"{part}/labels"], len(classnames[part])
             most = total if kind.startswith("joint") else names
             shape = labels.shape if kind == "labels" else (len(labels), min(5, most))
-            type_ = torch.float32 if kind.endswith("probabilities") else torch.int32
+            dtype = torch.float32 if kind.endswith("probabilities") else torch.int32
             inside = tensor.numel() == 0 or (tensor.min() >= 0 and tensor.max() < most)
-            if labels.dim() != 1 or tensor.shape != shape or tensor.dtype != type_ or not inside:
+            if labels.dim() != 1 or tensor.shape != shape or tensor.dtype != dtype or not inside:
                 raise ValueError
         for prefix in sorted({key.rpartition("/")[0] for key in named if key.count("/") > 1}):
             row, part = prefix.split("/")
-            kept = {k: named[f"{prefix}/{k}"] for k in _KEPT if f"{prefix}/{k}" in named}
+            joint = f"{row}/base/joint_top" in named  # then they are of every part
+            kept = {kind: named[f"{prefix}/{kind}"] for kind in (_KEPT if joint else _KEPT[:2])}
             rows.setdefault(row, {})[part] = Predictions(named[f"{part}/labels"], **kept)
-    except (KeyError, ValueError, TypeError):
+            if joint and not all(f"{row}/{of}/joint_top" in named for of in classnames):
+                raise ValueError
+    except (KeyError, ValueError):
         raise UserError(
             f"{path}: is not of the run whose config.json this is, or of another version; "
             "train again"
         ) from None
     return rows
-
-
-_KEPT = [field.name for field in fields(Predictions) if field.name != "labels"]

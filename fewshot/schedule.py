@@ -14,17 +14,21 @@ class Length:
     total: int
     round: int  # between two validations; the state to resume from is saved then, too
     chooses: bool  # does validation decide anything? else there is none
+    switch: int = 0  # the first step of a second stage, with which the rate starts anew
 
     @classmethod
-    def of(cls, s, train: Batches) -> "Length":
-        """The length that settings `s` ask for, on these training images."""
+    def of(cls, s, train: Batches, first_stage: float | None = None) -> "Length":
+        """The length that settings `s` ask for, on these training images; first_stage: the share
+        of all steps before a method's second stage, if it has one.
+        """
         fewest = min(len(part) for part in train.drawn)
         epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
         total = max(s.epochs * epoch, s.min_steps)
         if s.steps_per_shot:
             total = s.steps_per_shot * train.shots
         rounds = math.ceil(total / s.validations) if s.validations else epoch
-        return cls(epoch, total, max(1, rounds), "best" in s.keep or s.patience > 0)
+        chooses = "best" in s.keep or s.patience > 0
+        return cls(epoch, total, max(1, rounds), chooses, int((first_stage or 0) * total))
 
     def place(self, step: int) -> str:
         """For people: "epoch 3", or, where rounds are not epochs, "step 120"."""
@@ -50,24 +54,28 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def learning_rate(s, length: Length, step: int) -> float:
-    """The rate of a step; time is counted in steps, or in epochs where the schedule says so.
+def learning_rate(s, length: Length, step: int, factor: float = 1.0) -> float:
+    """The rate of a step; time is counted in steps, or in epochs where the schedule says so, and
+    anew in each of two stages.
 
-    A warm-up, and then half a cosine from `lr` down to `min_lr`. The warm-up is
+    A warm-up, and then half a cosine from `factor`·`lr` down to `min_lr`. The warm-up is
     constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever;
     proportional, as cross-modal's code has it: the same, but for a rise from 0, which the first
     rate itself is not;
     linear, as VPT's code has it: the cosine fills the time that is left.
     """
+    start, end = (0, length.switch) if step < length.switch else (length.switch, length.total)
+    now, end = step - start, end - start
     if s.schedule == "step":
-        now, end, warm = step, length.total, s.warmup_steps or s.warmup_epochs * length.epoch
+        warm = s.warmup_steps or s.warmup_epochs * length.epoch
     else:
-        now, end = step // length.epoch, math.ceil(length.total / length.epoch)
+        now, end = now // length.epoch, math.ceil(end / length.epoch)
         warm = s.warmup_epochs
+    peak = factor * s.lr
     if now < warm:
         share = now / warm
         if s.warmup == "proportional":
-            return share * s.lr or s.warmup_lr  # of the first step, whose share is 0
-        return s.warmup_lr + (share * (s.lr - s.warmup_lr) if s.warmup == "linear" else 0)
+            return share * peak or s.warmup_lr  # of the first step, whose share is 0
+        return s.warmup_lr + (share * (peak - s.warmup_lr) if s.warmup == "linear" else 0)
     progress = (now - warm) / (end - warm if s.warmup == "linear" else end)
-    return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

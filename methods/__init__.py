@@ -17,6 +17,7 @@ from methods.prolip import ProLIP
 from methods.promptsrc import PromptSRC
 from methods.tip_adapter import TipAdapter, TipAdapterF
 from methods.transclip import TransCLIP
+from methods.two_stage import TwoStage
 from methods.vpt import VPT
 from methods.zero_shot import ZeroShot
 
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "kgcoop": KgCoOp,
     "vpt": VPT,
     "promptsrc": PromptSRC,
+    "two_stage": TwoStage,
     "lora": LoRA,
     "disef": DISEF,
     "disef_f1": DISEF_F1,

@@ -85,6 +85,9 @@ class TrainingSettings(Settings):
     ] = ""
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
+    balance: Annotated[
+        bool, "weigh each class in the loss by 1 / its training images, so that rare ones count"
+    ] = False
     augment: Annotated[
         Augment,
         "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip; "
@@ -179,8 +182,11 @@ class Method(nn.Module):
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     zero_shot_state: Callable | None = None  # () -> learned tensors of zero-shot CLIP; wise_ft.py
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
+    lr_factors: ClassVar[dict[str, float]] = {}  # what of it learns at so many times the rate
+    first_stage: float | None = None  # share of the steps before the loop calls `second_stage`
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
     text_learns: bool = False  # do class features change while it learns?
+    class_weights: Tensor | None = None  # (K,), of --balance: set by the loop before it starts
     step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
     _inferring, _text = False, None  # see `inference`; class features that are kept
 
@@ -274,7 +280,11 @@ class Method(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """What a gradient step lowers; cross-entropy. x (B, …) encoded, labels (B,) -> scalar."""
-        return F.cross_entropy(self.classify(x), labels)
+        return self.cross_entropy(self.classify(x), labels)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, **more) -> Tensor:
+        """F.cross_entropy of logits (B, K), with `--balance` of classes that weigh alike."""
+        return F.cross_entropy(logits, labels, self.class_weights, **more)
 
     def fit(self, train, val, descend: Callable) -> None:
         """Learn from `train`, choosing by `val`. Default: `descend`, the gradient loop, if anything

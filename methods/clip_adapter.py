@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_min import UserError
-from methods.base import DEFAULT, Method, TrainingSettings
+from methods.base import DEFAULT, TrainingSettings
 from methods.coop import PUBLISHED
+from methods.depth_head import DepthHeadSettings, WithDepthHead
 from methods.templates import TemplateSettings
 
 
@@ -50,7 +51,7 @@ class Adapter(nn.Module):
 
 
 @dataclass(frozen=True)
-class ClipAdapterSettings(TrainingSettings, TemplateSettings):
+class ClipAdapterSettings(TrainingSettings, TemplateSettings, DepthHeadSettings):
     adapters: Annotated[Literal["image", "text", "both"], "features that are adapted"] = "image"
     ratio: Annotated[float, "r, the share of the adapter's output; 0 is zero-shot CLIP"] = 0.2
     learn_ratio: Annotated[bool, "learn r too, from that value on"] = False
@@ -66,7 +67,7 @@ class ClipAdapterSettings(TrainingSettings, TemplateSettings):
 OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
 
 
-class ClipAdapter(Method):
+class ClipAdapter(WithDepthHead):
     title = "a small network after the image tower (CLIP-Adapter)"
     Settings = ClipAdapterSettings
     recipes = {
@@ -83,9 +84,9 @@ class ClipAdapter(Method):
         shape = (clip.config.embed_dim, settings.reduction, settings.ratio, settings.learn_ratio)
         self.adapters = nn.ModuleDict({side: Adapter(*shape) for side in sides}).to(clip.device)
 
-    def classify(self, x: Tensor) -> Tensor:
-        """Image features x (B, E) -> logits (B, K)."""
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Image features x (B, E) -> those of images (B, E) and texts (K, E), adapted."""
         features = {"image": x, "text": self.class_features()}
         for side, adapter in self.adapters.items():
             features[side] = adapter(features[side].float())
-        return self.clip.logits(features["image"], features["text"])
+        return features["image"], features["text"]

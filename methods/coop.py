@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from clip_min import PromptTree, UserError, tokenize
 from methods.base import DEFAULT, Method, TrainingSettings
 from methods.class_prompts import mean_per_class
+from methods.depth_head import DepthHeadSettings, WithDepthHead
 
 PLACEHOLDER = "X"  # one token, whose embedding the context replaces
 
@@ -78,12 +79,12 @@ class LearnedContext(Method):
 
 
 @dataclass(frozen=True)
-class CoOpSettings(ContextSettings):
+class CoOpSettings(ContextSettings, DepthHeadSettings):
     position: Annotated[Literal["end", "middle", "front"], "where the class name stands"] = "end"
     class_specific: Annotated[bool, "vectors for every class, instead of shared ones"] = False
 
 
-class CoOp(LearnedContext):
+class CoOp(WithDepthHead, LearnedContext):
     title = "learned prompt vectors, shared by all classes"
     Settings = CoOpSettings
     recipes = {
@@ -110,7 +111,7 @@ class CoOp(LearnedContext):
     def zero_shot_state(self) -> dict[str, Tensor] | None:
         """The words of `ctx_init`, if these and the name are the template."""
         s, words = self.settings, self.settings.ctx_init
-        written = not s.class_specific and s.position == "end" and words
+        written = not (s.class_specific or s.depth_head) and s.position == "end" and words
         if not written or self.templates != (f"{words} {{}}.",):
             return None
         return {"context": initial_context(self.clip, s.n_ctx, words)}

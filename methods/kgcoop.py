@@ -38,13 +38,21 @@ class KgCoOp(CoOp):
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {**PUBLISHED, "epochs": 100, "batch_size": 128},
+        # With DePT's head (depth_head.py), as in its authors' code.
+        "dept": {
+            **PUBLISHED,
+            "depth_head": True,
+            "near": 2.0,
+            "lr": 3.5e-3,
+            "batch_size": 4,
+            "epochs": 10,
+        },
         "demo": {**OWN, "epochs": 30, "patience": 5},
     }
     demo_model = {"lr": 1e-2}
 
-    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Image features x (B, E), labels (B,) -> scalar."""
-        text = self.text_features()  # (K, E)
+    def loss_of(self, f: Tensor, text: Tensor, labels: Tensor) -> Tensor:
+        """Image features f (B, E), text features (K, E), labels (B,) -> scalar."""
         cosine = F.cosine_similarity(text.float(), self.written_features().float())  # (K,)
         moved = 1 - cosine.mean()
-        return F.cross_entropy(self.clip.logits(x, text), labels) + self.settings.near * moved
+        return super().loss_of(f, text, labels) + self.settings.near * moved

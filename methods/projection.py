@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from clip_min import UserError
 from clip_min.model import Attention
 from methods.base import DEFAULT, Method, TrainingSettings
-from methods.contrastive import contrastive_loss
+from methods.contrastive import check_objective, contrastive_loss
 from methods.finetune import train_weights, trained_names
 from methods.templates import TemplateSettings
 
@@ -52,6 +52,7 @@ class ProjectionSettings(TrainingSettings, TemplateSettings):
             raise UserError(f"--tower-lr {self.tower_lr}: is a share of --lr, which is 0")
         if self.head == "attention" and self.activation != "none":
             raise UserError(f"--activation {self.activation}: is for --head square; leave it out")
+        check_objective(self)
 
 
 OWN = {"optimizer": "sgd", "lr": 1e-3, "epochs": 50, "patience": 10}

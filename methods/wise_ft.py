@@ -8,7 +8,8 @@ models, for the price of a mean of weights,
 
 and somewhere on it both may be better than at either end. It needs a start that is zero-shot CLIP,
 so not every method has this line: `zero_shot_state` of a method gives its θ_zero-shot, or None.
-Random tokens (VPT) or a random network (CoCoOp) are nothing to go back to.
+Random tokens (VPT) or a random network (CoCoOp) are nothing to go back to, nor is the start of
+2SFS's classifier: a text tower that has learned.
 
 LoRA adds s·B·A to a weight W. With a·B in the place of B the weight is
 
@@ -28,7 +29,8 @@ from methods.base import Method
 @torch.no_grad()
 def keep_share(method: Method, learned: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """`learned`, as `adapter_state` gives it, with a = `share` of it kept: at 0 `method` is
-    zero-shot CLIP, at 1 what it has learned, both to the bit. UserError if it never was zero-shot.
+    zero-shot CLIP with the same templates, at 1 what it has learned, both to the bit. UserError if
+    it did not start there.
     """
     start = method.zero_shot_state and method.zero_shot_state()
     if not start:

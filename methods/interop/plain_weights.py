@@ -1,7 +1,8 @@
 """What was learned as plain weights, which need no method: of a whole CLIP, or of a classifier.
 
     merged_clip    a CLIP with the corrections added to its weights (LoRA), or simply with its new
-                   weights (full fine-tuning); clip_min/formats.py writes it for other libraries
+                   weights (full fine-tuning; two-stage's, whose classifier is written apart);
+                   clip_min/formats.py writes it for other libraries
     classifier     one row for each class name: all that prompts come to, once they are learned,
                    or a linear head
 
@@ -18,10 +19,13 @@ from methods.base import Method
 from methods.cross_modal import CrossModal
 from methods.linear_probe import LinearProbe
 from methods.lora import GroupedLoRA
+from methods.two_stage import TwoStage
 
 
 def merged_clip(method: Method) -> CLIP:
-    """The method's CLIP as a plain one, which gives its logits; the method itself is used up."""
+    """The method's CLIP as a plain one, which gives its logits (two-stage's: those of names that
+    its classifier has no row for); the method itself is used up.
+    """
     clip = method.clip
     for module in list(clip.modules()):
         for name, layer in list(module.named_children()):
@@ -30,7 +34,9 @@ def merged_clip(method: Method) -> CLIP:
                 setattr(module, name, layer.base)
     with torch.device("meta"):  # names and shapes alone
         plain = CLIP(clip.config).state_dict()
-    outside = [name for name in method.adapter_state() if not name.startswith("clip.")]
+    apart = ["classifier"] if isinstance(method, TwoStage) else []
+    learned = [name for name in method.adapter_state() if name not in apart]
+    outside = [name for name in learned if not name.startswith("clip.")]
     if outside or mismatches(clip.state_dict(), plain):
         raise UserError(
             f"{type(method).__name__} is more than a CLIP with other weights: it learns "

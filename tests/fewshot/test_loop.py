@@ -127,11 +127,12 @@ def annealed(peak: float, end: float, length: int) -> list[float]:
 def followed(val, run, monkeypatch):
     """(method, training pictures) -> what its paper recipe makes the loop do with them."""
 
-    def follow(method: str, train: Batches, **point) -> SimpleNamespace:
+    def follow(method: str, train: Batches, name: str = "paper", **point) -> SimpleNamespace:
         # Nothing is learned or written, which costs time; views are pinned beside each method.
-        s = dataclasses.replace(recipe(method, "paper"), augment="none", grid="", **point)
+        s = dataclasses.replace(recipe(method, name), augment="none", grid="", **point)
         toy, done = Toy(s), SimpleNamespace(settings=s, rates=[], sizes=[])
         toy.no_weight_decay = ("linear.bias",) if METHODS[method].no_weight_decay else ()
+        toy.first_stage, toy.second_stage = getattr(s, "first_stage", None), lambda: None
         new_optimizer = loop.new_optimizer
 
         def watched(*arguments):
@@ -194,6 +195,45 @@ def test_paper_prompts_and_clip_adapter_train_as_coops_code(
     assert recipe(method, "paper").augment == "crop-flip"
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "epochs", "lr", "first"),
+    [("kgcoop", "dept", 10, 3.5e-3, 1e-5), ("finetune", "skip-tuning", 20, 2e-5, 1e-6)],
+)
+def test_dept_and_skip_tuning_train_as_their_authors_code(
+    method, name, epochs, lr, first, followed
+):
+    done = followed(method, batches(18, 1), name)
+    each = [first, *annealed(lr, 0, epochs)[:-1]]
+    assert done.sizes == [4] * 4 * epochs  # two images left out
+    assert done.rates == pytest.approx([rate for rate in each for _ in range(4)], rel=1e-6)
+    assert sgd(done, 0.9, 5e-4)
+    assert done.validated == []
+    assert done.settings.keep == "last"
+    assert recipe(method, name).augment == "crop-flip"
+
+
+def test_what_learns_at_another_rate_warms_up_as_the_rest_and_then_has_a_cosine_of_its_own(
+    train, val, run, monkeypatch
+):
+    """DePT: Dassl's first epoch is at 1e-5 for all."""
+    s, seen = settings(optimizer="sgd", epochs=4, warmup_epochs=1, keep="last"), []
+    toy, by_hand = Toy(s), Toy(s)
+    toy.lr_factors = {"linear.bias": 6.5}
+    descend(toy, train, val, run, seed=1)
+    groups = [{"params": [by_hand.linear.weight]}, {"params": [by_hand.linear.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=s.weight_decay)
+    rates = [[1e-5, *annealed(peak, 0, 4)[:-1]] for peak in (0.01, 6.5 * 0.01)]
+    for step, (images, labels) in enumerate(toy.given):
+        for group, each in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = each[step // 4]
+        optimizer.zero_grad()
+        F.cross_entropy(by_hand.linear(images.flatten(1)), labels).backward()
+        optimizer.step()
+        seen.append(step)
+    assert len(seen) == 16
+    torch.testing.assert_close(toy.weights(), by_hand.weights(), rtol=1e-5, atol=1e-6)
+
+
 def test_paper_promptsrc_trains_20_epochs_and_keeps_their_mean_as_its_code(followed):
     done = followed("promptsrc", batches(18, 1))
     each = [1e-5, *annealed(2.5e-3, 0, 20)[:-1]]
@@ -213,6 +253,32 @@ def test_paper_clip_lora_trains_500_steps_a_shot_as_its_code(followed):
     assert adamw(done, 1e-8, 1e-2)
     assert done.validated == []
     assert done.settings.keep == "last"
+
+
+def test_paper_two_stage_trains_300_steps_a_shot_along_two_cosines_as_its_code(followed):
+    """fs/twostage.py of its repository: both start at 2e-4, and nothing warms up."""
+    assert recipe("two_stage", "paper").steps_per_shot == 300
+    done = followed("two_stage", batches(45, 1))  # 15 of a class
+    assert done.sizes == [32, 13] * 2250
+    expected = [*annealed(2e-4, 1e-6, 2700), *annealed(2e-4, 1e-6, 1800)]
+    assert done.rates == pytest.approx(expected, rel=1e-6)
+    assert adamw(done, 1e-8, 1e-2)
+    assert done.validated == []
+    assert done.settings.keep == "last"
+    assert recipe("two_stage", "paper").augment == "crop-flip"
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_each_of_two_stages_has_epochs_of_its_own(warmup):
+    """Three epochs of 4 steps before the switch, and two and a half after it."""
+    s = settings(epochs=6, warmup_epochs=warmup, warmup_lr=1e-3)
+    length = Length(4, 22, 4, True, switch=12)
+    found = [learning_rate(s, length, step) for step in range(22)]
+    each = [*annealed(0.01, 0, 3), *annealed(0.01, 0, 3)]
+    if warmup:
+        each[0] = each[3] = 1e-3
+        each[1:3] = each[4:6] = annealed(0.01, 0, 3)[:2]
+    assert found == pytest.approx([rate for rate in each for _ in range(4)][:22])
 
 
 def test_paper_cross_modal_takes_12800_steps_and_the_best_of_its_grid_as_its_code(followed):

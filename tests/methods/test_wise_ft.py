@@ -7,7 +7,6 @@ from torch import Tensor
 from clip_min import UserError
 from methods import METHODS, Method
 from methods.wise_ft import keep_share
-from methods.zero_shot import ZeroShot
 
 NAMES = ["rose", "red tulip", "ox-eye daisy", "bird of paradise"]
 TEMPLATE = "a photo of a {}."
@@ -20,6 +19,7 @@ CASES = [
     ("disef", {}),
     ("disef_f1", {}),
     ("prolip", {}),
+    ("prolip", {"templates": ("a {}.", "the {}!")}),
     ("cross_modal", {}),
     ("projection", {}),
     ("coop", {}),
@@ -37,9 +37,11 @@ REFUSED = [
     ("coop", {"ctx_init": ""}),
     ("coop", {"class_specific": True}),
     ("coop", {"position": "front"}),
+    ("kgcoop", {"depth_head": True}),
     ("cocoop", {}),
     ("vpt", {}),
     ("promptsrc", {}),
+    ("two_stage", {}),
     ("em_dirichlet", {}),
     ("transclip", {}),
 ]
@@ -72,7 +74,8 @@ def test_every_method_is_decided():
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_its_ends_are_zero_shot_and_what_was_learned(name, settings, new_clip, images):
     clip = new_clip()
-    method, zero_shot = new(name, settings, clip), ZeroShot.plain(clip, NAMES, TEMPLATE)
+    templates = {"templates": settings.get("templates", ())}
+    method, zero_shot = new(name, settings, clip), new("zero_shot", templates, clip)
     learned = learn(method)
     at_one, at_zero = logits(method, images), logits(zero_shot, images)
     assert (at_one - at_zero).abs().max() > 1e-3

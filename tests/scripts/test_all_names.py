@@ -30,10 +30,10 @@ ALL = [name for names in NAMES.values() for name in names]
 SIZES = {"base": 70, "novel": 9}  # pictures: of base more than a batch
 VARIANTS = {
     "zero_shot": [{"templates": "a {}.|the {}!"}],
-    "clip_adapter": [{"adapters": "both"}],
+    "clip_adapter": [{"adapters": "both"}, {"depth_head": True}],
     "projection": [{"activation": "relu"}],
     "gda": [{"novel": "neighbours"}],
-    "coop": [{"class_specific": True}, {"position": "front"}],
+    "coop": [{"class_specific": True}, {"position": "front"}, {"depth_head": True}],
     "vpt": [{"head": "linear"}, {"deep": True}],
     "finetune": [{"train": "last-1"}],
     "lora": [{"blocks": "1", "towers": "image"}],
@@ -241,9 +241,22 @@ def test_tasks_that_are_labelled_jointly_leave_no_predictions(script, data, mode
     assert result.out.count(" n/a\n") == 2
 
 
-@pytest.mark.parametrize(
-    "damage", ["missing", "cut", "class", "label", "shape", "type", "nan", "part", "half", "lost"]
-)
+DAMAGES = [
+    "missing",
+    "cut",
+    "class",
+    "label",
+    "shape",
+    "type",
+    "nan",
+    "part",
+    "half",
+    "lost",
+    "joint",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_predictions_of_something_else_are_one_line(damage, trained, tmp_path):
     file = Path(shutil.copy(trained.path / predictions.FILE, tmp_path))
     names = json.loads((trained.path / "config.json").read_text())["classnames"]
@@ -265,6 +278,8 @@ def test_predictions_of_something_else_are_one_line(damage, trained, tmp_path):
             kept["lora/base/probabilities"][0, 0] = torch.nan
         elif damage == "part":
             kept["lora/all/top"] = kept["lora/base/top"].clone()
+        elif damage == "joint":
+            del kept["lora/novel/joint_top"]
         elif damage == "half":
             del kept["lora/base/top"]
         else:

@@ -60,6 +60,7 @@ RUNS = {
     "templates": ("--method", "zero_shot", "--templates", "ensemble"),
     "linear_probe": ("--method", "linear_probe"),
     "cross_modal": ("--method", "cross_modal"),
+    "two_stage": ("--method", "two_stage", "--keep", "last"),
 }
 
 
@@ -156,6 +157,20 @@ def test_a_merged_clip_gives_our_logits_in_its_own_library(name, form, script, r
 
 
 @torch.no_grad()
+def test_a_two_stage_clip_leaves_its_classifier_to_the_other_form_and_says_so(
+    script, runs, tmp_path
+):
+    out = tmp_path / "out.safetensors"
+    result = script("export", "--run", runs["two_stage"], "--format", "safetensors", out)
+    assert (result.code, result.err) == (0, "")
+    assert "note: this names all classes by their prompts; --format classifier" in result.out
+    clip, novel = clip_min.load(out), our_logits(runs["two_stage"], NOVEL)
+    torch.testing.assert_close(clip(IMAGES, tokens(NOVEL)), novel, atol=1e-4, rtol=0)
+    base = our_logits(runs["two_stage"], BASE)
+    assert not torch.allclose(clip(IMAGES, tokens(BASE)), base, atol=1e-3)
+
+
+@torch.no_grad()
 def test_open_clip_takes_the_file_by_the_name_of_its_size(script, runs, tmp_path, monkeypatch):
     import open_clip
 
@@ -218,6 +233,7 @@ def test_a_peft_adapter_gives_our_logits_on_the_untuned_clip(name, script, runs,
         ("zero_shot", None, BASE + NOVEL),
         ("lora", "egg flower,rose", ["egg flower", "rose"]),
         ("whole", None, BASE + NOVEL),
+        ("two_stage", None, BASE + NOVEL),
     ],
 )
 @torch.no_grad()
@@ -236,7 +252,7 @@ def test_a_classifier_is_one_product_with_the_image_features(
     assert header["classnames"] == expected
     assert header["template"] == "a photo of a {}."
     assert weight.shape == (len(expected), 32)
-    tuned = name in ("lora", "whole")
+    tuned = name in ("lora", "whole", "two_stage")
     assert header["image_tower"] == ("tuned" if tuned else "as it is")
     assert ("take image features from a merged export" in result.out) == tuned
     source = model64

@@ -23,8 +23,10 @@ VARIANTS = {  # what a method can do beside its defaults, and whether it then na
     "clip_adapter": [
         ((), True),
         (("--recipe", "jclip", "--learn-ratio"), True),
+        (("--depth-head",), True),
     ],
-    "projection": [((), True), (("--objective", "contrastive", "--activation", "relu"), True)],
+    "projection": [((), True), (("--objective", "contrastive", "--activation", "relu"), True)]
+    + [((*flags, "--tower-lr", 1e-4), True) for flags in ((), ("--head", "attention"))],
     "tip_adapter": [((), True), (("--recipe", "paper", "--views", 2), True)],
     "tip_adapter_f": [((), True), (("--recipe", "paper", "--views", 2), True)],
     "gda": [((), True), (("--recipe", "paper", "--views", 2), True)],
@@ -35,7 +37,13 @@ VARIANTS = {  # what a method can do beside its defaults, and whether it then na
         (("--n-tokens", 3, "--recipe", "paper", "--warmup-epochs", 1), False),
         (("--recipe", "mri"), False),
     ],
-    "finetune": [((), True), (("--recipe", "contrastive", "--train", "last-1"), True)],
+    "two_stage": [((), True), (("--first-stage", 0.2, "--layer-norms", "blocks"), True)],
+    "kgcoop": [(("--recipe", "dept"), True)],
+    "finetune": [
+        ((), True),
+        (("--recipe", "contrastive", "--train", "last-1"), True),
+        (("--recipe", "skip-tuning", "--train", "last-1"), True),
+    ],
     "em_dirichlet": [
         (("--tasks", 5, "--k-eff", 2), True),
         (("--tasks", 5, "--recipe", "few-shot", "--assignment", "hard"), True),
@@ -104,6 +112,7 @@ def test_it_trains_repeats_to_the_byte_and_is_tested_again(method, more, names_n
 
 FEW = {  # what keeps a paper recipe short
     "lora": ("--steps-per-shot", 1),
+    "two_stage": ("--steps-per-shot", 1),
     "tip_adapter": ("--views", 1),
     "tip_adapter_f": ("--views", 1),
     "gda": ("--views", 1),

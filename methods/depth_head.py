@@ -1,0 +1,103 @@
+"""DePT: a head of its own for what only the learned classes need, beside a method that learns.
+
+Zhang et al., "DePT: Decoupled Prompt Tuning", arXiv:2309.07439. What tells the classes of training
+apart takes up more and more of the channels that image and text share, at the cost of other
+classes. So it gets channels of its own. f (B, E) and W (K, E) are the features of images and of
+class names, not normalised, as the method beside it has learned them:
+
+    sim = s · norm(f)·norm(W)ᵀ                               (B, K), as always
+    lin = H·(γ_f·f + β_f) + b                                (B, K); H (K, E), b (K,), all γ, β (E,)
+    loss = 0.3 · CE(sim) + 0.7 · CE(lin)
+
+where lin is asked of as many texts as images, too: each image's class name, γ_t·W + β_t in the
+place of γ_f·f + β_f. The head starts at random (all γ at 1, all β at 0), and learns at 6.5 times
+the rate of the rest. Among the names that were learned the logits are 0.3 · sim + 0.7 · lin, among
+others sim alone.
+
+The paper has nothing for names of both kinds in one list, which these logits are on no common scale
+for. Ours: sim says how likely it is that any of the learned names is right, and the sum above which
+of them, so for a learned name k among the learned ones L
+
+    logit_k = log Σ_{j in L} exp(sim_j) + log softmax_{L}(0.3 · sim + 0.7 · lin)_k
+
+which adds the same to all of L: among these alone, it orders and weighs them as published.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import Method, Settings
+from methods.learned_names import rows
+
+SHARE = 0.7  # of lin in the loss and the logits
+FASTER = 6.5
+
+
+@dataclass(frozen=True)
+class DepthHeadSettings(Settings):
+    depth_head: Annotated[bool, "DePT's head beside it, for the classes it learns from"] = False
+
+
+class ScaleAndShift(nn.Module):
+    """γ·x + β, for each channel: x (..., E) -> (..., E)."""
+
+    def __init__(self, embed: int):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(embed)), nn.Parameter(torch.zeros(embed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.shift
+
+
+class WithDepthHead(Method):
+    """A method of image and text features, and with `--depth-head` DePT's head beside it."""
+
+    def __init__(self, clip, classnames, template, settings):
+        super().__init__(clip, classnames, template, settings)
+        self.learned_names, self.head = list(classnames), None
+        self.logits_apart = not settings.depth_head
+        if settings.depth_head:
+            embed = clip.config.embed_dim
+            parts = {side: ScaleAndShift(embed) for side in ("image", "text")}
+            self.head = nn.ModuleDict({**parts, "linear": nn.Linear(embed, len(classnames))})
+            self.head.to(clip.device)
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        return {name: FASTER for name in self.adapter_state() if name.startswith("head.")}
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Image features x (B, E) -> f (B, E) and W (K, E), not normalised."""
+        return self.image_features(x), self.class_features()
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Image features x (B, E) -> logits (B, K)."""
+        f, text = self.features(x)
+        sim = self.clip.logits(f, text)
+        row = rows(self.classnames, self.learned_names).to(sim.device)  # (K,)
+        known = row >= 0
+        if self.head is None or not known.any():
+            return sim
+        both = (1 - SHARE) * sim[:, known] + SHARE * self.lin(f, "image")[:, row[known]]
+        any_known = sim[:, known].logsumexp(dim=1, keepdim=True)  # (B, 1)
+        return sim.masked_scatter(known, any_known + both.log_softmax(dim=1))
+
+    def lin(self, x: Tensor, side: str) -> Tensor:
+        """Features of images or texts x (B, E) -> the head's logits (B, K), of learned names."""
+        with self.float32():
+            return self.head["linear"](self.head[side](x.float()))
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Image features x (B, E), labels (B,) -> scalar."""
+        return self.loss_of(*self.features(x), labels)
+
+    def loss_of(self, f: Tensor, text: Tensor, labels: Tensor) -> Tensor:
+        """The same of f (B, E) and W (K, E)."""
+        loss = self.cross_entropy(self.clip.logits(f, text), labels)
+        if self.head is None:
+            return loss
+        lin = torch.cat([self.lin(f, "image"), self.lin(text[labels], "text")])  # (2B, K)
+        return (1 - SHARE) * loss + SHARE * self.cross_entropy(lin, labels.repeat(2))
