@@ -16,6 +16,7 @@ from reports.gather import Tested
 
 WEAK = 70.0  # percent of F1: below it a class is weak, as gen's plan f1 has it
 SCORES = ("base", "novel", "hm", "all")
+PART = ("images", "top1", "top5", "macro_accuracy", "macro_f1")  # of results.json's parts
 
 
 def numbers(run: Tested) -> dict:
@@ -40,6 +41,10 @@ def numbers(run: Tested) -> dict:
         "seed": run.experiment["seed"],
         "scores": _scores(results),
         "intervals": _intervals(results),
+        "parts": {
+            part: {key: of.get(key) for key in PART if key in of}
+            for part, of in results.get("parts", {}).items()
+        },
         "training": _training(run),
         "classes": _classes(run, scopes),
         "counts": _counts(run),

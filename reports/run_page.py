@@ -6,10 +6,10 @@ from pathlib import Path
 from reports import charts_of_run as charts
 from reports.album import Album
 from reports.charts_of_run import TITLES, flat
+from reports.failures import confusions, mistakes
 from reports.figures_of_run import SCORES, WEAK
 from reports.markup import Markup, folded, join, name, notes, number, page, section, table, tag
 
-PICTURED = 12  # most confident mistakes and confused pairs that are shown with pictures
 COLOURED = 8  # classes in colour among the features
 
 
@@ -17,7 +17,7 @@ def write(found: dict, album: Album) -> str:
     """The page of `figures_of_run.numbers`."""
     title = f"{found['method']} on {data_named(found['experiment'])}"
     sections = [_head(found, title), _missing(found), _scores(found), _training(found)]
-    sections += [_per_class(found), _confusions(found, album), _mistakes(found, album)]
+    sections += [_per_class(found), confusions(found, album), mistakes(found, album)]
     sections += [_calibration(found), _space(found), _pictures(found), _setup(found)]
     return page(title, [part for part in sections if part])
 
@@ -107,9 +107,27 @@ def _scores(found: dict) -> Markup | None:
         for key, of in found["scopes"].items()
         if of["zero_shot"]
     ]
-    numbers = tag("div", table(columns, rows, "scores"), notes(gained))
+    numbers = tag("div", table(columns, rows, "scores"), notes(gained), _parts(found))
     body = [charts.bars(found["scores"], found["method"]), numbers]
     return section("Scores", tag("div", body, class_="charts"), id="good")
+
+
+def _parts(found: dict) -> Markup | None:
+    """Of each tested part: the true class among five, and means over classes."""
+    heads = {"top1": "accuracy, %", "top5": "top 5, %"}
+    heads |= {"macro_accuracy": "mean of classes, %", "macro_f1": "mean F1, %"}
+    shown = [key for key in heads if any(key in of for of in found["parts"].values())]
+    if not shown:
+        return None
+    rows = [
+        [
+            TITLES[part],
+            (f"{of['images']:,}", of["images"]),
+            *((number(of.get(key)), of.get(key)) for key in shown),
+        ]
+        for part, of in found["parts"].items()
+    ]
+    return table(["part", "pictures", *(heads[key] for key in shown)], rows, "parts")
 
 
 def _training(found: dict) -> Markup | None:
@@ -175,76 +193,6 @@ def filters(target: str, what: str, options: dict[str, list[str]]) -> Markup:
             fields.append(tag("label", key, tag("select", chosen, name=key)))
     fields.append(tag("output", class_="quiet"))
     return tag("form", fields, class_="filter", data_target=target, hidden=True)
-
-
-def _confusions(found: dict, album: Album) -> Markup | None:
-    if not found["scopes"]:
-        return None
-    parts, first = [], 0
-    order = sorted(found["scopes"], key=lambda key: key != "joint")
-    starts = {}
-    for key, scope in found["scopes"].items():
-        starts[key] = 0 if key == "joint" else first
-        first += scope["images"]
-    for key in order:
-        scope = found["scopes"][key]
-        tiles = [_pair(scope, pair, album, starts[key]) for pair in scope["pairs"][:PICTURED]]
-        body = [charts.matrix(scope)]
-        if tiles:
-            body += [tag("h3", "Most confused pairs"), tag("div", tiles, class_="sheet wide")]
-        parts.append(folded(_among(key), *body, open=key == order[0]))
-    return section("Confusions", parts, id="confusions")
-
-
-def _among(key: str) -> str:
-    told = {"joint": "All pictures among all names", "all": "All classes"}
-    return told.get(key, f"The {key} classes among their own names")
-
-
-def _pair(scope: dict, pair: dict, album: Album, first: int) -> Markup:
-    a, b = scope["names"][pair["a"]], scope["names"][pair["b"]]
-    ways = ((a, b, pair["a_as_b"]), (b, a, pair["b_as_a"]))
-    shown = []
-    for (true, taken, times), i in zip(ways, pair["pictures"], strict=True):
-        alt = f"{true}, taken for {taken}" if times else true
-        if i is not None and (thumb := album.get(first + i, alt)):
-            shown.append(tag("figure", thumb, tag("figcaption", name(true))))
-    lines = [
-        tag("p", name(true), " taken for ", name(taken), f": {times}")
-        for true, taken, times in ways
-        if times
-    ]
-    return tag("div", tag("div", shown, class_="pair"), lines, class_="tile")
-
-
-def _mistakes(found: dict, album: Album) -> Markup | None:
-    """Wrong answers that were given with the most confidence."""
-    if not found["scopes"]:
-        return None
-    keys = ["joint"] if "joint" in found["scopes"] else list(found["scopes"])
-    parts, first = [], 0
-    for key in keys:
-        scope = found["scopes"][key]
-        tiles = [_mistake(scope, one, album, first) for one in scope["mistakes"]]
-        if tiles:
-            parts += [tag("h3", _among(key)), tag("div", tiles, class_="sheet")]
-        first += scope["images"]
-    text = "Wrong answers given with the most confidence, and the five likeliest classes of each."
-    return section("Surest mistakes", tag("p", text, class_="quiet"), parts, id="mistakes")
-
-
-def _mistake(scope: dict, one: dict, album: Album, first: int) -> Markup:
-    names, number_of = scope["names"], first + one["picture"]
-    true, taken = names[one["label"]], names[one["top"][0]]
-    bars = []
-    for c, share in zip(one["top"], one["probabilities"], strict=True):
-        kind = "true" if c == one["label"] else "wrong" if c == one["top"][0] else None
-        fill = tag("i", style=f"width:{share:.1f}%")
-        bars.append(tag("li", fill, f"{share:.1f} % ", name(names[c]), class_=kind))
-    truth = tag("p", "is ", name(true))
-    file = tag("p", album.file(number_of) or "", class_="quiet")
-    thumb = album.get(number_of, f"{true}, taken for {taken}")
-    return tag("div", thumb, truth, tag("ol", bars, class_="top5"), file, class_="tile")
 
 
 def _calibration(found: dict) -> Markup | None:

@@ -82,6 +82,9 @@ def test_every_score_is_that_of_results_json(script, run):
     for key in ("base", "novel", "hm", "all", "joint"):
         assert found["scores"]["method"][key] == results[key]
         assert found["scores"]["zero_shot"][key] == results["zero_shot"][key]
+    for part, of in found["parts"].items():
+        assert of.keys() == {"images", "top1", "top5", "macro_accuracy", "macro_f1"}
+        assert all(of[key] == results["parts"][part][key] for key in of)
     for row in found["classes"]:
         of = results["parts"][row["part"]]["classes"][row["name"]]
         assert (row["accuracy"], row["f1"]) == (of["accuracy"], of["f1"])
