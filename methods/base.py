@@ -146,14 +146,8 @@ class TrainingSettings(Settings):
 # For pictures that no published recipe is for. Few classes make an epoch of one or two steps, so
 # training is as long as its steps say: enough for 2 classes, and ten epochs of 500. Ten
 # validations, whatever its length. Methods whose step costs little take more of them.
-DEFAULT = {
-    "epochs": 10,
-    "min_steps": 400,
-    "schedule": "step",
-    "validations": 10,
-    "patience": 0,
-    "keep": "latest-best",
-}
+DEFAULT = {"epochs": 10, "min_steps": 400, "schedule": "step", "validations": 10}
+DEFAULT |= {"patience": 0, "keep": "latest-best"}
 
 
 class Method(nn.Module):
