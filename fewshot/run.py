@@ -75,9 +75,11 @@ class Run:
         """A new run; one that stands in its place already is kept, under another name."""
         if path.exists():
             _claim(path)
-            config = {**config, "earlier_run": set_aside(path, "run").name}
+            remove_half_written(path)
+            if not path.is_dir() or any(path.iterdir()):  # else killed before it wrote anything
+                config = {**config, "earlier_run": set_aside(path, "run").name}
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"{path}: could not be made ({error}); choose another place with --out"
