@@ -31,7 +31,7 @@ def random_set(classes: int, embed: int) -> SimpleNamespace:
     labels = torch.arange(classes).repeat_interleave(SHOTS)
     centres, noise = torch.randn(classes, embed), torch.randn(len(labels), embed)
     x = centres[labels] + noise
-    return SimpleNamespace(encoded=lambda method: x, labels=labels)
+    return SimpleNamespace(encoded=lambda method: x, labels=labels, shots=SHOTS)
 
 
 def measure(name: str, classes: int, batch: int, rounds: int) -> dict:
