@@ -184,6 +184,8 @@ class Method(nn.Module):
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
     text_learns: bool = False  # do class features change while it learns?
     step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
+    place, whole = 0, None  # where processes share a batch: of the first image; targets of them all
+    loss_is_mean: bool = True  # over images? else none of them can take a part of a batch
     _inferring, _text = False, None  # see `inference`; class features that are kept
 
     @classmethod

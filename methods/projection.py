@@ -55,6 +55,11 @@ class Projection(Method):
                 nn.init.zeros_(layer.bias)
         return layers
 
+    @property
+    def loss_is_mean(self) -> bool:
+        """Not over pairs."""
+        return self.settings.objective == "class"
+
     def zero_shot_state(self) -> dict[str, Tensor] | None:
         """Identities, if φ is one; to float rounding, since they are normalised twice."""
         if self.settings.activation == "relu":
