@@ -6,6 +6,7 @@ python eval.py --run DIR --dataset coop-11                    on several, and th
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
 python eval.py --run DIR --image FOLDER --csv out.csv         the same, as a table
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
+python eval.py --run DIR --image a.jpg --explain out.png      where the class token looks
 python eval.py --run DIR --keep-share 0,0.25,0.5,0.75,1       with less of what was learned
 python eval.py --method zero_shot --dataset demo              CLIP as it is
 """
@@ -27,9 +28,9 @@ from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.predictions import brief
 from fewshot.record import kept, summary
-from fewshot.report import table
 from fewshot.run import Run, set_aside
 from fewshot.shares import NOTE, numbers, save_curve, shown
+from fewshot.tables import table
 from fewshot.task import Task, make_test
 from fewshot.transductive import Queries
 from methods import METHODS
@@ -38,12 +39,13 @@ from methods.interop.classify import Answer, Classifier, pictures_in
 from methods.interop.classify import write as write_table
 from methods.interop.load import described, trained
 from methods.wise_ft import keep_share
+from reports.rollout import explain
 
 # Flags beside --run: where things are now, and what --dataset may say of the other data set.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
 # All that pictures of one's own are classified by; a run knows the last six.
-PICTURES = ("image", "classes", "device", "model", "csv", "threshold")
+PICTURES = ("image", "classes", "device", "model", "csv", "threshold", "explain")
 PICTURES += ("image_size", "template", "templates", "prompts", "precision", "threads")
 
 
@@ -213,6 +215,8 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     """Print the five likeliest classes of each picture, or write them to a table."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
+    if "explain" in given and len(files) != 1:
+        raise UserError(f"--explain: draws one picture, and --image gives {len(files)}; give one")
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
     if "classes" in given:
@@ -229,6 +233,13 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         method = trained(run, clip, share=given.get("keep_share", [None])[0])
     if method.names_unseen or "classes" in given:
         method = method.for_classes(known)
+    if "explain" in given:
+        asked = {"zero-shot": method}
+        if run is not None:
+            plain = METHODS["zero_shot"].plain(clip, method.classnames, run.template)
+            asked = {"zero-shot": plain, run.config["method"]: method}
+        explain(asked, files[0], Path(given["explain"]))
+        print(f"explained: {given['explain']}")
     if method.transductive and len(files) > 1:
         print(f"note: {run.config['method']} labels these {len(files)} pictures jointly")
     answers = Classifier(method, experiment.precision).classify(files)
@@ -271,6 +282,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
     parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
+    parser.add_argument("--explain", metavar="PNG", help="draw where the class token looks there")
     parser.add_argument(
         "--keep-share",
         metavar="A,…",
@@ -292,6 +304,8 @@ def parse(argv: list[str]) -> dict:
     given = parser.parse(argv)
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
+    if "explain" in given and "image" not in given:
+        raise UserError("--explain: draws where CLIP looks in a picture; give it with --image")
     if "templates" in given and "prompts" in given:
         raise UserError("--templates and --prompts: give one of them")
     if "image" in given and ranks.size() > 1:
@@ -311,7 +325,7 @@ def parse(argv: list[str]) -> dict:
         raise UserError("--keep-share: with --image or --dataset, give one number")
     if "run" in given:
         read = {"run", "keep_share"}
-        read |= {*PICTURES[:6]} if "image" in given else {"cache", "cache_gb", *MOVED}
+        read |= {*PICTURES[:7]} if "image" in given else {"cache", "cache_gb", *MOVED}
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -32,8 +33,8 @@ from fewshot.loop import descend
 from fewshot.metrics import train_accuracy, val_accuracy
 from fewshot.predictions import Predictions, brief
 from fewshot.record import summary
-from fewshot.report import doubts, save_curves, table
 from fewshot.run import Run, provenance
+from fewshot.tables import doubts, save_curves, table, uneven
 from fewshot.task import Task
 from fewshot.transductive import Queries
 from generate import add_synthetic
@@ -42,6 +43,7 @@ from methods.class_prompts import strangers
 from methods.disef import DISEFSettings
 from methods.interop.command import Plan, parse, recipe_for
 from methods.interop.init_from import load_into
+from report import write_run
 
 # Data set -> method -> (shots, seed) -> results.json
 Results = dict[str, dict[str, dict[tuple[int | str, int], dict]]]
@@ -66,6 +68,8 @@ class World:
             f"{len(task.classnames)} classes to learn from {len(task.train)} images "
             f"({len(task.val)} for validation); test images: {counts}"
         )
+        if line := uneven(task.train.labels.cpu(), task.classnames):
+            print(line)
         return cls(experiment, clip, task)
 
     def build(self, plan: Plan) -> Method:
@@ -259,6 +263,11 @@ def train(plan: Plan, world: World) -> dict:
     print(table({"zero-shot": zero_shot, plan.method: scores}))
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")
+    if plan.report and ranks.first():
+        with ranks.apart():
+            print(f"report: {write_run(run.path, task, world.unadapted, method)}")
+    else:
+        print(f"report: python report.py {shlex.quote(str(run.path))}")
     return results
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +26,16 @@ from clip_min.typed import expect
 HALF_WRITTEN = re.compile(r"\.clip_min-(.*)-[a-z0-9_]{8}", re.DOTALL)
 
 
-def remove_half_written(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in `folder`, of every file or of the one of this name."""
+def remove_half_written(folder: Path, name: str | None = None, age: float = 0) -> None:
+    """Remove what killed processes left in `folder`, of every file or of the one of this name.
+
+    age: seconds; what is younger stays, where a process that lives may be writing it.
+    """
     for path in folder.iterdir() if folder.is_dir() else ():
         match = HALF_WRITTEN.fullmatch(path.name)
         mine = match and (name is None or match[1] == name[:40])
-        if mine and path.is_dir() and not path.is_symlink():
+        mine = mine and path.is_dir() and not path.is_symlink()
+        if mine and (not age or time.time() - path.stat().st_mtime > age):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -78,6 +78,13 @@ class Batches:
         labels = self.labels if self.synthetic is None else self.labels[~self.synthetic]
         return int(labels.cpu().bincount().max())
 
+    def class_weights(self, count: int) -> Tensor:
+        """(K,) N / (K · n_k), for n_k real pictures of each of `count` classes: by these, classes
+        weigh alike, and a picture 1 on average.
+        """
+        labels = self.real().labels
+        return len(labels) / (count * labels.bincount(minlength=count).clamp(min=1))
+
     @property
     def drawn(self) -> list[Tensor]:
         """Numbers of the pictures that are drawn together: all, or the real and the synthetic."""

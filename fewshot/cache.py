@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
-from clip_min.files import read_safetensors, write_safetensors
+from clip_min.files import read_safetensors, remove_half_written, write_safetensors
 
 
 def place(flag: str = "") -> Path | None:
@@ -104,6 +104,9 @@ def _prune(folder: Path) -> None:
     Only files that are named as ours in folders that are ours: other things may lie there.
     """
     files = []
+    with contextlib.suppress(OSError):  # another process has removed one
+        for kind in KINDS:
+            remove_half_written(folder / kind, age=86_400)  # a day: no write takes so long
     for path in (path for kind in KINDS for path in (folder / kind).glob("*.safetensors")):
         with contextlib.suppress(OSError):  # another process has removed it
             if re.fullmatch("[0-9a-f]{32}", path.stem) and not path.is_symlink():

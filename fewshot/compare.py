@@ -34,7 +34,7 @@ def seconds_of(method, task: Task) -> float:
     def tried(method, train, val) -> float:
         nonlocal trained
         s, each = method.settings, validation_seconds(method, val)
-        length, state = Length.of(s, train), State(method, train)
+        length, state = Length.of(s, train, method.first_stage), State(method, train)
         batches = itertools.cycle(shuffled(train, s.batch_size, 0, 0))
         one = 0.0
         method.train()

@@ -136,6 +136,7 @@ def descend(
     if s.grid:
         return search(method, train, val, run, seed)
     ranks.agree(method.adapter_state().values())
+    method.class_weights = train.class_weights(len(method.classnames)) if s.balance else None
     length, state = Length.of(s, train, method.first_stage), State(method, train)
     ranks.part_ways(seed)
     if resume:
@@ -143,8 +144,8 @@ def descend(
     at = state.at
     if at.step < length.total and not at.stopped:
         print(announce(s, train, val, length, at.step))
-        if ranks.size() > 1 and not method.loss_is_mean:
-            print(f"note: this loss compares the images of a batch: all {ranks.size()} compute it")
+        if ranks.size() > 1 and not shareable(method):
+            print(f"note: this loss is not a mean over images: all {ranks.size()} processes do it")
     third = at.step + 2  # timed: the first ones also read and encode what is then kept
     bar = tqdm(total=length.total, initial=at.step, unit="step", disable=None)
     while at.step < length.total and not at.stopped:
@@ -204,7 +205,7 @@ def gradient_step(
     if step == length.switch and method.first_stage is not None:
         method.second_stage()  # a tensor without a gradient stays; with its first one it is new
     part, weight = chosen, 1 / ranks.size()  # each rank computes all of it,
-    if ranks.size() > 1 and method.loss_is_mean:  # or, where it can be, a part
+    if ranks.size() > 1 and shareable(method):  # or, where it can be, a part
         part, method.place, weight = ranks.share(chosen)
         method.whole = train.targets(chosen)
     with train.autocast():
@@ -229,6 +230,11 @@ def gradient_step(
         ) from None
     scaler.update()
     return whole
+
+
+def shareable(method) -> bool:
+    """Is a batch's loss the mean of its parts'? With --balance it depends on what is in a batch."""
+    return method.loss_is_mean and method.class_weights is None
 
 
 def judge(method, val: Batches, state: State, length: Length, now: int) -> dict[str, float]:

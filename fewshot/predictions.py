@@ -102,6 +102,7 @@ def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> di
             continue
         of = found[part]
         recall, f1 = per_class(of.top[:, 0], of.labels, len(names))
+        least, most = of.labels.bincount(minlength=len(names)).aminmax()
         # of two classes of one name, as ImageNet has, the number, too
         names = [n if names.count(n) == 1 else f"{n} ({k})" for k, n in enumerate(names)]
         scores[part] = share(of.top[:, :1], of.labels)
@@ -109,7 +110,9 @@ def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> di
             "images": len(of.labels),
             "top1": scores[part],
             "top5": share(of.top, of.labels),
+            "macro_accuracy": recall.nanmean().item(),
             "macro_f1": f1.mean().item(),
+            "images_a_class": [least.item(), most.item()],
             "classes": {
                 name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}
                 for name, r, f in zip(names, recall, f1, strict=True)

@@ -71,20 +71,19 @@ class Run:
     @classmethod
     def start(cls, path: Path, config: dict) -> "Run":
         """A new run; one that stands in its place already is kept, under another name."""
-        if not ranks.first():  # rank 0 makes the folder, and alone writes there
-            ranks.wait()
-            return cls(path, config)
-        if path.exists():
+        if ranks.first():  # who alone writes there
+            if path.exists():
+                _claim(path)
+                remove_half_written(path)
+                if not path.is_dir() or any(path.iterdir()):  # else killed before it wrote anything
+                    config = {**config, "earlier_run": set_aside(path, "run").name}
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"{path}: could not be made ({error}); choose another place with --out"
+                raise UserError(why) from None
             _claim(path)
-            config = {**config, "earlier_run": set_aside(path, "run").name}
-        try:
-            path.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"{path}: could not be made ({error}); choose another place with --out"
-            ) from None
-        _claim(path)
-        write_json(path / "config.json", config)
+            write_json(path / "config.json", config)
         ranks.wait()
         return cls(path, config)
 

@@ -4,6 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clip_min import UserError
+
+
+def check_objective(settings) -> None:
+    """UserError, where settings ask the contrastive loss for what it cannot do."""
+    if settings.objective == "contrastive" and settings.balance:
+        raise UserError(
+            "--balance weighs classes, and the contrastive loss has pairs; add --objective class"
+        )
+
 
 def contrastive_loss(logits: Tensor, labels: Tensor, plain: bool = False) -> Tensor:
     """Symmetric cross-entropy over B images and the captions of their classes.

@@ -83,7 +83,7 @@ class CrossModal(Method):
         """x as in `classify`, labels (B,) -> scalar, over these images and as many texts."""
         texts = self.texts()[self.place :][: len(labels)].to(labels.device)  # (B,)
         samples = torch.cat([x, self.class_features()[texts]])  # (2B, E)
-        return F.cross_entropy(self.classify(samples), torch.cat([labels, texts]))
+        return self.cross_entropy(self.classify(samples), torch.cat([labels, texts]))
 
     def texts(self) -> Tensor:
         """Numbers of the class prompts (B,) that step `self.step` learns from."""

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.base import Method, Settings
@@ -97,8 +96,8 @@ class WithDepthHead(Method):
 
     def loss_of(self, f: Tensor, text: Tensor, labels: Tensor) -> Tensor:
         """The same of f (B, E) and W (K, E)."""
-        loss = F.cross_entropy(self.clip.logits(f, text), labels)
+        loss = self.cross_entropy(self.clip.logits(f, text), labels)
         if self.head is None:
             return loss
         lin = torch.cat([self.lin(f, "image"), self.lin(text[labels], "text")])  # (2B, K)
-        return (1 - SHARE) * loss + SHARE * F.cross_entropy(lin, labels.repeat(2))
+        return (1 - SHARE) * loss + SHARE * self.cross_entropy(lin, labels.repeat(2))

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from clip_min import UserError
 from methods.base import DEFAULT, Method, TrainingSettings
-from methods.contrastive import contrastive_loss
+from methods.contrastive import check_objective, contrastive_loss
 from methods.coop import PUBLISHED
 from methods.templates import PromptSettings
 
@@ -60,6 +60,7 @@ class FinetuneSettings(TrainingSettings, PromptSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        check_objective(self)
         if self.class_share < 1 and self.objective != "class":
             raise UserError(
                 f"--class-share {self.class_share}: captions are of a batch's own classes; leave "
@@ -92,11 +93,7 @@ class Finetune(Method):
 
     def __init__(self, clip, classnames, template, settings: FinetuneSettings):
         super().__init__(clip, classnames, template, settings)
-        self.clip.float()
-        for name in trained_names(clip, settings.train):
-            weight = self.clip.get_parameter(name)
-            weight.data = weight.data.clone()  # what is trained is no longer the lent CLIP's
-            weight.requires_grad_()
+        train_weights(self.clip, trained_names(clip, settings.train))
         self.text_learns = settings.train != "image"
         if settings.train in ("both", "image"):
             self.first_block = 0
@@ -131,7 +128,8 @@ class Finetune(Method):
             chosen = self.most_similar(f, labels)  # (C,)
             names = [self.classnames[k] for k in chosen.tolist()]
             logits = self.clip.logits(f, self.for_classes(names).text_features())  # (B, C)
-            return F.cross_entropy(logits, torch.searchsorted(chosen, labels))
+            weights = None if self.class_weights is None else self.class_weights[chosen]
+            return F.cross_entropy(logits, torch.searchsorted(chosen, labels), weights)
         if self.settings.objective == "class":
             return super().loss(x, labels)
         captions = self.class_features()[labels]  # (K, E) -> (B, E)
@@ -148,6 +146,15 @@ class Finetune(Method):
         count = min(math.ceil(self.settings.class_share * len(self.classnames)), MOST)
         count = min(max(count, 2, len(labels.unique())), len(self.classnames))
         return similar.amax(dim=0).topk(count).indices.sort().values
+
+
+def train_weights(clip, names: list[str]) -> None:
+    """Let these weights of a method's own CLIP learn, in float32; the lent one's stay."""
+    clip.float()
+    for name in names:
+        weight = clip.get_parameter(name)
+        weight.data = weight.data.clone()
+        weight.requires_grad_()
 
 
 def trained_names(clip, part: str) -> list[str]:

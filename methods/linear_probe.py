@@ -31,6 +31,9 @@ HALVINGS = 8
 class LinearProbeSettings(Settings):
     c: Annotated[float, "C, the inverse of the L2 penalty's strength; 0: chosen on validation"] = 0
     max_iterations: Annotated[int, "steps of L-BFGS at most, for one C"] = 1000
+    balance: Annotated[
+        bool, "weigh each class in the loss by 1 / its training images, so that rare ones count"
+    ] = False
     limits = {"c": (0, float("inf")), "max_iterations": (1, float("inf"))}
 
 
@@ -54,10 +57,11 @@ class LinearProbe(Method):
     def fit(self, train, val, descend) -> None:
         """Solve for W and b; choose C, of equally good ones the smallest."""
         x, y, val_x = train.encoded(self), train.labels, val.encoded(self)
+        weights = train.class_weights(len(self.classnames)) if self.settings.balance else None
 
         def solve(c: float, rough: bool = False) -> tuple[Tensor, Tensor]:
             classes, most = len(self.classnames), self.settings.max_iterations
-            return logistic_regression(x, y, classes, c, most, rough)
+            return logistic_regression(x, y, classes, c, most, rough, weights)
 
         def accuracy(w: Tensor, b: Tensor) -> float:
             right = (val_x.double() @ w.T + b).argmax(dim=1) == val.labels
@@ -90,10 +94,12 @@ def logistic_regression(
     c: float,
     max_iterations: int = 1000,
     rough: bool = False,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (N, E), labels (N,) -> W (K, E) and b (K,), float64: the argmin above.
 
-    rough: in float32, until no gradient of the mean objective is over 1e-5 (else 1e-8).
+    weights (K,): of each class's images in the loss, 1 on average. rough: in float32, until no
+    gradient of the mean objective is over 1e-5 (else 1e-8).
     """
     x = x.double()
     mean = x.mean(dim=0)  # b takes it up: f·Wᵀ + b = (f - mean)·Wᵀ + (b + mean·Wᵀ)
@@ -119,7 +125,9 @@ def logistic_regression(
         optimizer.zero_grad()
         w = scale * v
         penalty = w.square().sum() / (2 * c * len(x))
-        value = F.cross_entropy(F.linear(x, w, b), labels) + penalty
+        logits = F.linear(x, w, b)  # (N, K)
+        of = None if weights is None else weights.to(x.dtype)
+        value = F.cross_entropy(logits, labels, of) + penalty
         value.backward()
         return value
 

@@ -19,8 +19,9 @@ validation chooses, it may prefer one of the first).
 
 The authors' code means to train all LayerNorms, 65,536 numbers at ViT-B/16, but freezes `ln_pre`,
 `ln_post` and `ln_final` again, so that those of the blocks learn, 61,440. `--layer-norms` has both;
-recipe `paper` trains as their code does, with float32 for float16. Its template is "a photo of a
-{}." on every data set: to be given as `--template` where a data set has another one.
+recipe `paper` trains as their code does, with float32 for float16, and stage 2 goes on in the pass
+over the images where stage 1 ends (theirs starts a new one). Its template is "a photo of a {}." on
+every data set: to be given as `--template` where a data set has another one.
 """
 
 from dataclasses import dataclass

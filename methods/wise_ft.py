@@ -8,7 +8,8 @@ models, for the price of a mean of weights,
 
 and somewhere on it both may be better than at either end. It needs a start that is zero-shot CLIP,
 so not every method has this line: `zero_shot_state` of a method gives its θ_zero-shot, or None.
-Random tokens (VPT) or a random network (CoCoOp) are nothing to go back to.
+Random tokens (VPT) or a random network (CoCoOp) are nothing to go back to, nor is the start of
+2SFS's classifier: a text tower that has learned.
 
 LoRA adds s·B·A to a weight W. With a·B in the place of B the weight is
 

@@ -41,6 +41,7 @@ class Plan:
     resume: bool
     cache: Path | None
     several: bool  # is it one of several runs, so that --resume leaves out what has ended?
+    report: bool = False  # write the page of each run
 
 
 def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
@@ -83,6 +84,7 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     group = parser.add_argument_group("run")
     group.add_argument("--recipe", help="a named set of defaults for the method's settings")
     group.add_argument("--resume", action="store_true", help="go on with what was killed")
+    group.add_argument("--report", action="store_true", help="write the run's page, report.html")
     group.add_argument(
         "--budget", type=seconds_in, help="of several methods, run those that fit in 90s, 10m, 2h"
     )
@@ -125,6 +127,7 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
             resume=given["resume"],
             cache=cache.chosen(given),
             several=len(names) * len(experiments) > 1,
+            report=given["report"],
         )
         for name in names
     ]

@@ -10,14 +10,16 @@ import pytest
 
 # scripts -> methods/interop, gen -> methods, fewshot -> clip_min: what the files of each folder may
 # import of this project beside their own folder. Methods need no experiment, and the experiment
-# knows none by name; gen reads pictures as the experiment does, and interop reads its run folders.
-# Above them all stand the scripts at the root, bench, tools and tests, which may import anything.
+# knows none by name; gen reads pictures as the experiment does, interop its run folders, and
+# reports what both leave. Above them all stand the scripts at the root, bench, tools and tests,
+# which may import anything.
 BELOW = {
     "clip_min": set(),
     "fewshot": {"clip_min"},
     "methods": {"clip_min"},
     "methods/interop": {"clip_min", "fewshot", "methods"},
     "gen": {"clip_min", "fewshot", "methods"},
+    "reports": {"clip_min", "fewshot", "gen"},
 }
 FOLDERS = {*BELOW, "bench", "tools", "tests"}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 
 import pytest
 import torch
@@ -107,6 +108,17 @@ def test_only_files_of_its_own_are_removed(tmp_path, limit):
         cache.save(tmp_path, "features", name(i), torch.zeros(1000))
     assert all(path.exists() for path in others)
     assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+def test_what_a_kill_left_half_written_goes_after_a_day(tmp_path, tensor):
+    """And not before: another process may be writing there."""
+    old, new = (tmp_path / f"features/.clip_min-{name(i)}-abcdefgh" for i in (1, 2))
+    for place in (old, new):
+        place.mkdir(parents=True)
+        (place / "half").write_bytes(b"0")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    cache.save(tmp_path, "features", name(3), tensor)
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 @pytest.mark.parametrize("gb", [-1, float("nan"), float("inf")])

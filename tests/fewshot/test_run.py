@@ -75,6 +75,14 @@ def test_an_earlier_run_is_set_aside_under_a_new_name_each_time(tmp_path, capsys
     assert capsys.readouterr().out.splitlines()[-1] == f"an earlier run is kept as {kept[-1]}"
 
 
+def test_a_folder_of_a_run_that_wrote_nothing_is_taken_as_it_is(tmp_path, capsys):
+    (tmp_path / "run/.clip_min-config.json-abcdefgh").mkdir(parents=True)
+    assert "earlier_run" not in Run.start(tmp_path / "run", CONFIG).config
+    assert os.listdir(tmp_path / "run") == ["config.json"]
+    assert os.listdir(tmp_path) == ["run"]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path):
     path = tmp_path / "run"
     code = f"from test_run import *; Run.start(Path({str(path)!r}), CONFIG); print(1, flush=True)"

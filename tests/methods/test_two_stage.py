@@ -1,6 +1,7 @@
 """2SFS beside a plain second writing of it: openai-clip's own towers, two optimizers of torch."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from clip_min import CLIP, CLIPConfig, UserError, normalize, tokenize
 from fewshot.batches import Batches
+from fewshot.compare import seconds_of
 from fewshot.loop import descend, shuffled
 from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
@@ -282,6 +284,13 @@ def test_another_start_is_of_the_layer_norms(clip):
     method.fit("train", "val", lambda *_: seen.append(method.in_second))
     assert seen == [False]
     assert not torch.equal(method.clip.ln_final.weight, clip.ln_final.weight)
+
+
+def test_how_long_training_takes_is_tried_in_the_stage_that_takes_longer(clip, train):
+    method, seen = new(clip), []
+    method.second_stage = lambda: seen.append(method.step)
+    assert seconds_of(method, SimpleNamespace(train=train, val=train, tests={})) > 0
+    assert not seen
 
 
 def test_a_share_that_is_none_is_an_error_that_names_its_flag():

@@ -22,6 +22,7 @@ MORE = {  # losses that are not a mean over images
     "finetune, class share": ("--class-share", 0.5),
     "projection, pairs": ("--objective", "contrastive"),
     "kgcoop, head": ("--depth-head",),
+    "coop, balance": ("--balance",),
 }
 CLOSED = dict.fromkeys(("zero_shot", "linear_probe", "gda", "tip_adapter"), ())
 
@@ -96,7 +97,7 @@ def both(script, many, flags_for, tmp_path_factory):
     ]
     printed = many(2, trainings)
     assert printed.count("adapter: ") == len(rows)  # rank 0 alone prints
-    assert printed.count("note: this loss compares the images of a batch: all 2 compute it") == 3
+    assert printed.count("note: this loss is not a mean over images: all 2 processes do it") == 4
     return {row: (out / "one" / row, out / "two" / row) for row in rows}
 
 

@@ -9,7 +9,9 @@ import torch
 from clip_min import CLIP, CLIPConfig, tokenize
 from methods import METHODS
 
-COMMAND = re.compile(r"^python (train|eval|generate|export)\.py (.+?)(?: +#.*)?$", re.MULTILINE)
+COMMAND = re.compile(
+    r"^python (train|eval|generate|export|report)\.py (.+?)(?: +#.*)?$", re.MULTILINE
+)
 
 
 @pytest.fixture(scope="module")

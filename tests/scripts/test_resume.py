@@ -13,12 +13,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("augment", ["none", "crop-flip"])
-@pytest.mark.parametrize("name", LEARNED_BY_DESCENT)
+@pytest.mark.parametrize("name", [*LEARNED_BY_DESCENT, "kgcoop --depth-head"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     name, augment, script, data, model, synthetic, tmp_path, monkeypatch
 ):
     flags = [
-        *("--method", name, "--dataset", "folder", "--data-root", data, "--model", model),
+        *("--method", *name.split(), "--dataset", "folder", "--data-root", data, "--model", model),
         *("--shots", 2, "--epochs", 3, "--batch-size", 4, "--patience", 0, "--lr", 0.003),
         *("--augment", augment),
     ]

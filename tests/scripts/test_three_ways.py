@@ -65,7 +65,7 @@ def tables(script, roots, tmp_path_factory) -> dict[str, tuple[Path, list[str]]]
         val = 48 if way == "coop" else 192
         assert f"12 classes to learn from 48 images ({val} for validation)" in result.out
         (run,) = out.glob("*/demo/lora-s4-seed1")
-        found[way] = run, result.out.splitlines()[-5:-2]
+        found[way] = run, result.out.splitlines()[-6:-3]
     return found
 
 

@@ -133,7 +133,7 @@ def test_what_is_printed_is_what_is_saved(trained):
         numbers = [scores["base"], scores["novel"], scores["hm"], scores["joint"]["hm"]]
         assert rows[name] == [f"{number:.2f}" for number in numbers]
     assert f"{found['parameters']:,} trained parameters" in trained.out
-    assert lines[-1] == f"adapter: {trained.path}/adapter.safetensors"
+    assert lines[-2] == f"adapter: {trained.path}/adapter.safetensors"
     assert "3 classes to learn from 12 images (12 for validation)" in trained.out
     assert "test images: 12 base, 8 novel" in trained.out
     assert trained.err == ""

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from clip_min.files import replacing
 
 
@@ -20,7 +22,41 @@ def table(rows: dict[str, dict]) -> str:
         numbers = {**scores, "joint": scores["joint"] and scores["joint"]["hm"]}
         cells = {c: "n/a" if numbers[c] is None else f"{numbers[c]:.2f}" for c in shown}
         lines.append(f"{name:<{first}}" + "".join(f"{cells[c]:>{widths[c]}}" for c in shown))
-    return "\n".join(lines)
+    return "\n".join(lines + _classes_alike(rows))
+
+
+def _classes_alike(rows: dict[str, dict]) -> list[str]:
+    """Where some classes have many more test images than others, so that accuracy is theirs: means
+    over classes, of accuracy and of F1; else nothing.
+    """
+    parts = {
+        p: of for s in rows.values() for p, of in s.get("parts", {}).items() if "macro_f1" in of
+    }
+    counts = [of["images_a_class"] for of in parts.values()]
+    least, most = min((c[0] for c in counts), default=0), max((c[1] for c in counts), default=0)
+    if most < 1.5 * least or not parts:
+        return []
+    first = max(len(name) for name in rows) + 2
+    lines = [f"test images of a class: {least} to {most}; means over classes, accuracy and F1:"]
+    lines += [" " * first + "".join(f"{part:>8}{'F1':>8}" for part in parts)]
+    for name, scores in rows.items():
+        found = [scores.get("parts", {}).get(part) for part in parts]
+        cells = [["n/a"] * 2 if f is None else [f"{f[k]:.2f}" for k in MACRO] for f in found]
+        lines.append(f"{name:<{first}}" + "".join(f"{c:>8}" for pair in cells for c in pair))
+    return lines
+
+
+MACRO = ("macro_accuracy", "macro_f1")
+
+
+def uneven(labels: Tensor, classnames: list[str]) -> str:
+    """A line on classes with at least twice as many training images as others; "" if none has."""
+    counts = labels.bincount(minlength=len(classnames))
+    few, many = counts.argmin(), counts.argmax()
+    if counts[many] < 2 * counts[few]:
+        return ""
+    ends = " to ".join(f"{counts[k]} ({classnames[k]})" for k in (few, many))
+    return f"training images of a class: {ends}; --balance weighs classes alike in the loss"
 
 
 def doubts(steps: int, train: float) -> list[str]:

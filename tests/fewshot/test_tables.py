@@ -1,9 +1,10 @@
 """The table that a run prints, and its curves."""
 
 import pytest
+import torch
 from PIL import Image
 
-from fewshot.report import save_curves, table
+from fewshot.tables import save_curves, table, uneven
 
 BOTH = {"base": 71.333, "novel": 78.236, "hm": 74.624, "all": None}
 BOTH["joint"] = {"base": 60.0, "novel": 70.0, "hm": 64.6149}
@@ -46,3 +47,29 @@ def test_curves_are_a_picture_of_every_round(tmp_path):
         assert few.format == many.format == "PNG"
         assert few.tobytes() != many.tobytes()
     assert sorted(tmp_path.iterdir()) == [blank, full]  # no temporary file is left
+
+
+def part(least: int, most: int, accuracy: float, f1: float) -> dict:
+    return {"images_a_class": [least, most], "macro_accuracy": accuracy, "macro_f1": f1}
+
+
+def test_classes_of_uneven_size_have_means_over_classes_too():
+    scores = {"base": 90.0, "novel": 80.0, "hm": 84.7, "all": None, "joint": None}
+    rows = {
+        "zero-shot": {**scores, "parts": {"base": part(2, 9, 50, 40), "novel": part(4, 4, 30, 20)}},
+        "probe": {**scores, "novel": None, "parts": {"base": part(2, 9, 60, 55)}},
+    }
+    lines = table(rows).splitlines()
+    assert lines[3] == "test images of a class: 2 to 9; means over classes, accuracy and F1:"
+    assert lines[4].split() == ["base", "F1", "novel", "F1"]
+    assert lines[5].split() == ["zero-shot", "50.00", "40.00", "30.00", "20.00"]
+    assert lines[6].split() == ["probe", "60.00", "55.00", "n/a", "n/a"]
+    even = {"lora": {**scores, "parts": {"base": part(4, 5, 60, 55), "novel": part(4, 4, 1, 1)}}}
+    assert len(table(even).splitlines()) == 2
+
+
+def test_training_images_of_uneven_classes_are_told():
+    names = ["rose", "tulip", "lily"]
+    assert uneven(torch.tensor([0, 0, 0, 1, 1, 2, 2]), names) == ""
+    line = uneven(torch.tensor([0] * 7 + [1] * 3 + [2] * 20), names)
+    assert line.startswith("training images of a class: 3 (tulip) to 20 (lily); --balance")

@@ -1,0 +1,84 @@
+"""Where images and class names lie in CLIP's shared space, before and after adaptation.
+
+Image and text features, normalised, lie in two cones that hardly touch: the modality gap (Liang et
+al., arXiv:2203.02053), the distance of the two means. Two principal components of both together
+show as much of it as a plane can.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_min import UserError
+from fewshot.task import Task
+
+MOST = 500  # pictures that are shown: enough to see, and minutes of a large model on a CPU
+BATCH = 64
+
+
+def before_and_after(unadapted, method, task: Task) -> dict:
+    """`space` of the test pictures and the class names, {"before", "after"}, and which pictures
+    these are: numbers among all test pictures. UserError if the method compares no such features.
+    """
+    where, names, number = [], [], 0  # (test, which of its pictures, its number, its label)
+    for part, test in task.tests.items():
+        if part != "novel" or method.names_unseen:
+            labels = (test.batches.labels.cpu() + len(names)).tolist()
+            where += [(test, i, number + i, label) for i, label in enumerate(labels)]
+            names = names + test.classnames
+        number += len(test.batches)
+    chosen = [where[k] for k in spread_out(len(where)).tolist()]
+    of_pictures = {"pictures": [c[2] for c in chosen], "labels": [c[3] for c in chosen]}
+    found = {"names": names, **of_pictures}
+    for when, of in (("before", unadapted), ("after", method)):
+        of = of if of.classnames == names else of.for_classes(names)
+        rows = []
+        for test in task.tests.values():
+            mine = torch.tensor([c[1] for c in chosen if c[0] is test], dtype=torch.long)
+            rows += [compared(of, test.batches, some) for some in mine.split(BATCH) if len(some)]
+        found[when] = space(torch.cat([images for images, _ in rows]), rows[0][1])
+    return found
+
+
+def compared(method, batches, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The features (B, E) and (K, E) whose cosines are a method's logits of the pictures with the
+    numbers `chosen`: what it hands to `CLIP.logits`. Where texts depend on the image, their mean.
+    """
+    clip, seen = method.clip, []
+    clip.logits = lambda f, w: seen.append((f, w)) or type(clip).logits(clip, f, w)
+    try:
+        with method.inference(), batches.autocast():
+            method.classify(method.encode(batches.images(chosen)))
+    finally:
+        del clip.logits
+    if not seen:
+        raise UserError(
+            f"{type(method).__name__} does not compare images with texts: its classifier is "
+            "another one, and there are no two sets of features to show"
+        )
+    images = torch.cat([f.float().cpu() for f, _ in seen])
+    texts = seen[0][1].float().cpu()
+    return images, texts.mean(0) if texts.dim() == 3 else texts
+
+
+def space(images: Tensor, texts: Tensor) -> dict:
+    """Images (N, E) and texts (K, E), not normalised -> their gap, and (x, y) of each."""
+    images, texts = (F.normalize(x.double(), dim=-1) for x in (images, texts))
+    both = torch.cat([images, texts])  # (N + K, E)
+    u, s, v = torch.linalg.svd(both - both.mean(0), full_matrices=False)  # (N + K, R), (R,), (R, E)
+    # A component may point either way: its largest entry is made positive, so that runs agree.
+    signs = v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign().flatten()  # (2,)
+    points = u[:, :2] * s[:2] * signs  # (N + K, 2)
+    return {
+        "gap": (images.mean(0) - texts.mean(0)).norm().item(),
+        "explained": (100 * s[:2] ** 2 / (s**2).sum()).tolist(),  # percent of the variance
+        "images": points[: len(images)].tolist(),
+        "texts": points[len(images) :].tolist(),
+    }
+
+
+def spread_out(count: int, most: int = MOST) -> Tensor:
+    """Numbers of `most` of `count` pictures, evenly apart; all where there are fewer."""
+    if count <= most:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, most, dtype=torch.float64).round().long()

@@ -1,0 +1,125 @@
+"""What lies at the paths that a report is asked for: runs, folders of generated images, and what
+is neither, with the reason.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clip_min import UserError
+from clip_min.files import read_json_lines
+from fewshot.grid import read_results
+from fewshot.record import Record, kept
+from fewshot.run import Run
+from gen.books import Manifest
+
+
+@dataclass
+class Tested:
+    """A run as far as it can be read; `missing` says what could not."""
+
+    run: Run
+    results: dict | None
+    log: list[dict]
+    record: Record | None  # which pictures it learned from, chose by and was tested on
+    missing: list[str]
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    @property
+    def config(self) -> dict:
+        return self.run.config
+
+    @property
+    def experiment(self) -> dict:
+        return self.config["experiment"]
+
+
+@dataclass
+class Found:
+    runs: list[Tested] = field(default_factory=list)
+    generated: list[Manifest] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # path -> why
+
+
+def find(paths: list[Path]) -> Found:
+    """Read all that the paths name; UserError if nothing of it can be reported."""
+    found = Found()
+    for place in dict.fromkeys(place for path in paths for place in _places(path, found)):
+        try:
+            if (place / "settings.json").exists():
+                found.generated.append(Manifest.open(place))
+            else:
+                found.runs.append(read(place))
+        except UserError as error:
+            found.left_out[str(place)] = str(error)
+    if not found.runs and not found.generated:
+        raise UserError("; ".join(list(found.left_out.values())[:3]))
+    return found
+
+
+def read(path: Path) -> Tested:
+    """A run; UserError if it has no config that could be read."""
+    run, missing = Run.open(path), []
+
+    def attempt(read, *arguments):
+        try:
+            return read(*arguments)
+        except UserError as error:
+            missing.append(str(error))
+
+    results = None
+    if (path / "results.json").exists():
+        results = attempt(read_results, path / "results.json")
+    else:
+        missing.append(
+            "no results.json: the training has not ended, or was stopped; go on with "
+            "train.py --resume and the flags it was begun with"
+        )
+    log = attempt(read_json_lines, path / "log.jsonl") or []
+    if not log and (path / "log.jsonl").exists():
+        missing.append(f"{path}/log.jsonl has no line that can be read")
+    record = attempt(kept, path, run.config)
+    if record is None:
+        missing.append(
+            "no data.json that belongs to this run: which pictures were used is not known"
+        )
+    return Tested(run, results, log, record, missing)
+
+
+def _places(path: Path, found: Found) -> list[Path]:
+    """The folders at or below `path` that hold a run or generated images.
+
+    A run that another one took the place of (NAME.old1), and the points of its grid (grid1), are
+    no runs of their own.
+    """
+    if not path.is_dir():
+        reason = "is a file, expected a folder" if path.exists() else "there is no such folder"
+        found.left_out[str(path)] = f"{path}: {reason}; give a run, or a folder of runs"
+        return []
+    if _is_place(path):
+        return [path]
+    places = []
+    for here, folders, files in os.walk(path):
+        folders.sort()
+        if _is_place(Path(here)):
+            folders.clear()
+            places.append(Path(here))
+            continue
+        if {"log.jsonl", "results.json", "adapter.safetensors", "manifest.jsonl"} & {*files}:
+            found.left_out[here] = f"{here}: has no config.json, so it is no run that can be read"
+            folders.clear()
+        folders[:] = [name for name in folders if ".old" not in name]
+    if not places and not found.left_out:
+        found.left_out[str(path)] = (
+            f"{path}: has neither runs (config.json) nor generated images (settings.json) in it; "
+            "give a run's folder"
+        )
+    return places
+
+
+def _is_place(path: Path) -> bool:
+    generated = (path / "settings.json").exists() and (path / "plan.json").exists()
+    return generated or (path / "config.json").exists()

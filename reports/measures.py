@@ -1,0 +1,112 @@
+"""What the tested pictures say about a classifier, from its answers alone.
+
+N pictures of K classes: labels (N,), the likeliest classes (N, 5) and their probabilities (N, 5).
+"""
+
+import math
+
+from torch import Tensor
+
+from fewshot.metrics import per_class
+
+BINS = 15  # of confidence, as in the paper
+
+
+def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict:
+    """Is it right as often as it believes? The expected calibration error, in percent.
+
+    Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599: pictures are put in
+    bins of equal width by their confidence, the probability of the likeliest class, and
+
+        ECE = Σ_b n_b / N · |accuracy_b - mean confidence_b|
+
+    confidence (N,) in (0, 1], right (N,) bool. A bin holds what is above its lower bound.
+    """
+    confidence, right = confidence.double(), right.double()
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # (N,)
+    count = place.bincount(minlength=bins)  # (bins,)
+    accuracy = place.bincount(right, minlength=bins) / count.clamp(min=1)
+    believed = place.bincount(confidence, minlength=bins) / count.clamp(min=1)
+    gap = (accuracy - believed).abs()
+    rows = [
+        {
+            "from": 100 * b / bins,
+            "to": 100 * (b + 1) / bins,
+            "pictures": int(count[b]),
+            "confidence": 100 * believed[b].item() if count[b] else None,
+            "accuracy": 100 * accuracy[b].item() if count[b] else None,
+        }
+        for b in range(bins)
+    ]
+    return {
+        "ece": 100 * (count * gap).sum().item() / len(confidence),
+        "mean_confidence": 100 * confidence.mean().item(),
+        "bins": rows,
+    }
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy, in percent, from so many pictures: Wilson's, which stays
+    within 0 and 100 (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927).
+    """
+    z, p = 1.959964, right / count
+    middle = p + z * z / (2 * count)
+    half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    low, high = ((middle + side * half) / (1 + z * z / count) for side in (-1, 1))
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)
+
+
+def confusion(predicted: Tensor, labels: Tensor, count: int) -> Tensor:
+    """How many pictures of class i were taken for class j, (K, K); both (N,)."""
+    return (labels * count + predicted).bincount(minlength=count * count).view(count, count)
+
+
+def scores_by_class(predicted: Tensor, labels: Tensor, count: int) -> list[dict]:
+    """Accuracy and F1 of each class, in percent, as results.json has them."""
+    accuracy, f1 = per_class(predicted, labels, count)
+    return [
+        {"accuracy": None if a.isnan() else a.item(), "f1": f.item()}
+        for a, f in zip(accuracy, f1, strict=True)
+    ]
+
+
+def together(matrix: Tensor) -> list[int]:
+    """An order of the classes in which those that are confused stand side by side.
+
+    Average linkage on 1 - the share of mutual confusions, with its leaves put in the best order
+    (Bar-Joseph et al., Bioinformatics 17, 2001). matrix (K, K), counts.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if len(matrix) < 3:
+        return list(range(len(matrix)))
+    rate = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    near = (rate + rate.T) / 2
+    far = (1 - near).fill_diagonal_(0)
+    tree = linkage(squareform(far.numpy(), checks=False), "average", optimal_ordering=True)
+    return leaves_list(tree).tolist()
+
+
+def pairs(matrix: Tensor, most: int = 12) -> list[dict]:
+    """The pairs of classes that are confused most often, both ways counted."""
+    both = (matrix + matrix.T).triu(1)
+    found = []
+    for i, j in both.nonzero().tolist():
+        ways = {"a_as_b": int(matrix[i, j]), "b_as_a": int(matrix[j, i])}
+        found.append({"a": i, "b": j, "times": int(both[i, j]), **ways})
+    return sorted(found, key=lambda pair: -pair["times"])[:most]
+
+
+def surest_mistakes(
+    classes: Tensor, probabilities: Tensor, labels: Tensor, most: int = 24
+) -> list[int]:
+    """The numbers of the wrongly named pictures whose wrong name was given the most probability."""
+    wrong = (classes[:, 0] != labels).nonzero().flatten()
+    order = probabilities[wrong, 0].argsort(descending=True, stable=True)
+    return wrong[order[:most]].tolist()
+
+
+def changed(right: Tensor, before: Tensor) -> dict:
+    """What adaptation gained and lost, picture by picture; both (N,) bool."""
+    return {"gained": int((right & ~before).sum()), "lost": int((before & ~right).sum())}

@@ -1,0 +1,121 @@
+"""Where the class token looks: attention rollout.
+
+Abnar and Zuidema, "Quantifying Attention Flow in Transformers", arXiv:2005.00928. A_l (T, T) is the
+attention of block l, the mean of its heads': row t says from which tokens token t gathers. Half of
+what a block hands on is the token as it was, so
+
+    R = Ã_L · … · Ã_1,     Ã_l = (A_l + I) / 2
+
+and R's row of the class token says how much of each patch is in what it has become. It is a rough
+guide: it knows neither values nor MLPs, nor for which class a patch speaks.
+
+Learned tokens among the patches (VPT, PromptSRC) hold nothing of the image when they enter. So
+their rows of R start at 0 there, and again where new ones take the place of the last block's.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_min import crop, normalize
+from clip_min.files import replacing
+from fewshot.pictures import open_image
+
+
+def explain(methods: dict, file: Path, out: Path) -> None:
+    """Draw a picture, and beside it where the class token of each of these methods looks in it.
+
+    methods: title -> method; all over one CLIP.
+    """
+    clip = next(iter(methods.values())).clip
+    pixels = crop(open_image(file), clip.config)  # uint8 (3, n, n)
+    x = normalize(pixels[None].to(clip.device), config=clip.config)  # (1, 3, n, n)
+    maps = {}
+    for title, method in methods.items():
+        patches, (chosen,) = rollout(method, x)
+        likely = zip(*chosen.topk(min(3, len(chosen))), strict=True)
+        maps[title] = patches[0], [f"{100 * p:.1f} %  {method.classnames[i]}" for p, i in likely]
+    draw(pixels, maps, out)
+
+
+def attention(module, x: Tensor) -> Tensor:
+    """The attention of an `Attention` that reads x (B, T, D), the mean of its heads' (B, T, T)."""
+    q, k, _ = (  # (B, T, D) -> (B, T, H, D/H) -> (B, H, T, D/H)
+        y.unflatten(-1, (module.heads, -1)).transpose(1, 2).float()
+        for y in module.in_proj(x).chunk(3, dim=-1)
+    )
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+
+
+@torch.no_grad()
+def rollout(method, images: Tensor) -> tuple[Tensor, Tensor]:
+    """images (B, 3, n, n), normalised -> how much of each patch is in the class token
+    (B, n/p, n/p), and the method's probabilities (B, K).
+    """
+    side = method.clip.config.image_size // method.clip.config.patch_size  # n/p
+    seen = []  # of each block: its attention (B, T, T), what it reads and what it hands on
+
+    def see(block, inputs, output):
+        x = inputs[0]
+        seen.append((attention(block.attn, block.ln_1(x)), x, output))
+
+    hooks = [b.register_forward_hook(see) for b in method.clip.visual.transformer.resblocks]
+    try:
+        with method.inference():
+            chosen = method.classify(method.encode(images)).softmax(-1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return flow(seen, side * side).unflatten(1, (side, side)), chosen
+
+
+def flow(seen: list[tuple[Tensor, Tensor, Tensor]], patches: int) -> Tensor:
+    """(attention, input, output) of each block -> the class token's row of R (B, patches).
+
+    Tokens are the class token, any learned ones, and the patches.
+    """
+    first = seen[0][0]
+    eye = torch.eye(1 + patches, device=first.device).expand(len(first), -1, -1)
+    r, before = eye, None  # (B, T, 1 + patches): what of the image's own tokens is in each token
+    for a, x, output in seen:
+        more = a.shape[1] - 1 - patches  # learned tokens
+        middle = r.new_zeros(len(r), more, 1 + patches)
+        if before is not None and before.shape == x.shape:
+            carried = torch.isclose(before, x).all(-1)[:, 1 : 1 + more, None]  # (B, more, 1)
+            middle = torch.where(carried, r[:, 1 : 1 + more], middle)
+        r = torch.cat([r[:, :1], middle, r[:, -patches:]], dim=1)  # (B, T, 1 + patches)
+        r = (a @ r + r) / 2
+        before = output
+    return r[:, 0, 1:]
+
+
+def draw(pixels: Tensor, maps: dict[str, tuple[Tensor, list[str]]], path: Path) -> None:
+    """The picture, uint8 (3, n, n), and over it each map (n/p, n/p) under its title, as a PNG.
+
+    maps: title -> the map, and lines to stand below it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    picture = pixels.permute(1, 2, 0).numpy()  # (n, n, 3)
+    size = (3.2 * (1 + len(maps)), 4.1)
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure, axes = plt.subplots(1, 1 + len(maps), figsize=size, layout="constrained")
+        axes[0].set_title("picture")
+        for axis, (title, (patches, lines)) in zip(axes[1:], maps.items(), strict=True):
+            wide = F.interpolate(patches[None, None].cpu(), pixels.shape[1:], mode="bilinear")
+            axis.set_title(title)
+            axis.set_xlabel("\n".join(lines), fontsize=9)
+            shown = wide[0, 0] / wide.max()
+            axis.imshow(picture)
+            axis.imshow(shown.numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        axes[0].imshow(picture)
+        for axis in axes:
+            axis.set(xticks=[], yticks=[])
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+        plt.close(figure)

@@ -1,0 +1,103 @@
+"""--balance: classes weigh alike in the loss, however many training images each has."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.class_weight import compute_class_weight
+
+from clip_min import CLIP, CLIPConfig, UserError
+from fewshot.batches import Batches
+from fewshot.pictures import Pictures, Reader
+from methods import METHODS, Method
+from methods.linear_probe import logistic_regression
+
+NAMES = ["rose", "tulip", "lily"]
+BALANCED = [n for n, m in METHODS.items() if getattr(m.Settings(), "balance", 0.0) is False]
+
+
+def batches(counts: list[int]) -> Batches:
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    images = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
+    return Batches(Pictures(images, labels), images, Reader(32))
+
+
+def test_weights_are_scikit_learns():
+    some = batches([2, 5, 13])
+    theirs = compute_class_weight("balanced", classes=np.arange(3), y=some.labels.numpy())
+    torch.testing.assert_close(some.class_weights(3).double(), torch.from_numpy(theirs))
+    assert some.class_weights(4)[3].isfinite()  # a class without pictures
+
+
+def test_synthetic_pictures_do_not_count():
+    some = batches([2, 4])
+    joined = some.join(batches([50, 1]))
+    assert joined.class_weights(2).tolist() == some.class_weights(2).tolist() == [1.5, 0.75]
+
+
+@pytest.mark.parametrize("c", [0.1, 3.0])
+def test_the_balanced_probe_is_scikit_learns(c):
+    dice = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 40 + [1] * 12 + [2] * 5)
+    x = torch.randn(57, 6, generator=dice) + labels[:, None] * 0.7
+    weights = 57 / (3 * labels.bincount())
+    w, b = (t.numpy() for t in logistic_regression(x, labels, 3, c, weights=weights))
+    # Theirs sums the loss, ours means it: by weights that are 1 on average the two agree.
+    model = LogisticRegression(C=c, class_weight="balanced", solver="newton-cg", tol=1e-9)
+    theirs = model.fit(x.double().numpy(), labels.numpy())
+    assert abs(w - theirs.coef_).max() < 1e-4 * abs(theirs.coef_).max()
+    centred = theirs.intercept_ - theirs.intercept_.mean()
+    assert abs(b - b.mean() - centred).max() < 1e-3
+
+
+def test_every_method_that_learns_by_gradients_has_it():
+    from methods import TrainingSettings
+
+    learn = {n for n, m in METHODS.items() if issubclass(m.Settings, TrainingSettings)}
+    assert {*BALANCED} == learn | {"linear_probe"}
+
+
+@pytest.mark.parametrize("name", [name for name in BALANCED if name != "linear_probe"])
+def test_each_class_weighs_as_it_is_told_to(name):
+    """The loss is that of one class where the others weigh nothing; all at 1 change nothing."""
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig(16, 32, 16, 64, 2, 1, 64, 2, 1)).eval()
+    method = METHODS[name](clip, NAMES, "a {}.", METHODS[name].Settings()).eval()
+    if name == "tip_adapter_f":
+        method.remember(batches([2, 2, 2]))
+    x = method.encode(torch.randn(6, 3, 32, 32))
+    labels = torch.tensor([0, 0, 0, 0, 1, 2])
+
+    def loss(chosen=slice(None), weights=None) -> float:
+        torch.manual_seed(3)  # cross_modal draws texts
+        method.class_weights = None if weights is None else torch.tensor(weights)
+        return method.loss(x[chosen], labels[chosen]).item()
+
+    assert loss(weights=[1.0, 1.0, 1.0]) == pytest.approx(loss(), rel=1e-6)
+    assert abs(loss(weights=[0.1, 5.0, 1.0]) - loss()) > 1e-4
+    if type(method).loss is Method.loss:  # plain cross-entropy
+        weights = torch.tensor([0.1, 5.0, 1.0])
+        expected = F.cross_entropy(method.classify(x), labels, reduction="none") * weights[labels]
+        assert loss(weights=[0.1, 5.0, 1.0]) == pytest.approx(
+            (expected.sum() / weights[labels].sum()).item(), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["finetune", "projection"])
+def test_pairs_have_no_classes_to_weigh(name):
+    with pytest.raises(UserError, match="--balance weighs classes, .* --objective class"):
+        METHODS[name].Settings(objective="contrastive", balance=True)
+
+
+def test_skip_tuning_weighs_the_classes_of_its_step():
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig(16, 32, 16, 64, 2, 1, 64, 2, 1)).eval()
+    settings = METHODS["finetune"].Settings(class_share=0.5)
+    method = METHODS["finetune"](clip, [*NAMES, "daisy"], "a {}.", settings).eval()
+    x, labels = torch.randn(3, 3, 32, 32), torch.tensor([3, 3, 1])
+    method.class_weights = torch.tensor([9.0, 2.0, 9.0, 1.0])
+    with torch.no_grad():
+        logits = method.classify(x)[:, [1, 3]]  # half of four classes: those of the images
+        expected = F.cross_entropy(logits, torch.tensor([1, 1, 0]), torch.tensor([2.0, 1.0]))
+        torch.testing.assert_close(method.loss(x, labels), expected)

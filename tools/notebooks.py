@@ -1,0 +1,77 @@
+"""Run the course's notebooks, and write into them what their cells print and draw.
+
+    python tools/notebooks.py [docs/course/NAME.ipynb …]     all of them, if none is named
+    python tools/notebooks.py --check [...]                  run them, and write nothing
+
+A notebook is the only copy of its lesson: edit it in Jupyter or as text, then run this. The cells
+run in one namespace, as Jupyter runs them; Jupyter itself is not needed. What a cell prints becomes
+its output, and each figure that `plt.show()` shows a PNG. A cell that raises ends the run.
+"""
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+COURSE = Path(__file__).resolve().parents[1] / "docs" / "course"
+DPI = 80
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("paths", nargs="*", type=Path, default=sorted(COURSE.glob("*.ipynb")))
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    paths = [path.resolve() for path in flags.paths]
+    os.chdir(COURSE)  # where Jupyter runs them
+    for path in paths:
+        started = time.perf_counter()
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        run(notebook, path.stem)
+        if not flags.check:
+            text = json.dumps(notebook, indent=1, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
+        size, seconds = path.stat().st_size / 1e3, time.perf_counter() - started
+        print(f"{path.name}: {seconds:.0f} s, {size:.0f} KB", flush=True)
+
+
+def run(notebook: dict, name: str) -> None:
+    """Run the code cells from top to bottom; each one's outputs take the place of those it had."""
+    names: dict = {"__name__": "__main__"}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(cells, 1):
+        outputs: list[dict] = []
+        plt.show = lambda outputs=outputs: outputs.extend(map(picture, plt.get_fignums()))
+        code = compile("".join(cell["source"]), f"{name}, cell {number}", "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        if text := printed.getvalue():
+            lines = text.splitlines(keepends=True)
+            outputs.insert(0, {"name": "stdout", "output_type": "stream", "text": lines})
+        cell.update(execution_count=number, outputs=outputs)
+
+
+def picture(number: int) -> dict:
+    """A figure as an output, and the figure closed."""
+    figure, file = plt.figure(number), io.BytesIO()
+    # Without the name of the library's version, the same figure is the same file.
+    figure.savefig(file, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    data = {"image/png": base64.b64encode(file.getvalue()).decode()}
+    return {"data": data, "metadata": {}, "output_type": "display_data"}
+
+
+if __name__ == "__main__":
+    main()
