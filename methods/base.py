@@ -3,7 +3,7 @@
 A method turns a batch into logits, B images by K classes: `encode` computes what stays as it is
 while the method learns, `classify` the rest. It owns its parameters and knows its hyperparameters,
 but not where images come from, how they are batched, or what is measured: that is the experiment's
-(fewshot/). To add one, write a file (projection.py is short) and name it in methods/__init__.py.
+(fewshot/). To add one, write a file (prolip.py is short) and name it in methods/__init__.py.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from clip_min import CLIP, PromptTree, UserError, tokenize
 from clip_min.typed import expect_fields
 from clip_min.weights import fingerprint, mismatches
 from methods.class_prompts import class_texts, mean_per_class
+from methods.own_tree import own_tree
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -145,14 +146,8 @@ class TrainingSettings(Settings):
 # For pictures that no published recipe is for. Few classes make an epoch of one or two steps, so
 # training is as long as its steps say: enough for 2 classes, and ten epochs of 500. Ten
 # validations, whatever its length. Methods whose step costs little take more of them.
-DEFAULT = {
-    "epochs": 10,
-    "min_steps": 400,
-    "schedule": "step",
-    "validations": 10,
-    "patience": 0,
-    "keep": "latest-best",
-}
+DEFAULT = {"epochs": 10, "min_steps": 400, "schedule": "step", "validations": 10}
+DEFAULT |= {"patience": 0, "keep": "latest-best"}
 
 
 class Method(nn.Module):
@@ -188,6 +183,8 @@ class Method(nn.Module):
     text_learns: bool = False  # do class features change while it learns?
     class_weights: Tensor | None = None  # (K,), of --balance: set by the loop before it starts
     step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
+    place, whole = 0, None  # where processes share a batch: of the first image; targets of them all
+    loss_is_mean: bool = True  # over images? else none of them can take a part of a batch
     _inferring, _text = False, None  # see `inference`; class features that are kept
 
     @classmethod
@@ -344,13 +341,3 @@ class Method(nn.Module):
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(state[name])
-
-
-def own_tree(clip: CLIP) -> CLIP:
-    """A copy of the modules of `clip` over the same tensors, frozen.
-
-    A part that is put into the copy, or a tensor that takes another's place there, is not in the
-    original; only what changes a tensor itself would be.
-    """
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}
-    return copy.deepcopy(clip, shared)  # which takes what it finds in there as copied already

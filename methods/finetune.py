@@ -93,11 +93,7 @@ class Finetune(Method):
 
     def __init__(self, clip, classnames, template, settings: FinetuneSettings):
         super().__init__(clip, classnames, template, settings)
-        self.clip.float()
-        for name in trained_names(clip, settings.train):
-            weight = self.clip.get_parameter(name)
-            weight.data = weight.data.clone()  # what is trained is no longer the lent CLIP's
-            weight.requires_grad_()
+        train_weights(self.clip, trained_names(clip, settings.train))
         self.text_learns = settings.train != "image"
         if settings.train in ("both", "image"):
             self.first_block = 0
@@ -111,6 +107,11 @@ class Finetune(Method):
     def lr_factors(self) -> dict[str, float]:
         image = [name for name in self.adapter_state() if name.startswith("clip.visual.")]
         return dict.fromkeys(image, self.settings.image_lr_factor)
+
+    @property
+    def loss_is_mean(self) -> bool:
+        """Not over pairs, nor over classes that depend on the batch."""
+        return self.settings.objective == "class" and self.settings.class_share == 1
 
     def zero_shot_state(self) -> dict[str, Tensor]:
         """The lent CLIP's weights."""
@@ -145,6 +146,15 @@ class Finetune(Method):
         count = min(math.ceil(self.settings.class_share * len(self.classnames)), MOST)
         count = min(max(count, 2, len(labels.unique())), len(self.classnames))
         return similar.amax(dim=0).topk(count).indices.sort().values
+
+
+def train_weights(clip, names: list[str]) -> None:
+    """Let these weights of a method's own CLIP learn, in float32; the lent one's stay."""
+    clip.float()
+    for name in names:
+        weight = clip.get_parameter(name)
+        weight.data = weight.data.clone()
+        weight.requires_grad_()
 
 
 def trained_names(clip, part: str) -> list[str]:

@@ -1,52 +1,114 @@
-"""Projection heads: two learned square layers after each frozen tower.
+"""Projection heads: learned layers after each tower, which is frozen or learns beside them.
 
-A baseline without a paper of its own: CLIP stays frozen, and its shared space is rearranged,
+A baseline without a paper of its own: CLIP's shared space is rearranged, by two square layers after
+each tower (`--head square`),
 
     f' = U₂ φ(U₁ norm(f))      W' = V₂ φ(V₁ norm(W))      U, V (E, E), with biases
 
-by class cross-entropy or by CLIP's contrastive loss. With φ the identity (the default) the layers
-start as identities, so training starts at zero-shot CLIP; with relu they start at random, and what
-pretraining knew of the space has to be learned again from the few images.
+or by one layer of multi-head attention between each tower's last block and its projection
+(`--head attention`), so that what is read may gather from all tokens x (T, D) once more,
+
+    x_r + O · attention(norm(x))_r      r: an image's class token, a text's [end], which sees what
+                                        stands before it alone;  O (D, D), at first 0
+
+by class cross-entropy or by CLIP's contrastive loss. With φ the identity (the default) the square
+layers start as identities, so training starts at zero-shot CLIP, as it does with attention; with
+relu they start at random, and what pretraining knew of the space has to be learned again from the
+few images. With `--tower-lr` above 0 all weights of both towers learn, too, at that rate.
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_min import UserError
+from clip_min.model import Attention
 from methods.base import DEFAULT, Method, TrainingSettings
 from methods.contrastive import check_objective, contrastive_loss
+from methods.finetune import train_weights, trained_names
 from methods.templates import TemplateSettings
 
 
 @dataclass(frozen=True)
 class ProjectionSettings(TrainingSettings, TemplateSettings):
+    head: Annotated[
+        Literal["square", "attention"], "two square layers, or one of attention over the tokens"
+    ] = "square"
+    tower_lr: Annotated[float, "peak learning rate of both towers' weights; 0: frozen"] = 0.0
     objective: Annotated[
         Literal["class", "contrastive"], "cross-entropy over classes, or pairs"
     ] = "class"
     plain_pairs: Annotated[bool, "contrastive: only an image's own caption is right"] = False
     activation: Annotated[Literal["none", "relu"], "φ, between the two layers"] = "none"
+    limits = {**TrainingSettings.limits, "tower_lr": (0, inf)}
 
     def __post_init__(self):
         super().__post_init__()
+        if self.tower_lr and not self.lr:
+            raise UserError(f"--tower-lr {self.tower_lr}: is a share of --lr, which is 0")
+        if self.head == "attention" and self.activation != "none":
+            raise UserError(f"--activation {self.activation}: is for --head square; leave it out")
         check_objective(self)
 
 
 OWN = {"optimizer": "sgd", "lr": 1e-3, "epochs": 50, "patience": 10}
 
 
+class AttentionHead(nn.Module):
+    """A layer of attention, to stand after the blocks of a tower and be read as they are."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.ln = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        nn.init.xavier_uniform_(self.attn.in_proj.weight)
+        for zero in (self.attn.in_proj.bias, self.attn.out_proj.weight, self.attn.out_proj.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, read=None) -> Tensor:
+        """x (B, T, D) -> (B, read, D), the tokens `read` (an index of T; None: all)."""
+        return (x if read is None else x[:, read]) + self.attn(self.ln(x), mask, read)
+
+
 class Projection(Method):
-    title = "two square layers after each frozen tower"
+    title = "learned layers after each tower"
     Settings = ProjectionSettings
-    recipes = {"default": {**OWN, **DEFAULT, "min_steps": 3000}, "demo": {**OWN, "lr": 1e-2}}
+    recipes = {
+        "default": {**OWN, **DEFAULT, "min_steps": 3000},
+        "attention": {**DEFAULT, "head": "attention", "lr": 1e-3},
+        "towers": {**DEFAULT, "lr": 1e-3, "tower_lr": 1e-5},
+        "demo": {**OWN, "lr": 1e-2},
+    }
     demo_model = {"lr": 1e-2}
 
     def __init__(self, clip, classnames, template, settings: ProjectionSettings):
         super().__init__(clip, classnames, template, settings)
-        self.image_layers = self._layers().to(clip.device)
-        self.text_layers = self._layers().to(clip.device)
+        c = clip.config
+        if settings.tower_lr:
+            train_weights(self.clip, [*trained_names(clip, "image"), *trained_names(clip, "text")])
+            self.first_block, self.text_learns = 0, True
+        if settings.head == "square":
+            self.image_layers = self._layers().to(clip.device)
+            self.text_layers = self._layers().to(clip.device)
+            return
+        if not settings.tower_lr:
+            self.first_block, self.text_learns = c.vision_layers, True  # after the last block
+        for transformer, width, heads in (
+            (self.clip.visual.transformer, c.vision_width, c.vision_heads),
+            (self.clip.transformer, c.text_width, c.text_heads),
+        ):
+            transformer.resblocks.append(AttentionHead(width, heads).to(clip.device))
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """The weights that are CLIP's own learn at --tower-lr."""
+        factor = self.settings.tower_lr / self.settings.lr if self.settings.tower_lr else 1.0
+        own = {f"clip.{name}" for name, _ in self.lent[0].named_parameters()}
+        return dict.fromkeys(own & self.adapter_state().keys(), factor)
 
     def _layers(self) -> nn.Sequential:
         embed = self.clip.config.embed_dim
@@ -59,23 +121,37 @@ class Projection(Method):
                 nn.init.zeros_(layer.bias)
         return layers
 
+    @property
+    def loss_is_mean(self) -> bool:
+        """Not over pairs."""
+        return self.settings.objective == "class"
+
     def zero_shot_state(self) -> dict[str, Tensor] | None:
-        """Identities, if φ is one; to float rounding, since they are normalised twice."""
+        """CLIP's own weights; identities, if φ is one, to float rounding, since they are normalised
+        twice; or O = 0.
+        """
         if self.settings.activation == "relu":
             return None
-        return {
-            name: torch.eye(*t.shape) if t.dim() == 2 else torch.zeros(t.shape)
-            for name, t in self.adapter_state().items()
-        }
+        start = {}
+        for name, tensor in self.adapter_state().items():
+            if name in self.lr_factors:
+                start[name] = self.lent[0].get_parameter(name.removeprefix("clip."))
+            elif self.settings.head == "square" and tensor.dim() == 2:
+                start[name] = torch.eye(*tensor.shape)
+            elif self.settings.head == "square" or "out_proj" in name:
+                start[name] = torch.zeros(tensor.shape)
+        return start
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x as in `classify` -> image features (B, E) and class features (K, E), both projected."""
-        images = F.normalize(x.float(), dim=-1)
-        texts = F.normalize(self.class_features().float(), dim=-1)
+        """Encoded images x (B, …) -> image features (B, E) and class features (K, E), changed."""
+        images, texts = self.image_features(x).float(), self.class_features().float()
+        if self.settings.head == "attention":  # which stands within the towers
+            return images, texts
+        images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
         return self.image_layers(images), self.text_layers(texts)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Image features x (B, E) -> logits (B, K)."""
+        """Encoded images x (B, …) -> logits (B, K)."""
         return self.clip.logits(*self.project(x))
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from reports.run_page import data_named, filters
 # As `grid.spread` names them.
 TITLES = {"hm": "HM", "joint_hm": "all names", "all": "all", "base": "base", "novel": "novel"}
 TITLES |= {"val": "validation"}
-LONGEST = 8  # series in a chart: colours and marks that can be told apart
 
 
 def write(found: dict, of: Found) -> str:
@@ -33,7 +32,8 @@ def _task(task: dict, k: int) -> Markup:
     methods = list(dict.fromkeys(row["label"] for row in rows))
     drawn = [_against_cost(task, rows, methods), _against_shots(task, rows, methods)]
     drawn.append(_halves(task, rows, methods))
-    form = filters(f"runs-{k}", "method", {"shots": sorted({str(r["shots"]) for r in rows})})
+    shots = sorted({str(row["shots"]) for row in rows}, key=lambda text: (len(text), text))
+    form = filters(f"runs-{k}", "method", {"shots": shots})
     charts = [chart for chart in drawn if chart]
     body = [
         form,
@@ -92,10 +92,14 @@ def _table(task: dict, rows: list[dict], id: str) -> Markup:
                  shots=shots)  # fmt: skip
 
 
-def _ring(axes, x, y, k):
-    """A point of series k."""
-    look = {"color": SERIES[k % LONGEST], "marker": MARKERS[k % LONGEST]}
-    axes.plot([x], [y], linestyle="none", ms=8, **look)
+def look(k: int) -> tuple[int, int]:
+    """Colour and mark of series k: 64 series have not both in common."""
+    return k % len(SERIES), (k + k // len(SERIES)) % len(MARKERS)
+
+
+def _style(k: int) -> dict:
+    colour, mark = look(k)
+    return {"color": SERIES[colour], "marker": MARKERS[mark]}
 
 
 def _against_cost(task: dict, rows: list[dict], labels: list[str]) -> Markup | None:
@@ -110,7 +114,7 @@ def _against_cost(task: dict, rows: list[dict], labels: list[str]) -> Markup | N
 
     def draw(axes):
         for x, y, k, _ in points:
-            _ring(axes, x, y, k)
+            axes.plot([x], [y], linestyle="none", ms=8, **_style(k))
         axes.axhline(task["zero_shot"][key]["mean"], color=QUIET, linestyle="--", linewidth=1)
         if max(x for x, *_ in points) > 10 * min(x for x, *_ in points):
             axes.set_xscale("log")
@@ -126,7 +130,7 @@ def _against_cost(task: dict, rows: list[dict], labels: list[str]) -> Markup | N
 
 
 def _legend(labels: list[str], used: list[int]) -> Markup:
-    return legend([(name(labels[k]), k % LONGEST) for k in used])
+    return legend([(name(labels[k]), *look(k)) for k in used])
 
 
 def _against_shots(task: dict, rows: list[dict], labels: list[str]) -> Markup | None:
@@ -144,8 +148,8 @@ def _against_shots(task: dict, rows: list[dict], labels: list[str]) -> Markup | 
             x = [row["shots"] for row in of]
             y = [_mean(row, key) for row in of]
             errors = [row["scores"][key]["std"] or 0 for row in of]
-            look = {"color": SERIES[k % LONGEST], "marker": MARKERS[k % LONGEST]}
-            axes.errorbar(x, y, errors, capsize=3, linestyle=DASHES[k % LONGEST], ms=6, **look)
+            dash = DASHES[look(k)[1]]
+            axes.errorbar(x, y, errors, capsize=3, linestyle=dash, ms=6, **_style(k))
         axes.axhline(task["zero_shot"][key]["mean"], color=QUIET, linestyle="--", linewidth=1)
         shots = sorted({row["shots"] for of in series.values() for row in of})
         axes.set_xscale("log", base=2)
@@ -176,8 +180,9 @@ def _halves(task: dict, rows: list[dict], labels: list[str]) -> Markup | None:
             curve = [p for p in row["keep_share"] or () if None not in p.values()]
             if curve:
                 points = [[point[part] for point in curve] for part in ("base", "novel")]
-                axes.plot(*points, DASHES[k % LONGEST], color=SERIES[k % LONGEST], linewidth=1.2)
-            _ring(axes, _mean(row, "base"), _mean(row, "novel"), k)
+                axes.plot(*points, color=_style(k)["color"], linewidth=1.2)
+            here = [_mean(row, "base")], [_mean(row, "novel")]
+            axes.plot(*here, linestyle="none", ms=8, **_style(k))
         axes.set(xlabel="base accuracy (%)", ylabel="novel accuracy (%)")
 
     said = "; ".join(

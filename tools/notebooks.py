@@ -11,10 +11,10 @@ its output, and each figure that `plt.show()` shows a PNG. A cell that raises en
 import argparse
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -53,14 +53,27 @@ def run(notebook: dict, name: str) -> None:
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, 1):
         outputs: list[dict] = []
-        plt.show = lambda outputs=outputs: outputs.extend(map(picture, plt.get_fignums()))
         code = compile("".join(cell["source"]), f"{name}, cell {number}", "exec")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
+            plt.show = functools.partial(show, outputs, printed)
             exec(code, names)
-        if text := printed.getvalue():
-            lines = text.splitlines(keepends=True)
-            outputs.insert(0, {"name": "stdout", "output_type": "stream", "text": lines})
+        keep_text(outputs, printed)
         cell.update(execution_count=number, outputs=outputs)
+
+
+def show(outputs: list[dict], printed: io.StringIO) -> None:
+    """In the place of `plt.show`: what was printed before, then the figures."""
+    keep_text(outputs, printed)
+    outputs.extend(map(picture, plt.get_fignums()))
+
+
+def keep_text(outputs: list[dict], printed: io.StringIO) -> None:
+    """Make an output of what was printed since the last time."""
+    if text := printed.getvalue():
+        lines = text.splitlines(keepends=True)
+        outputs.append({"name": "stdout", "output_type": "stream", "text": lines})
+    printed.seek(0)
+    printed.truncate()
 
 
 def picture(number: int) -> dict:

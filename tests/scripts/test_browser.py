@@ -25,13 +25,13 @@ class Browser:
     def __init__(self, driver):
         self.driver = driver
 
-    def open(self, file: Path, size: str = "wide", scheme: str = "light") -> "Browser":
+    def open(self, page: Path | str, size: str = "wide", scheme: str = "light") -> "Browser":
         width, height = SIZES[size]
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         look = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", look)
-        self.driver.get(file.resolve().as_uri())
+        self.driver.get(page if isinstance(page, str) else page.resolve().as_uri())
         return self
 
     def ask(self, expression: str):

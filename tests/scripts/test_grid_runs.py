@@ -154,7 +154,7 @@ def test_one_number_each_is_a_run_and_no_grid(script, flags, tmp_path, trained):
 
     def untimed(out: str) -> list[str]:
         """What was printed, without seconds, memory and the run's place."""
-        return [re.sub(r" +[\d.]+ s$", "", line) for line in out.splitlines()[:-2]]
+        return [re.sub(r" +[\d.]+ s$", "", line) for line in out.splitlines()[:-3]]
 
     assert untimed(result.out) == untimed(trained.out)
 

@@ -25,7 +25,8 @@ VARIANTS = {  # what a method can do beside its defaults, and whether it then na
         (("--recipe", "jclip", "--learn-ratio"), True),
         (("--depth-head",), True),
     ],
-    "projection": [((), True), (("--objective", "contrastive", "--activation", "relu"), True)],
+    "projection": [((), True), (("--objective", "contrastive", "--activation", "relu"), True)]
+    + [((*flags, "--tower-lr", 1e-4), True) for flags in ((), ("--head", "attention"))],
     "tip_adapter": [((), True), (("--recipe", "paper", "--views", 2), True)],
     "tip_adapter_f": [((), True), (("--recipe", "paper", "--views", 2), True)],
     "gda": [((), True), (("--recipe", "paper", "--views", 2), True)],

@@ -322,7 +322,7 @@ def test_a_published_draw_is_what_is_learned_from(script, flags, data, tmp_path,
     assert {row[0] for row in record["val"]}.isdisjoint(learned)
     file.unlink()  # a run knows what it has learned from
     again = script("eval", "--run", run)
-    assert last_lines(again.out) == last_lines(result.out, 5)[:3]
+    assert last_lines(again.out) == last_lines(result.out, 6)[:3]
 
 
 # ---------------------------------------------------------------------------- base classes by name

@@ -1,6 +1,7 @@
 """report.py on several runs, folders of them, and folders of generated images."""
 
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gen.books import Manifest
+from reports.charts import legend
+from reports.several_page import look
 from tests.made_up_run import HOSTILE, make
 from tests.scripts.test_report_pages import HALVES, sound, told
 
@@ -99,6 +102,12 @@ def test_a_curve_of_shares_is_drawn_and_kept(script, folder, tmp_path):
     found = told(script, copy, folder / "noise/tiny/coop-s4-seed1", "--out", tmp_path / "o.json")
     (curve,) = [r["keep_share"] for r in found["tasks"][0]["rows"] if r["method"] == "lora"]
     assert curve == [{key: of[key] for key in ("share", "base", "novel")} for of in points]
+
+
+def test_many_series_are_told_apart_by_colour_and_mark():
+    drawn = legend([(f"method {k}", *look(k)) for k in range(40)])
+    marks = re.findall(r'd="([^"]+)" fill="([^"]+)"', drawn)
+    assert len(marks) == len(set(marks)) == 40
 
 
 # -------------------------------------------------------------------------------- generated images
