@@ -92,7 +92,7 @@ def read(path: Path) -> Tested:
 
 # What is read of results.json beside what grids read; earlier versions lack some.
 _CLASS = {"accuracy": float | None, "f1": float}
-_PART = {"images": int, "interval95": float, "classes": dict[str, _CLASS]}
+_PART = {"images": int, "interval95": float}
 _PART |= dict.fromkeys(("top1", "top5", "macro_accuracy", "macro_f1"), float)
 _COST = dict.fromkeys(("parameters", "steps", "val_images"), int)
 _COST |= dict.fromkeys(("seconds", "peak_memory_mb"), float)
@@ -105,6 +105,8 @@ def _read_results(file: Path) -> dict:
     for part, of in results.get("parts", {}).items():
         kinds = {key: kind for key, kind in _PART.items() if key in of}
         expect(of, kinds, str(file), f"parts.{part}")
+        if isinstance(classes := of.get("classes"), dict):  # a list: of labelling jointly
+            expect(classes, dict[str, _CLASS], str(file), f"parts.{part}.classes")
         if "interval95" in of:
             expect(results, {part: float}, str(file))
         if "images" in of and not 0 <= of.get("top1", -1) <= 100:
