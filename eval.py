@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from clip_min.errors import nearest
 from clip_min.files import write_json, write_text
-from fewshot import cache, datasets, grid
+from fewshot import cache, datasets, grid, ranks
 from fewshot.catalogue import IMPLIED, chosen
 from fewshot.experiment import Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, pick
@@ -102,7 +102,7 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
         )
     shares = given.get("keep_share", [])
     rows = compare(run, clip, task, shares)
-    if len(shares) > 1:
+    if len(shares) > 1 and ranks.first():
         curve = dict(zip(shares, [*rows.values()][1:], strict=True))
         points = [{"share": share, **brief(scores)} for share, scores in curve.items()]
         name, file = run.config["method"], run.path / "keep_share.json"
@@ -134,7 +134,7 @@ def check_there(experiments: list[Experiment]) -> None:
 
 def show_mean(tables: dict[str, dict[str, dict]], file: Path) -> None:
     """Print the tables of several data sets as one, with their mean, and leave them in a file."""
-    if len(tables) < 2:
+    if len(tables) < 2 or not ranks.first():
         return
     of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
     print(f"\n{grid.table_of_data_sets(of)}")
@@ -152,9 +152,10 @@ def on_other(run: Run, experiment: Experiment, other: Experiment, given: dict) -
 
     The names and the template are that data set's; what was learned is the run's.
     """
-    clip = weights.load(other.model, other.device, image_size=experiment.image_size)
+    with ranks.first_alone():
+        clip = weights.load(other.model, other.device, image_size=experiment.image_size)
+        dataset = other.load_dataset()
     other.prepare(clip)
-    dataset = other.load_dataset()
     run.check_model(weights.fingerprint(clip))
     reader, record = other.reader(clip, cache.chosen(given)), kept(run.path, run.config)
     task = make_test(dataset, reader, record=record)
@@ -307,6 +308,8 @@ def parse(argv: list[str]) -> dict:
         raise UserError("--explain: draws where CLIP looks in a picture; give it with --image")
     if "templates" in given and "prompts" in given:
         raise UserError("--templates and --prompts: give one of them")
+    if "image" in given and ranks.size() > 1:
+        raise UserError("--image: is for one process; start it without torchrun")
     if "image" in given:
         for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
@@ -332,4 +335,4 @@ def parse(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, shared=True)

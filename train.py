@@ -10,6 +10,7 @@ python train.py --method lora --dataset coop-11               eleven data sets, 
 python train.py --method lora --help                          that method's settings
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -24,7 +25,8 @@ from clip_min import CLIP, UserError, weights  # isort: skip
 import torch
 
 from clip_min.files import write_text
-from fewshot import compare, grid, predictions
+from clip_min.hub import locate
+from fewshot import compare, grid, predictions, ranks
 from fewshot.experiment import Experiment, evaluate, forget_peak, peak_memory_mb, run_script
 from fewshot.flags import changes
 from fewshot.loop import descend
@@ -98,20 +100,32 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{of}recipe {plan.recipe}{', with ' if differs else ''}{differs}")
     # The first of each data set: one that is missing is told before hours of training.
     firsts = [e for e in plan.experiments if (e.shots, e.seed) == (first.shots, first.seed)]
-    for experiment in firsts if len(firsts) > 1 else ():
-        experiment.load_dataset()
+    needed = firsts if len(firsts) > 1 or ranks.size() > 1 else ()
+    with ranks.first_alone():
+        for experiment in needed:
+            experiment.load_dataset()
+            locate(experiment.model)
     plans, world = fitting(plans, budget) if len(plans) > 1 else (plans, None)
-    results: Results = {e.dataset: {plan.method: {} for plan in plans} for e in firsts}
     pairs = [(experiment, plan) for experiment in plans[0].experiments for plan in plans]
-    for number, (experiment, plan) in enumerate(pairs, 1):
-        if plan.several:
-            print(f"\nrun {number}/{len(pairs)}: {experiment.folder(plan.method)}")
-        if world is None or world.experiment is not experiment:
-            world = None  # its pictures go before others are read
-            world = World.of(experiment, plan.cache)
-        found = train(plan, world)
-        results[experiment.dataset][plan.method][experiment.shots, experiment.seed] = found
-    if plan.several:
+    done, own = {}, list(enumerate(pairs, 1))
+    spread = 1 < ranks.size() <= len(pairs)
+    if spread:
+        print(f"{ranks.size()} processes take runs of their own; those of others print nothing")
+        own = ranks.mine(own)
+    with ranks.apart() if spread else contextlib.nullcontext():
+        for number, (experiment, plan) in own:
+            if plan.several:
+                print(f"\nrun {number}/{len(pairs)}: {experiment.folder(plan.method)}")
+            if world is None or world.experiment is not experiment:
+                world = None  # its pictures go before others are read
+                world = World.of(experiment, plan.cache)
+            done[number] = train(plan, world)
+    for others in ranks.together(done) if spread else ():
+        done |= others
+    results: Results = {e.dataset: {plan.method: {} for plan in plans} for e in firsts}
+    for number, (e, plan) in enumerate(pairs, 1):
+        results[e.dataset][plan.method][e.shots, e.seed] = done[number]
+    if plan.several and ranks.first():
         summarise(plans, firsts, results)
 
 
@@ -124,7 +138,8 @@ def fitting(plans: list[Plan], budget: float) -> tuple[list[Plan], World]:
     seconds = {}
     for plan in plans:
         torch.manual_seed(0)
-        seconds[plan.method] = len(experiments) * compare.seconds_of(world.build(plan), world.task)
+        one = ranks.same(compare.seconds_of(world.build(plan), world.task))
+        seconds[plan.method] = len(experiments) * one
     kept = compare.within(budget, seconds)
     print(compare.announce(seconds, kept))
     if not kept:
@@ -176,7 +191,9 @@ def train(plan: Plan, world: World) -> dict:
         with torch.random.fork_rng():  # what is random in training does not depend on it
             if (filter := settings.filter) == "lora":
                 filter = lora_run(plan, world)
-            settings, joined, made = add_synthetic(settings, experiment, task, plan.out, filter)
+            with ranks.first_alone():
+                made = add_synthetic(settings, experiment, task, plan.out, filter)
+            settings, joined, made = made
         task = replace(task, train=joined)
         method.settings = settings  # which now say where these images lie
         print(f"{made['images']} synthetic images join them")
@@ -198,7 +215,8 @@ def train(plan: Plan, world: World) -> dict:
     }
     path = plan.out / experiment.folder(plan.method)
     run = None
-    if plan.resume and (not plan.several or (path / "config.json").exists()):
+    begun = ranks.same(not plan.several or (path / "config.json").exists())
+    if plan.resume and begun:
         run = Run.resume(path, config)
         if plan.several and (path / "results.json").exists():
             print("finished before")
@@ -206,7 +224,7 @@ def train(plan: Plan, world: World) -> dict:
 
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
-    if "data" in run.config:
+    if "data" in run.config and ranks.first():
         write_text(run.path / "data.json", json.dumps(record) + "\n")
     started = time.perf_counter()
     method.fit(
@@ -214,6 +232,7 @@ def train(plan: Plan, world: World) -> dict:
         task.val,
         functools.partial(descend, run=run, seed=experiment.seed, resume=resume),
     )
+    ranks.agree(method.adapter_state().values())
     seconds = run.log[-1]["seconds"] if run.log else time.perf_counter() - started
     fitted = {}
     if run.log:
@@ -222,7 +241,7 @@ def train(plan: Plan, world: World) -> dict:
             print(f"note: {doubt}")
     fitted |= {"val": validated(method, task, run.log), "val_images": len(task.val)}
     run.save_adapter(method.adapter_state(), last=True)
-    if run.log:
+    if run.log and ranks.first():
         save_curves(run.log, run.path / "curves.png")
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
@@ -244,8 +263,9 @@ def train(plan: Plan, world: World) -> dict:
     print(table({"zero-shot": zero_shot, plan.method: scores}))
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")
-    if plan.report:
-        print(f"report: {write_run(run.path, task, world.unadapted, method)}")
+    if plan.report and ranks.first():
+        with ranks.apart():
+            print(f"report: {write_run(run.path, task, world.unadapted, method)}")
     else:
         print(f"report: python report.py {shlex.quote(str(run.path))}")
     return results
@@ -270,7 +290,7 @@ def lora_run(plan: Plan, world: World) -> Path:
         return path
     recipe = recipe_for(METHODS["lora"], "demo", experiment.model)
     settings = METHODS["lora"].Settings(**METHODS["lora"].preset(recipe, experiment.model))
-    if not (path / "results.json").exists():
+    if not ranks.same((path / "results.json").exists()):
         print(f"synthetic images are filtered by the LoRA run {path}, which is trained first:")
         known = ("lora", "demo", recipe, settings, settings, [experiment], plan.out)
         train(Plan(*known, None, False, plan.cache, False), world)
@@ -290,4 +310,4 @@ def lora_run(plan: Plan, world: World) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, shared=True)

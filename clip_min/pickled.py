@@ -41,6 +41,7 @@ def read_pickled(path: Path) -> object:
     try:
         with warnings.catch_warnings():  # of deprecated formats, which whoever reads cannot help
             warnings.simplefilter("ignore")
+            _check_stored(path)
             if _is_torchscript(path):
                 return read_torchscript(path)
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -54,6 +55,21 @@ def read_pickled(path: Path) -> object:
         raise UserError(
             f"{path}: not a state dict of plain tensors ({reason}); nothing in it was run"
         ) from None
+
+
+def _check_stored(path: Path) -> None:
+    """ValueError, where parts of a zip file are compressed: a few bytes could fill the memory.
+
+    TorchScript compresses its code, which is not read.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # as torch.load asks
+            return
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            code = info.filename.split("/")[1:2] == ["code"]
+            if info.compress_type != zipfile.ZIP_STORED and not code:
+                raise ValueError(f"{info.filename} is compressed, which PyTorch's are not")
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -108,7 +124,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         def tensor(parts: tuple) -> Tensor:
             (_, kind, key, _, _), start, shape, strides = parts[:4]
             if key not in storages:
-                whole = bytearray(_stored(archive, f"{root}data/{key}"))
+                whole = bytearray(archive.read(f"{root}data/{key}"))
                 dtype = DTYPES[kind.kind.removeprefix("torch.")]
                 storages[key] = torch.frombuffer(whole, dtype=dtype) if whole else torch.empty(0)
             found = storages[key].as_strided(shape, strides, start)
@@ -116,7 +132,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
                 raise ValueError("a tensor is larger than what is stored of it")
             return found
 
-        todo = [("", _Unpickler(io.BytesIO(_stored(archive, name))).load())]
+        todo = [("", _Unpickler(io.BytesIO(archive.read(name))).load())]
         while todo:
             prefix, thing = todo.pop()
             if not isinstance(thing, Thing) or id(thing) in seen:
@@ -129,10 +145,3 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             elif thing.kind.startswith("__torch__.") and isinstance(thing.state, dict):
                 todo += [(f"{prefix}{key}.", part) for key, part in thing.state.items()]
     return tensors
-
-
-def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED:  # a few bytes could become all of the memory
-        raise ValueError(f"{name} is compressed, which PyTorch's are not")
-    return archive.read(info)

@@ -1,7 +1,7 @@
 """Pictures, as batches that a method reads: normalised, augmented, or encoded."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from clip_min import normalize
 from clip_min.errors import Note
-from fewshot import cache
+from fewshot import cache, ranks
 from fewshot.pictures import READERS, Pictures, Reader, free_memory, pixel_hash
 
 KEPT = 1e9  # bytes of whole pictures that are kept in memory where crops are drawn anew each time
@@ -160,12 +160,14 @@ class Batches:
             return self.encoded(method)[chosen]
         return method.encode(self.images(chosen, augment))
 
-    def each(self, method, batch_size: int = 64) -> Iterator[Tensor]:
-        """All pictures in their order, encoded for `method.classify`, a batch (B, …) at a time."""
-        parts = torch.arange(len(self)).split(batch_size)
+    def each(self, method, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Of the pictures with the numbers in each part (B,), those of this rank's parts, encoded
+        for `method.classify`, a part (B, …) at a time; see `ranks.collect`.
+        """
         if self.keeps(method):
-            return (self.encoded(method)[part] for part in parts)
-        return map(method.encode, self.stream(parts))
+            encoded = self.encoded(method)  # now: each rank has its part in it
+            return (encoded[part] for part in ranks.mine(parts))
+        return map(method.encode, self.stream(ranks.mine(parts)))
 
     def keeps(self, method) -> bool:
         """Whether encoded pictures are kept: not if nothing of the method is frozen, so that they
@@ -199,16 +201,15 @@ class Batches:
             machine += () if self.precision == "fp32" else (self.precision,)
             name = cache.key(self.hashes, encoder, method.clip.config, batch_size, machine)
             found = cache.load(self.reader.folder, "features", name)
-            if found is None or found.shape[:1] != (len(self),):
-                parts, found = torch.arange(len(self)).split(batch_size), None
-                shown = tqdm(parts, "encoding images", leave=False, disable=None)
+            there = found is not None and found.shape[:1] == (len(self),)
+            if not all(ranks.together(there)):  # on all ranks, or all encode
+                parts = torch.arange(len(self)).split(batch_size)
+                images = self.stream(ranks.mine(parts))
+                count = len(ranks.mine(parts))
+                shown = tqdm(images, "encoding images", count, leave=False, disable=None)
                 with torch.no_grad(), self.autocast():
-                    for part, images in zip(shown, self.stream(parts), strict=True):
-                        x = method.encode(images)  # (B, …)
-                        if found is None:
-                            found = x.new_empty(len(self), *x.shape[1:])
-                        found[part] = x
-                if found.nbytes <= self.nbytes:
+                    found = ranks.collect(parts, map(method.encode, shown))
+                if found.nbytes <= self.nbytes and ranks.first():
                     cache.save(self.reader.folder, "features", name, found)
             self._encoded[encoder] = found.to(self.device)
         return self._encoded[encoder]
@@ -251,4 +252,4 @@ def room(device: torch.device) -> float:
     """Bytes that encoded training images may take in memory, and as many those of validation."""
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    return min(cache.limit, free / 3)
+    return ranks.same(min(cache.limit, free / 3 / (1 if on_gpu else ranks.size())))

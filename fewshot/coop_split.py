@@ -144,7 +144,7 @@ def _image_folder(file: Path, places: list[Path], paths: list[str], todo: str) -
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{file}: {path}: expected paths below a folder of images")
     for place in itertools.chain(*map(_folders, places), [file.parent]):
-        if (place / first).is_file():
+        if os.path.isfile(place / first):  # False too of a name that no file can have
             return place
     raise UserError(
         f"{file}: its first picture, {first}, is nowhere below {places[-1]}; unpack the images "

@@ -6,6 +6,7 @@ import io
 import os
 import resource
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
 from clip_min.hub import DEMO, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
-from fewshot import cache, datasets, shots
+from fewshot import cache, datasets, ranks, shots
 from fewshot.folder import read_text, spoken
 from fewshot.pictures import Reader
 from fewshot.predictions import Predictions, predict_task, score
@@ -79,6 +80,7 @@ class Experiment:
             raise UserError(
                 "--base-classes is for base-novel, and --classes all has no halves; drop one"
             )
+        ranks.check_device(self.device)
         try:
             if torch.device(self.device).type not in ("cpu", "cuda"):  # others lack float64
                 raise RuntimeError("expected cpu, cuda, or cuda:1 and so on")
@@ -96,8 +98,9 @@ class Experiment:
         one: all is to be tested, and nothing learned.
         """
         locate(self.model, download=False)  # first: to tell a mistyped name takes no time
-        dataset = self.load_dataset()
-        clip = weights.load(self.model, self.device, image_size=self.image_size)
+        with ranks.first_alone():  # who downloads what is not there
+            dataset = self.load_dataset()
+            clip = weights.load(self.model, self.device, image_size=self.image_size)
         base = self.base(dataset.classnames) if self.base_classes else None
         reader = self.reader(clip, folder)
         if record is not None:
@@ -226,10 +229,15 @@ def _show(otherwise: Callable, message: Warning, category: type, *where) -> None
         otherwise(message, category, *where)
 
 
-def run_script(main: Callable[[], None], resume: str = "add --resume to the same command") -> None:
+def run_script(
+    main: Callable[[], None],
+    resume: str = "add --resume to the same command",
+    shared: bool = False,
+) -> None:
     """Run a script; a user's mistake is one line and exit code 2, never a traceback.
 
-    resume: what to do to go on after Ctrl-C.
+    resume: what to do to go on after Ctrl-C. shared: can several processes share the work, as
+    `torchrun` starts them (fewshot/ranks.py)?
     """
     # Else a log file stays empty for minutes; and names of files need not be text.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -237,13 +245,19 @@ def run_script(main: Callable[[], None], resume: str = "add --resume to the same
     try:
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show, warnings.showwarning)
-            main()
+            with ranks.joined():
+                if ranks.size() > 1 and not shared:
+                    raise UserError("is for one process; start it without torchrun")
+                main()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)  # what was to be done may not be
     except (UserError, *FROM_OUTSIDE) as error:
+        if not ranks.first():  # as a rule rank 0 says the same, and torchrun ends this one
+            time.sleep(5)
         print(f"{Path(sys.argv[0]).name}: error: {told(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {resume} to go on", file=sys.stderr)
+        if ranks.first():
+            print(f"\ninterrupted; {resume} to go on", file=sys.stderr)
         sys.exit(130)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from clip_min import UserError
 from clip_min.errors import first_line
+from fewshot import ranks
 from fewshot.batches import Batches
 from fewshot.metrics import accuracy, predict
 from fewshot.run import Run
@@ -81,10 +82,12 @@ class State:
         tensors |= {f"kept/{name}": tensor for name, tensor in self.kept.items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
-        tensors["random/cpu"] = torch.get_rng_state()
         device = next(iter(self.learned.values())).device
+        state = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":  # else not even asked for: that alone takes memory on a GPU
-            tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+            state["cuda"] = torch.cuda.get_rng_state(device)
+        for rank, of in enumerate(ranks.together(state)):
+            tensors |= {f"random/{kind}{rank or ''}": value for kind, value in of.items()}
         return tensors
 
     @torch.no_grad()
@@ -105,10 +108,12 @@ class State:
             if kind == "learned":
                 like.copy_(tensor)
         self.optimizer.load_state_dict(state)
-        torch.set_rng_state(tensors["random/cpu"])
         device = next(iter(self.learned.values())).device
-        if "random/cuda" in tensors and device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random/cuda"], device)
+        own = ranks.rank() or ""  # of a rank that there was not, there is no state: it goes its way
+        if own == "" or f"random/cpu{own}" in tensors:
+            torch.set_rng_state(tensors[f"random/cpu{own}"])
+        if f"random/cuda{own}" in tensors and device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[f"random/cuda{own}"], device)
         self.kept = {name: tensors[f"kept/{name}"].to(device) for name in self.learned}
 
 
@@ -130,13 +135,17 @@ def descend(
     s = method.settings
     if s.grid:
         return search(method, train, val, run, seed)
+    ranks.agree(method.adapter_state().values())
     method.class_weights = train.class_weights(len(method.classnames)) if s.balance else None
     length, state = Length.of(s, train, method.first_stage), State(method, train)
+    ranks.part_ways(seed)
     if resume:
         state.load(run)
     at = state.at
     if at.step < length.total and not at.stopped:
         print(announce(s, train, val, length, at.step))
+        if ranks.size() > 1 and not shareable(method):
+            print(f"note: this loss is not a mean over images: all {ranks.size()} processes do it")
     third = at.step + 2  # timed: the first ones also read and encode what is then kept
     bar = tqdm(total=length.total, initial=at.step, unit="step", disable=None)
     while at.step < length.total and not at.stopped:
@@ -195,13 +204,19 @@ def gradient_step(
     method.step = step
     if step == length.switch and method.first_stage is not None:
         method.second_stage()  # a tensor without a gradient stays; with its first one it is new
+    part, weight = chosen, 1 / ranks.size()  # each rank computes all of it,
+    if ranks.size() > 1 and shareable(method):  # or, where it can be, a part
+        part, method.place, weight = ranks.share(chosen)
+        method.whole = train.targets(chosen)
     with train.autocast():
-        inputs = train.inputs(method, chosen, s.augment)
-        loss = method.loss(inputs, *train.targets(chosen))
-    if not loss.isfinite():
-        raise NotFinite(f"loss was {loss.item()} in step {step + 1}")
+        inputs = train.inputs(method, part, s.augment)
+        loss = method.loss(inputs, *train.targets(part)) * weight
+    whole = ranks.total(loss.detach()).item()
+    if not math.isfinite(whole):
+        raise NotFinite(f"loss was {whole} in step {step + 1}")
     optimizer.zero_grad()
     scaler.scale(loss).backward()
+    ranks.add_gradients(state.trained)
     if s.clip_norm:
         scaler.unscale_(optimizer)
         clip_grad_norm_(state.trained, s.clip_norm)
@@ -214,7 +229,12 @@ def gradient_step(
             f"--lr {s.lr:g}: the weights are not finite after step {step + 1}; give less"
         ) from None
     scaler.update()
-    return loss.item()
+    return whole
+
+
+def shareable(method) -> bool:
+    """Is a batch's loss the mean of its parts'? With --balance it depends on what is in a batch."""
+    return method.loss_is_mean and method.class_weights is None
 
 
 def judge(method, val: Batches, state: State, length: Length, now: int) -> dict[str, float]:
@@ -250,20 +270,29 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
     Of equally good points the first. Each starts from the same tensors and random state, as a run
     of its own in this one's folder, so that after a kill those before it are not trained again.
     """
+    ranks.agree(method.adapter_state().values())
     s, start = method.settings, copies(method.adapter_state())
-    best, seconds = -1.0, 0.0
-    for number, point in enumerate(s.points(), 1):
+    best, seconds, points = None, 0.0, list(enumerate(s.points(), 1))
+    for some in (train, val) if ranks.size() > 1 else ():  # by all, before these go their ways
+        if some.keeps(method):
+            some.encoded(method)
+    for number, point in ranks.mine(points):
         name = " ".join(f"{key}={value:g}" for key, value in point.items())
         print(f"grid: {name}")
         method.settings = replace(s, grid="", **point)
         method.load_adapter(start)
         torch.manual_seed(seed)
-        part = run.part(f"grid{number}", asdict(method.settings))
-        seconds += descend(method, train, val, part, seed, resume=True)
-        found = accuracy(predict(method, val), val.labels.cpu())
+        with ranks.apart():
+            part = run.part(f"grid{number}", asdict(method.settings))
+            seconds += descend(method, train, val, part, seed, resume=True)
+            found = accuracy(predict(method, val), val.labels.cpu())
         print(f"grid: {name}: {found:.2f} % on validation")
-        if found > best:
-            best, chosen, kept, log = found, point, copies(method.adapter_state()), part.log
+        if best is None or found > best[0]:
+            kept = {name: t.detach().clone().cpu() for name, t in method.adapter_state().items()}
+            best = found, -number, point, kept, part.log
+    every = ranks.together((seconds, best))
+    seconds = sum(of for of, _ in every)
+    found, _, chosen, kept, log = max((of for _, of in every if of), key=lambda of: of[:2])
     method.settings = s
     method.load_adapter(kept)
     run.save_adapter(kept)

@@ -141,6 +141,7 @@ def check_listed_once(rows: list[Row]) -> None:
 
 def check_files(paths: list[Path], where: list[str]) -> None:
     """All of these files are there, or the first that is not is named, and the others counted."""
-    if gone := [i for i, path in enumerate(paths) if not path.is_file()]:
+    # Of a name that no file can have, os.path says so, and pathlib raises an OSError.
+    if gone := [i for i, path in enumerate(paths) if not os.path.isfile(path)]:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
         raise UserError(f"{where[gone[0]]}: {paths[gone[0]]} is no file{more}")

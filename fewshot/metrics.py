@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fewshot import ranks
 from fewshot.batches import Batches
 
 
 def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
     """Logits (N, K) of a method for all pictures, float32, on the CPU."""
-    count = math.ceil(len(batches) / batch_size)
+    parts = torch.arange(len(batches)).split(batch_size)
+    count = len(ranks.mine(parts))
     with method.inference(), batches.autocast():
-        encoded = batches.each(method, batch_size)  # read and encoded as the loop asks for it
+        encoded = batches.each(method, parts)  # read and encoded as the loop asks for it
         encoded = tqdm(encoded, "testing", count, leave=False, disable=count <= 8 or None)
-        return torch.cat([method.classify(x).float() for x in encoded]).cpu()
+        return ranks.collect(parts, (method.classify(x).float() for x in encoded)).cpu()
 
 
 def train_accuracy(method, train: Batches, most: int = 500) -> float:

@@ -8,6 +8,7 @@ pictures, which may be many, are read a batch at a time, whenever they are neede
 
 import contextlib
 import hashlib
+import io
 import itertools
 import os
 from collections import deque
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from clip_min import CLIPConfig, UserError, crop
 from clip_min.preprocess import OPENAI
-from fewshot import cache
+from fewshot import cache, ranks
 
 with contextlib.suppress(ImportError):  # phones' HEIC, which Pillow reads with this alone
     from pillow_heif import register_heif_opener
@@ -81,12 +82,15 @@ class Pictures:
         return tv.to_pil_image(picture) if isinstance(picture, Tensor) else open_image(picture)
 
 
-def open_image(path: Path) -> Image.Image:
-    """A picture, decoded to its last byte; an unreadable one is an error that names it."""
+def open_image(path: Path, content: bytes | None = None) -> Image.Image:
+    """A picture, decoded to its last byte; an unreadable one is an error that names it.
+
+    content: what the file holds, if it is read already.
+    """
     try:
-        if path.exists() and not path.is_file():
+        if content is None and path.exists() and not path.is_file():
             raise OSError("a folder, pipe or device, not a file")  # to open a pipe is to wait
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
         image.load()
     except Exception as error:  # Pillow's decoders raise more kinds than it documents
         reason = str(error) or type(error).__name__
@@ -102,6 +106,12 @@ def open_image(path: Path) -> Image.Image:
             f"middle square, and one side is over {LONGEST} times the other; cut it"
         )
     return image
+
+
+def cut(image: Image.Image, config: CLIPConfig) -> Tensor:
+    """`crop`, for threads: uint8 (3, n, n), contiguous."""
+    # NumPy's copy, in one thread: PyTorch's would start a team of them for each that decodes.
+    return torch.from_numpy(np.ascontiguousarray(crop(image, config).numpy()))
 
 
 def digest(picture: Path | Tensor) -> str:
@@ -128,7 +138,8 @@ def pixel_hash(pixels: Tensor) -> Tensor:
 def digests(pictures: Pictures) -> list[str]:
     """The digest of each picture, files read by several threads."""
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(digest, pictures.source))
+        every = ranks.together(list(pool.map(digest, ranks.mine(pictures.source))))
+    return [every[i % len(every)][i // len(every)] for i in range(len(pictures))]
 
 
 def ahead(work: Callable, items: Iterable) -> Iterator:
@@ -212,7 +223,7 @@ class Reader:
                 raise UserError(f"{pictures.name(i)}: has changed since it was checked; run again")
             return pixels
 
-        crops = ahead(again, torch.cat(parts).tolist())
+        crops = ahead(again, (i for part in parts for i in part.tolist()))
         for part in parts:
             yield torch.stack(list(itertools.islice(crops, len(part))))
 
@@ -233,9 +244,11 @@ class Reader:
             kept, odd = (cache.load(self.folder, part, name) for part in (kind, "odd"))
         count, errors = len(pictures), {}
         shape = (count, 3, self.size, self.size) if kind == "pixels" else (count, 32)
-        if None in (kept, odd) or (kept.shape, odd.shape) != (shape, (count,)):
-            kept = torch.empty(shape, dtype=torch.uint8)
+        there = None not in (kept, odd) and (kept.shape, odd.shape) == (shape, (count,))
+        if not all(ranks.together(there)):
+            kept = torch.empty(shape, dtype=torch.uint8).fill_(0)  # other ranks fill the rest
             odd = torch.zeros(count, dtype=torch.uint8)
+            own = ranks.mine(range(count))
 
             def attempt(i: int) -> UserError | tuple[Tensor, int]:
                 try:
@@ -245,17 +258,20 @@ class Reader:
                     return error
 
             hide = None if count > 200 else True  # None: only where there is a terminal
-            found = tqdm(ahead(attempt, range(count)), "reading", count, leave=False, disable=hide)
-            for i, one in enumerate(found):
+            found = tqdm(ahead(attempt, own), "reading", len(own), leave=False, disable=hide)
+            for i, one in zip(own, found, strict=True):
                 if isinstance(one, UserError):
                     errors[i] = one
                 else:
                     kept[i], odd[i] = one
+            errors = dict(sorted(one for of in ranks.together(errors) for one in of.items()))
+            ranks.fill(kept)
+            ranks.fill(odd)
             if errors:
                 self._refuse(errors, count)
                 good = torch.tensor([i for i in range(count) if i not in errors])
                 pictures, kept, odd = pictures[good], kept[good], odd[good]
-            elif name:
+            elif name and ranks.first():
                 cache.save(self.folder, kind, name, kept)
                 cache.save(self.folder, "odd", name, odd)
         for number, said in {} if pictures.in_memory else ODD.items():
@@ -270,9 +286,8 @@ class Reader:
         """-> the crop of picture `i`, uint8 (3, size, size), and what is odd about the picture: 0,
         or a number in ODD.
         """
-        image, prepared = pictures.open(i), replace(self.prepared, image_size=self.size)
-        # NumPy's copy, in one thread: PyTorch's would start a team of them for each that decodes.
-        pixels = torch.from_numpy(np.ascontiguousarray(crop(image, prepared).numpy()))
+        image = pictures.open(i)
+        pixels = cut(image, replace(self.prepared, image_size=self.size))
         moves = image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated
         return pixels, 1 if moves else 2 if min(image.size) < TINY else 0
 

@@ -7,7 +7,6 @@ are its columns of all logits. Of these the five likeliest classes are kept, and
 """
 
 import contextlib
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from clip_min import UserError
 from clip_min.files import read_safetensors
+from fewshot import ranks
 from fewshot.metrics import harmonic_mean, likeliest, per_class, share
 from fewshot.task import Task
 
@@ -70,8 +70,9 @@ def _answers(every, batches, own, joint: bool, alone, batch_size: int) -> list[T
 
     own: the part's columns of the logits of `every`; or `alone`: what gives the part's own logits.
     """
-    rows, count = [], math.ceil(len(batches) / batch_size)
-    encoded = batches.each(every, batch_size)  # read and encoded as the loop asks for it
+    parts = torch.arange(len(batches)).split(batch_size)
+    rows, count = [], len(ranks.mine(parts))
+    encoded = batches.each(every, parts)  # read and encoded as the loop asks for it
     encoded = tqdm(encoded, "testing", count, leave=False, disable=count <= 8 or None)
 
     def keep(logits: Tensor) -> list[Tensor]:  # (B, K) -> (B, 5) each
@@ -83,7 +84,8 @@ def _answers(every, batches, own, joint: bool, alone, batch_size: int) -> list[T
             logits = every.classify(x).float()  # (B, K)
             mine = logits[:, own] if alone is None else alone.classify(x).float()
             rows.append(keep(mine) + (keep(logits) if joint else []))
-    return [torch.cat(column).cpu() for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True) if rows else [()] * (4 if joint else 2)
+    return [ranks.collect(parts, column).cpu() for column in columns]
 
 
 def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> dict:

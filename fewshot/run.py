@@ -11,7 +11,6 @@
                          (fewshot/predictions.py)
     curves.png           loss and validation accuracy
     grid1/ …             with --grid: the same of each of its points, but results and curves
-
 Every file is written whole or not at all, so that a run killed at any moment can be resumed.
 """
 
@@ -43,7 +42,7 @@ from clip_min.files import (
     write_text,
 )
 from clip_min.typed import expect
-from fewshot import cache
+from fewshot import cache, ranks
 
 # What every config has; versions and the command stand beside them.
 KEYS = {
@@ -59,7 +58,6 @@ LOGGED = {"step": int, "epoch": float, "loss": float, "seconds": float}  # and v
 # What may differ when a run goes on: it says who computes, or, the last, what came out.
 FREE = ("argv", "versions", "commit", "threads", "adapter_sha256")
 
-
 _claimed: int | None = None  # the open folder of the run that this process writes
 
 
@@ -73,19 +71,20 @@ class Run:
     @classmethod
     def start(cls, path: Path, config: dict) -> "Run":
         """A new run; one that stands in its place already is kept, under another name."""
-        if path.exists():
+        if ranks.first():  # who alone writes there
+            if path.exists():
+                _claim(path)
+                remove_half_written(path)
+                if not path.is_dir() or any(path.iterdir()):  # else killed before it wrote anything
+                    config = {**config, "earlier_run": set_aside(path, "run").name}
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"{path}: could not be made ({error}); choose another place with --out"
+                raise UserError(why) from None
             _claim(path)
-            remove_half_written(path)
-            if not path.is_dir() or any(path.iterdir()):  # else killed before it wrote anything
-                config = {**config, "earlier_run": set_aside(path, "run").name}
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{path}: could not be made ({error}); choose another place with --out"
-            ) from None
-        _claim(path)
-        write_json(path / "config.json", config)
+            write_json(path / "config.json", config)
+        ranks.wait()
         return cls(path, config)
 
     @classmethod
@@ -124,10 +123,12 @@ class Run:
 
     def _go_on(self) -> None:
         """Clear what a kill left half written, also of the log's last line, and read the log."""
-        remove_half_written(self.path)
         log = self.path / "log.jsonl"
-        if log.exists() and (half := log.read_bytes().rpartition(b"\n")[2]):
-            os.truncate(log, log.stat().st_size - len(half))
+        if ranks.first():
+            remove_half_written(self.path)
+            if log.exists() and (half := log.read_bytes().rpartition(b"\n")[2]):
+                os.truncate(log, log.stat().st_size - len(half))
+        ranks.wait()
         judged = {"val": float} if "val" in next(iter(read_json_lines(log)), {}) else {}
         self.log = read_json_lines(log, LOGGED | judged)
 
@@ -176,23 +177,26 @@ class Run:
                 f"the model here has {found}; give the right one with --model"
             )
 
+    @ranks.by_first
     def write_json(self, name: str, value: dict) -> None:
         self._check_folder()
         write_json(self.path / name, value)
 
+    @ranks.by_first
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         self._check_folder()
         write_safetensors(self.path / name, tensors)
 
     def log_round(self, entry: dict) -> None:
         """Add a line to the log, in place of any later ones a killed run may have left."""
-        self._check_folder()
         log, lines = self.path / "log.jsonl", len(self.log)
         while self.log and self.log[-1]["step"] >= entry["step"]:
             self.log.pop()
-        if len(self.log) < lines:
-            write_text(log, "".join(json.dumps(line) + "\n" for line in self.log))
-        append_line(log, json.dumps(entry))
+        if ranks.first():
+            self._check_folder()
+            if len(self.log) < lines:
+                write_text(log, "".join(json.dumps(line) + "\n" for line in self.log))
+            append_line(log, json.dumps(entry))
         self.log.append(entry)
 
     def save_adapter(self, state: dict[str, Tensor], last: bool = False) -> None:
@@ -207,6 +211,8 @@ class Run:
                     "not kept; lower --lr, or what else makes them grow"
                 )
         self.learned_last = state
+        if not ranks.first():
+            return
         self._check_folder()
         if self.config.pop("adapter_sha256", None):  # of an earlier one: for now, none is vouched
             self.write_json("config.json", self.config)
@@ -230,8 +236,8 @@ class Run:
             self._write_adapter(beside)
             kept = f"what was learned until now is kept as {beside}"
         raise UserError(
-            f"{self.path}: is no longer there; it was deleted or moved while this process trained, "
-            f"which ends here; {kept}"
+            f"{self.path}: is no longer there; it was deleted or moved while this run, which ends "
+            f"here, trained; {kept}"
         )
 
     def load_adapter(self) -> dict[str, Tensor]:
@@ -240,6 +246,7 @@ class Run:
             raise UserError(f"{file}: there is no such file; finish the run: train.py --resume")
         return read_adapter(file, self.config)
 
+    @ranks.by_first
     def save_resume(self, tensors: dict[str, Tensor], position: dict) -> None:
         """One atomic file holds both, so that tensors and position cannot disagree."""
         self._check_folder()
@@ -313,6 +320,7 @@ def _read_config(path: Path, kind: dict) -> dict:
     return config
 
 
+@ranks.by_first
 def _claim(path: Path) -> None:
     """Keep other processes out of this folder until this one ends or goes on to another run.
 

@@ -175,6 +175,8 @@ class Method(nn.Module):
     text_learns: bool = False  # do class features change while it learns?
     class_weights: Tensor | None = None  # (K,), of --balance: set by the loop before it starts
     step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
+    place, whole = 0, None  # where processes share a batch: of the first image; targets of them all
+    loss_is_mean: bool = True  # over images? else none of them can take a part of a batch
     _inferring, _text = False, None  # see `inference`; class features that are kept
 
     @classmethod

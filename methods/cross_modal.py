@@ -81,7 +81,7 @@ class CrossModal(Method):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """x as in `classify`, labels (B,) -> scalar, over these images and as many texts."""
-        texts = self.texts()[: len(labels)].to(labels.device)  # (B,)
+        texts = self.texts()[self.place :][: len(labels)].to(labels.device)  # (B,)
         samples = torch.cat([x, self.class_features()[texts]])  # (2B, E)
         return self.cross_entropy(self.classify(samples), torch.cat([labels, texts]))
 

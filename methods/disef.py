@@ -124,7 +124,8 @@ class DISEF(LoRA):
         if synthetic is None:
             return cross_entropy(self.classify(x), labels)
         each = cross_entropy(self.classify(x), labels, reduction="none")  # (B,)
-        return s.lam * _mean(each, ~synthetic) + (1 - s.lam) * _mean(each, synthetic)
+        _, whole = self.whole or (labels, synthetic)  # of the batch that these are of
+        return s.lam * _mean(each, ~synthetic, ~whole) + (1 - s.lam) * _mean(each, synthetic, whole)
 
     def fit(self, train, val, descend: Callable) -> None:
         """The gradient loop; at λ = 1 on the real images alone."""
@@ -167,6 +168,10 @@ def mix(images: Tensor, labels: Tensor, mixup: float, cutmix: float) -> tuple[Te
     return images, m * labels + (1 - m) * labels.flip(0)
 
 
-def _mean(each: Tensor, part: Tensor) -> Tensor:
-    """Mean of the values (B,) where `part` (B,) is true; 0 if that is nowhere."""
-    return each.where(part, 0).sum() / part.sum().clamp(min=1)
+def _mean(each: Tensor, part: Tensor, whole: Tensor) -> Tensor:
+    """Mean of the values (B,) where `part` (B,) is true; 0 if that is nowhere.
+
+    whole: `part` of the whole batch, which processes may share; the mean of theirs, as many times
+    as they have images of it, is that of the whole.
+    """
+    return each.where(part, 0).sum() / (whole.sum().clamp(min=1) * (len(part) / len(whole)))

@@ -108,6 +108,11 @@ class Finetune(Method):
         image = [name for name in self.adapter_state() if name.startswith("clip.visual.")]
         return dict.fromkeys(image, self.settings.image_lr_factor)
 
+    @property
+    def loss_is_mean(self) -> bool:
+        """Not over pairs, nor over classes that depend on the batch."""
+        return self.settings.objective == "class" and self.settings.class_share == 1
+
     def zero_shot_state(self) -> dict[str, Tensor]:
         """The lent CLIP's weights."""
         names = self.adapter_state()

@@ -25,6 +25,7 @@ from methods.base import Method, Settings
 
 SWEEP = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log10 C
 HALVINGS = 8
+ROOM = 2**24  # logits in memory at once: 64 MB, or 128
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ def logistic_regression(
     # L-BFGS wants a gradient of one scale, so it searches v = W / scale: where the penalty is
     # strong, W is tiny, and its error would be as large as itself.
     scale = min(1.0, c**0.5)
+    few = max(1, ROOM // classes)  # images whose logits are in memory at once
+    weights = x.new_ones(classes) if weights is None else weights.to(x.dtype)
+    total = weights[labels].sum()
     v = x.new_zeros(classes, x.shape[1]).requires_grad_()  # (K, E)
     b = x.new_zeros(classes).requires_grad_()
     # The objective divided by N, so that its gradient has one scale whatever N and C.
@@ -123,12 +127,14 @@ def logistic_regression(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        w = scale * v
-        penalty = w.square().sum() / (2 * c * len(x))
-        logits = F.linear(x, w, b)  # (N, K)
-        of = None if weights is None else weights.to(x.dtype)
-        value = F.cross_entropy(logits, labels, of) + penalty
+        value = (scale * v).square().sum() / (2 * c * len(x))
         value.backward()
+        value = value.detach()
+        for some, right in zip(x.split(few), labels.split(few), strict=True):
+            logits = F.linear(some, scale * v, b)  # (n, K)
+            part = F.cross_entropy(logits, right, weights, reduction="sum") / total
+            part.backward()
+            value += part.detach()
         return value
 
     optimizer.step(objective)

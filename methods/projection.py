@@ -121,6 +121,11 @@ class Projection(Method):
                 nn.init.zeros_(layer.bias)
         return layers
 
+    @property
+    def loss_is_mean(self) -> bool:
+        """Not over pairs."""
+        return self.settings.objective == "class"
+
     def zero_shot_state(self) -> dict[str, Tensor] | None:
         """CLIP's own weights; identities, if φ is one, to float rounding, since they are normalised
         twice; or O = 0.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from clip_min import UserError
 from clip_min.files import read_json_lines
+from clip_min.typed import expect
 from fewshot.grid import read_results
 from fewshot.record import Record, kept
-from fewshot.run import Run
+from fewshot.run import LOGGED, Run
 from gen.books import Manifest
 
 
@@ -72,13 +73,13 @@ def read(path: Path) -> Tested:
 
     results = None
     if (path / "results.json").exists():
-        results = attempt(read_results, path / "results.json")
+        results = attempt(_read_results, path / "results.json")
     else:
         missing.append(
             "no results.json: the training has not ended, or was stopped; go on with "
             "train.py --resume and the flags it was begun with"
         )
-    log = attempt(read_json_lines, path / "log.jsonl") or []
+    log = attempt(_read_log, path / "log.jsonl") or []
     if not log and (path / "log.jsonl").exists():
         missing.append(f"{path}/log.jsonl has no line that can be read")
     record = attempt(kept, path, run.config)
@@ -87,6 +88,37 @@ def read(path: Path) -> Tested:
             "no data.json that belongs to this run: which pictures were used is not known"
         )
     return Tested(run, results, log, record, missing)
+
+
+# What is read of results.json beside what grids read; earlier versions lack some.
+_CLASS = {"accuracy": float | None, "f1": float}
+_PART = {"images": int, "interval95": float}
+_PART |= dict.fromkeys(("top1", "top5", "macro_accuracy", "macro_f1"), float)
+_COST = dict.fromkeys(("parameters", "steps", "val_images"), int)
+_COST |= dict.fromkeys(("seconds", "peak_memory_mb"), float)
+_COST |= {"val": float | None, "train": float | None, "synthetic": dict, "parts": dict[str, dict]}
+
+
+def _read_results(file: Path) -> dict:
+    results = read_results(file)
+    expect(results, {key: kind for key, kind in _COST.items() if key in results}, str(file))
+    for part, of in results.get("parts", {}).items():
+        kinds = {key: kind for key, kind in _PART.items() if key in of}
+        expect(of, kinds, str(file), f"parts.{part}")
+        if isinstance(classes := of.get("classes"), dict):  # a list: of labelling jointly
+            expect(classes, dict[str, _CLASS], str(file), f"parts.{part}.classes")
+        if "interval95" in of:
+            expect(results, {part: float}, str(file))
+        if "images" in of and not 0 <= of.get("top1", -1) <= 100:
+            raise UserError(f"{file}: parts.{part}.top1 is no accuracy, expected 0 to 100")
+    return results
+
+
+def _read_log(file: Path) -> list[dict]:
+    log = read_json_lines(file, LOGGED)
+    for number, line in enumerate(log, 1):
+        expect(line.get("val", 0.0), float, f"{file}, line {number}", "val")
+    return log
 
 
 def _places(path: Path, found: Found) -> list[Path]:

@@ -1,6 +1,7 @@
 """Imports run downward only, none that is slow or optional runs early, and names are told apart."""
 
 import ast
+import configparser
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,3 +170,46 @@ def test_importing_clip_min_loads_no_heavy_library(root):
     loaded = {name.split(".")[0] for name in said.stdout.split()}
     assert {"clip_min", "torch"} < loaded
     assert not loaded & (HEAVY | {"fewshot", "methods", "gen"})
+
+
+WITHOUT = """
+import importlib, sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in blocked else super().find_spec(name, path, target)
+
+blocked = set(sys.argv[2:])
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+for file in sys.argv[1].split(","):
+    importlib.import_module(file)
+print("all", *blocked & set(sys.modules))
+"""
+
+
+def test_every_module_is_imported_without_the_optional_packages(root):
+    """As after `pip install -e .`, where the extras' packages are not there."""
+    optional = (HEAVY | {"pillow_heif", "sklearn", "selenium", "hypothesis", "pytest"}) - {
+        "matplotlib",
+        "huggingface_hub",
+    }
+    files = [*root.glob("*.py"), *sources(root)]
+    names = [".".join(file.relative_to(root).with_suffix("").parts) for file in files]
+    names = [name.removesuffix(".__init__") for name in names]
+    command = [sys.executable, "-c", WITHOUT, ",".join(names), *optional]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert said.stdout == "all\n", said.stderr
+
+
+def test_what_ci_tries_as_oldest_is_what_the_metadata_promises(root):
+    metadata = configparser.ConfigParser()
+    metadata.read(root / "setup.cfg")
+    promised = metadata["options"]["install_requires"]
+    promised += metadata["options.extras_require"]["test"]
+    promised = {line for line in promised.splitlines() if ">=" in line and "#" not in line}
+    tried = (root / ".ci/oldest.txt").read_text().splitlines()
+    tried = {line.replace("==", ">=") for line in tried if not line.startswith("#")}
+    assert {"torch", "torchvision", "transformers", "pillow"} <= {n.split(">")[0] for n in tried}
+    assert tried <= promised

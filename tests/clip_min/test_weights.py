@@ -698,6 +698,20 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, disguise,
         assert marker.exists()
 
 
+@pytest.mark.parametrize("part", ["data/0", "data.pkl"])
+def test_a_packed_archive_is_refused_before_it_fills_the_memory(tmp_path, part):
+    """100 kB that would be 100 MB, and could as well be a terabyte; PyTorch itself reads them."""
+    torch.save({"a": torch.zeros(25_000_000)}, tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as source,
+        zipfile.ZipFile(tmp_path / "a.pt", "w") as archive,
+    ):
+        for name in source.namelist():
+            way = zipfile.ZIP_DEFLATED if name.endswith(f"/{part}") else zipfile.ZIP_STORED
+            archive.writestr(name, source.read(name), way)
+    assert f"{part} is compressed" in refusal(tmp_path / "a.pt")
+
+
 class Hostile(torch.nn.Module):
     """TorchScript that, once torch.jit.load reads it, overwrites a file, or never ends."""
 

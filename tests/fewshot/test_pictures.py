@@ -6,7 +6,9 @@ import os
 import random
 import struct
 import time
+import tracemalloc
 import weakref
+import zlib
 from dataclasses import replace
 
 import PIL
@@ -272,6 +274,52 @@ def test_a_picture_that_is_a_line_is_refused_before_it_fills_the_memory(size, tm
         module.open_image(tmp_path / "line.png")
     Image.new("L", (300, 3)).save(tmp_path / "band.png")
     assert module.open_image(tmp_path / "band.png").size == (300, 3)
+
+
+def png_of(width: int, height: int) -> bytes:
+    size = struct.pack(">II", width, height) + b"\x08\x02\0\0\0"
+    chunks = ((b"IHDR", size), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(of)) + k + of + struct.pack(">I", zlib.crc32(k + of))
+        for k, of in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+BOMBS = {
+    "png": png_of(60_000, 60_000),
+    "ppm": b"P6 60000 60000 255\n" + b"\0" * 100,
+    "gif": b"GIF89a" + struct.pack("<HH", 60_000, 60_000) + b"\0\0\0,\0\0\0\0" + b"\x60\xea" * 2,
+    "bmp": b"BM" + struct.pack("<IIIIiiHHIIIIII", 100, 0, 54, 40, 60_000, 60_000, 1, 24, *[0] * 6),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_few_bytes_that_would_be_gigabytes_of_pixels_are_refused(kind, tmp_path):
+    file = tmp_path / f"bomb.{kind}"
+    file.write_bytes(BOMBS[kind] + b"\0" * 50)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"cannot be read as an image \(Image size .*bomb"):
+        module.open_image(file)
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+
+
+def test_a_link_is_read_as_the_picture_it_leads_to_and_as_nothing_else(pictures, files, tmp_path):
+    """It may lead out of the folder; what is no picture there is neither shown nor changed."""
+    (tmp_path / "secret").write_text("password")
+    os.utime(tmp_path / "secret", (1, 1))
+    files[1].rename(tmp_path / "aside.png")
+    files[1].symlink_to(tmp_path / "aside.png")
+    assert module.open_image(files[1]).size == Image.open(tmp_path / "aside.png").size
+    files[1].unlink()
+    files[1].symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="cannot be read as an image") as error:
+        module.open_image(files[1])
+    assert "password" not in str(error.value)
+    assert ((tmp_path / "secret").read_text(), os.stat(tmp_path / "secret").st_mtime) == (
+        "password",
+        1,
+    )
 
 
 def test_an_ending_that_lies_does_no_harm(noise, tmp_path):

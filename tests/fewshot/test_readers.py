@@ -4,8 +4,10 @@ Only the counts are made smaller. Official splits are compared with what torchvi
 """
 
 import json
+import os
 import shutil
 import urllib.error
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torchvision.datasets
 from torchvision.datasets import utils
 
 from clip_min import UserError
-from fewshot import datasets
+from fewshot import datasets, readers
 from fewshot.datasets import DATASETS
 
 # name -> CoOp's folder, its split, its folder of images, and a class: its folder (for cars: a
@@ -464,3 +466,19 @@ def test_an_imagenet_that_is_laid_out_otherwise_is_one_line(imagenet):
     (imagenet / "imagenet/classnames.txt").unlink()
     with pytest.raises(UserError, match="classnames.txt.*put into .*/imagenet: images/train/"):
         load("imagenet", imagenet)
+
+
+def test_an_archive_that_would_write_outside_its_folder_writes_inside(tmp_path, monkeypatch):
+    """Of what is downloaded and unpacked, this alone has no md5 that is compared."""
+    root = tmp_path / "data"
+    root.mkdir()
+    with zipfile.ZipFile(root / "hymenoptera_data.zip", "w") as archive:
+        for name in ("../slipped", "/slipped", "hymenoptera_data/../../../slipped", "C:\\slipped"):
+            archive.writestr(name, "no")
+        for part in ("train", "val"):
+            for kind in ("ants", "bees"):
+                archive.writestr(f"hymenoptera_data/{part}/{kind}/a.jpg", "no picture")
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda *_, **__: None)
+    assert len(readers.read_hymenoptera(root, 1).train) == 2
+    assert os.listdir(tmp_path) == ["data"]
+    assert not Path("/slipped").exists()

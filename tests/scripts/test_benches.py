@@ -21,6 +21,7 @@ SMALLEST = {
     "method_costs.py": "--methods coop,lora --classes 2 --batch 1 --rounds 1",
     "parity.py": "",
     "precision.py": "--model demo --steps 2",
+    "scaling.py": "--methods coop,gda --classes 2,8 --shots 1,2 --images 8,70 --rounds 1",
 }
 PARTS = {"side_by_side.py"}  # what the benches share
 

@@ -1,0 +1,221 @@
+"""Several processes that share a training: torch.distributed, as torchrun starts it.
+
+    torchrun --nproc-per-node 2 train.py --method lora
+
+N processes, ranks 0 … N-1, run the same program on the same data, one GPU each or the CPU, and
+share the work in three ways:
+
+    batches to encode or to test   are dealt out whole (`mine`), and what comes out of them is put
+                                   together again (`collect`): each picture is computed once
+    a batch to learn from          each rank computes the gradient of a part of it (`share`), and
+                                   these are added (`add_gradients`), Σ_r (B_r / B) · ∇ loss_r
+    whole runs                     each rank takes some, as a process of its own (`apart`)
+
+What comes out is the same on every rank, to the bit, so that all of them decide alike when to stop
+and what to keep. What need not be alike (a clock, free memory, files) is asked of rank 0 (`same`),
+and rank 0 alone prints and writes. Without torchrun N is 1, and nothing here does anything.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clip_min import UserError
+
+WAIT = timedelta(days=1)  # for one another: rank 0 may download, or make images, for hours
+_apart = 0  # how many `apart` are open
+
+
+def size() -> int:
+    """N, the processes that share the work now."""
+    return 1 if _apart or not dist.is_initialized() else dist.get_world_size()
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return 0 if size() == 1 else dist.get_rank()
+
+
+def first() -> bool:
+    """Is this the process that prints and writes?"""
+    return rank() == 0
+
+
+def by_first(work: Callable[..., None]) -> Callable[..., None]:
+    """A decorator: what rank 0 alone does."""
+
+    @functools.wraps(work)
+    def done(*arguments, **named) -> None:
+        if first():
+            work(*arguments, **named)
+
+    return done
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """While open, this process works with the others that torchrun started, if it started any.
+
+    What ranks other than 0 print is dropped, but not what they raise.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(local % gpus)  # what "cuda" means from now on
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=WAIT)
+    with contextlib.ExitStack() as stack:
+        if not first():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+        wait()  # a rank that is done, and ended, would break off what others still ask it for
+    dist.destroy_process_group()
+
+
+def check_device(device: str) -> None:
+    """UserError, if the processes cannot each compute on `device`."""
+    if size() == 1 or device == "cpu":
+        return
+    if device != "cuda":
+        raise UserError(
+            f"--device {device}: each process takes a GPU of its own; give cuda, or cpu"
+        )
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if local > gpus:
+        raise UserError(
+            f"--nproc-per-node {local}: each process needs a GPU, and this machine has {gpus}; "
+            "start as many, or give --device cpu"
+        )
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """While open, every process is alone (N is 1): does all it is told to, prints, and writes."""
+    global _apart
+    _apart += 1
+    try:
+        yield
+    finally:
+        _apart -= 1
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Rank 0 does what is inside alone, and then the others: they find the files it left."""
+    if not first():
+        wait()
+    leads = first()
+    with apart():
+        yield
+    if leads:
+        wait()
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if size() > 1:
+        dist.all_reduce(torch.zeros(1))  # on the CPU, where `WAIT` holds
+
+
+def same(value):
+    """Rank 0's `value`, on all ranks."""
+    return together(value)[0]
+
+
+def together(value) -> list:
+    """The values of all ranks, in their order; they are copied, and so should be small."""
+    if size() == 1:
+        return [value]
+    found = [None] * size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+# ------------------------------------------------------------------------ encoding and testing
+
+
+def mine(parts: Sequence) -> Sequence:
+    """The parts of the work that are this rank's: every N-th."""
+    return parts[rank() :: size()]
+
+
+def collect(parts: Sequence[Tensor], rows: Iterable[Tensor]) -> Tensor:
+    """Rows (B, …) of each of `mine(parts)`, as they come -> those of all parts, in their places.
+
+    parts: numbers (B,) of rows, each of which is in one of them.
+    """
+    found, count = None, sum(map(len, parts))
+    for part, x in zip(mine(parts), rows, strict=True):
+        if found is None:
+            found = x.new_zeros(count, *x.shape[1:])
+        found[part] = x
+    if size() == 1:
+        return found
+    like = same(None if found is None else (found.shape, found.dtype, found.device.type))
+    if found is None:  # there are fewer parts than ranks
+        found = torch.zeros(like[0], dtype=like[1], device=like[2])
+    fill(found)
+    return found
+
+
+def fill(rows: Tensor) -> None:
+    """Of each row one rank has the content, and the others zeros: give it to all of them."""
+    if size() > 1:
+        dist.all_reduce(rows.view(-1).view(torch.uint8))  # of bytes, so that sums are exact
+
+
+# ------------------------------------------------------------------------------------ learning
+
+
+def share(batch: Tensor) -> tuple[Tensor, int, float]:
+    """A batch (B,) -> this rank's part of it (B_r,), where in the batch it begins, and B_r / B.
+
+    A rank for which nothing is left takes the first picture, which then weighs 0.
+    """
+    begin, end = (len(batch) * r // size() for r in (rank(), rank() + 1))
+    if begin == end:
+        return batch[:1], 0, 0.0
+    return batch[begin:end], begin, (end - begin) / len(batch)
+
+
+def add_gradients(tensors: list[Tensor]) -> None:
+    """Add up, over the ranks, the gradient of each tensor; in one message."""
+    if size() == 1:
+        return
+    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(total.view_as(grad))
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of the ranks' values."""
+    if size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def agree(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the tensors of rank 0: equal computations may differ in last bits on GPUs."""
+    for tensor in tensors if size() > 1 else ():
+        dist.broadcast(tensor.data, 0)
+
+
+# --------------------------------------------------------------------------------- random numbers
+
+
+def part_ways(seed: int) -> None:
+    """Give the ranks other than 0 random numbers of their own: other dropout, other crops."""
+    if rank():
+        torch.manual_seed((1_000_003 * seed + 7919 * rank()) % 2**63)

@@ -1,0 +1,246 @@
+"""Image features of any number of pictures, in files of a few thousand each, made once.
+
+    DIR/config.json            of what data and by what model the features are
+    DIR/00000.safetensors …    "features" (n, E) float32, as the image tower gives them
+    DIR/00000.json …           what they are of: n names and labels, and what could not be read
+    DIR/index.json             once all are there: each shard with its number of features; totals
+
+A picture belongs to the shard that its place among all pictures says. A shard is written whole or
+not at all, its features last; so a process that was killed, or another one, does those that are
+missing, and no other. Pictures come from a stream and go to a shard: none but those at work are in
+memory.
+
+A source is walked in one order: a folder by its sorted names, tar files (WebDataset's: what belongs
+to one picture stands together and has one name but for its ending) as they are written, a CSV file
+by its rows.
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clip_min import CLIP, UserError, normalize
+from clip_min.files import (
+    read_json,
+    read_safetensors,
+    remove_half_written,
+    write_json,
+    write_safetensors,
+    write_text,
+)
+from fewshot import ranks
+from fewshot.batches import autocast
+from fewshot.pictures import ENDINGS, ahead, cut, open_image
+
+LABELS = (".cls", ".txt")  # beside a picture in a tar file: its class, by number or name
+SHARD = {"names": list[str], "labels": list[str], "unreadable": list, "digest": str}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of a source."""
+
+    name: str  # "tulip/7.jpg", "000.tar/7.jpg"
+    label: str  # "" where the source has none
+    file: Path
+    content: bytes | None = None  # what it holds, where it is no file of its own
+
+
+def items(source: Path) -> Iterator[Item]:
+    """The pictures of a folder, of tar files or of a CSV file, always in the same order."""
+    if source.suffix == ".tar":
+        yield from _in_tar(source)
+    elif source.suffix == ".csv":
+        yield from _in_csv(source)
+    elif not source.is_dir():
+        raise UserError(f"--data {source}: expected a folder, a .tar file or a .csv file")
+    elif tars := sorted(source.glob("*.tar")):
+        for tar in tars:
+            yield from _in_tar(tar)
+    else:
+        yield from _in_folder(source, source)
+
+
+def _in_folder(root: Path, folder: Path) -> Iterator[Item]:
+    """Pictures below a folder; the label is the name of the folder in `root`."""
+    with os.scandir(folder) as found:
+        entries = sorted((e.name, e.is_dir()) for e in found if not e.name.startswith("."))
+    for name, is_dir in entries:
+        path = folder / name
+        if is_dir:
+            yield from _in_folder(root, path)
+        elif path.suffix.lower() in ENDINGS:
+            inside = path.relative_to(root)
+            yield Item(inside.as_posix(), inside.parts[0] if len(inside.parts) > 1 else "", path)
+
+
+def _in_csv(file: Path) -> Iterator[Item]:
+    """Rows of path and, if there is one, label; a path is absolute, or relative to the file."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines)
+            if "path" not in (rows.fieldnames or ()):
+                raise UserError(f"{file}: has no column path in its first line")
+            for row in rows:
+                yield Item(row["path"], row.get("label") or "", file.parent / row["path"])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: cannot be read as CSV ({error})") from None
+
+
+def _in_tar(file: Path) -> Iterator[Item]:
+    """Pictures of a tar file, read once from its beginning to its end."""
+    name, label, picture = "", "", None
+    try:
+        with tarfile.open(file, "r|*") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                stem, ending = os.path.splitext(member.name)
+                if stem != os.path.splitext(name)[0]:  # the next picture begins
+                    if picture is not None:
+                        yield Item(f"{file.name}/{name}", label, file / name, picture)
+                    name, label, picture = member.name, "", None
+                if ending.lower() in ENDINGS:
+                    name, picture = member.name, tar.extractfile(member).read()
+                elif ending in LABELS:
+                    label = tar.extractfile(member).read().decode(errors="replace").strip()
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise UserError(f"{file}: cannot be read as a tar file ({error})") from None
+    if picture is not None:
+        yield Item(f"{file.name}/{name}", label, file / name, picture)
+
+
+class Shards:
+    """The folder of features, as far as it is made.
+
+    `size` pictures belong to a shard, but for the last one.
+    """
+
+    def __init__(self, folder: Path, config: dict, size: int):
+        self.folder, self.size = folder, size
+        config = {**config, "shard_size": size}
+        kept = folder / "config.json"
+        if ranks.first():
+            if kept.exists():
+                found = read_json(kept, "")
+                for key, value in config.items():
+                    if found.get(key) != value:
+                        raise UserError(
+                            f"{folder}: was begun with {key} {found.get(key)}, not {value}; give "
+                            "the same, or another --out"
+                        )
+            elif folder.exists() and any(folder.iterdir()):
+                raise UserError(f"{folder}: holds other files; choose another --out")
+            else:
+                write_json(kept, config)
+            remove_half_written(folder)
+        ranks.wait()
+        there = {path.stem for path in folder.glob("*.safetensors")}
+        self.there = {int(stem) for stem in there if stem.isdecimal()}
+
+    def path(self, shard: int, ending: str) -> Path:
+        return self.folder / f"{shard:05d}{ending}"
+
+    def missing(self, source: Iterable[Item]) -> Iterator[tuple[int, Item]]:
+        """Pictures whose shards are neither made nor another rank's, with the numbers of these.
+
+        UserError, if those that are made are of other pictures than the source has now.
+        """
+        each = itertools.groupby(enumerate(source), key=lambda pair: pair[0] // self.size)
+        for shard, pairs in each:
+            if shard in self.there:
+                digest = digest_of(item.name for _, item in pairs)
+                if self.told(shard)["digest"] != digest:
+                    raise UserError(
+                        f"{self.path(shard, '.json')}: names other pictures than there are now; "
+                        "put those back, or choose another --out"
+                    )
+            elif shard % ranks.size() == ranks.rank():
+                yield from ((shard, item) for _, item in pairs)
+
+    def told(self, shard: int) -> dict:
+        """What the features of a shard are of."""
+        return read_json(self.path(shard, ".json"), "make the features again", SHARD)
+
+    def features(self, shard: int) -> Tensor:
+        """The features of a shard (n, E), mapped into memory."""
+        return read_safetensors(self.path(shard, ".safetensors"), "features")[0]["features"]
+
+    def write(self, shard: int, features: Tensor, rows: list[tuple[Item, str]]) -> None:
+        """Features (n, E) of those rows that have no reason why they cannot be read."""
+        told = {
+            "names": [item.name for item, why in rows if not why],
+            "labels": [item.label for item, why in rows if not why],
+            "unreadable": [[item.name, why] for item, why in rows if why],
+            "digest": digest_of(item.name for item, _ in rows),
+        }
+        write_text(self.path(shard, ".json"), json.dumps(told, ensure_ascii=False) + "\n")
+        write_safetensors(self.path(shard, ".safetensors"), {"features": features})
+
+    def finish(self) -> dict:
+        """Write index.json, of all shards -> what it says."""
+        shards, unreadable = [], []
+        for path in sorted(self.folder.glob("[0-9]*.safetensors")):
+            told = self.told(int(path.stem))
+            shards.append({"file": path.name, "features": len(told["names"])})
+            unreadable += told["unreadable"]
+        total = sum(shard["features"] for shard in shards)
+        index = {"features": total, "unreadable": unreadable, "shards": shards}
+        write_json(self.folder / "index.json", index)
+        return index
+
+
+def digest_of(names: Iterable[str]) -> str:
+    """sha256 of names, each with its end."""
+    made = hashlib.sha256()
+    for name in names:
+        made.update(name.encode(errors="surrogateescape") + b"\0")
+    return made.hexdigest()
+
+
+def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precision: str) -> int:
+    """Make the shards that are missing -> how many pictures that took.
+
+    Threads decode pictures while others are encoded.
+    """
+    config, device, count = clip.config, clip.device, 0
+
+    def decode(pair: tuple[int, Item]) -> tuple[int, Item, Tensor | None, str]:
+        shard, item = pair
+        bare = replace(item, content=None)  # which is not needed any more
+        try:
+            return shard, bare, cut(open_image(item.file, item.content), config), ""
+        except UserError as error:
+            return shard, bare, None, str(error)
+
+    @torch.no_grad()
+    def encode(pixels: list[Tensor]) -> Tensor:  # (B, E)
+        images = normalize(torch.stack(pixels).to(device), config=config)  # (B, 3, n, n)
+        with autocast(device, precision):
+            return clip.encode_image(images).float().cpu()
+
+    decoded = ahead(decode, shards.missing(source))
+    decoded = tqdm(decoded, unit=" pictures", disable=None)
+    for shard, group in itertools.groupby(decoded, key=lambda one: one[0]):
+        rows, features, pixels = [], [torch.empty(0, config.embed_dim)], []
+        for _, item, picture, why in group:
+            rows.append((item, why))
+            pixels += [] if why else [picture]
+            if len(pixels) == batch:
+                features.append(encode(pixels))
+                pixels = []
+        if pixels:
+            features.append(encode(pixels))
+        shards.write(shard, torch.cat(features), rows)
+        count += len(rows)
+    return count

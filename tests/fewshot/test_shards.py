@@ -1,0 +1,147 @@
+"""Features in shards are those of each picture alone, whatever they come from, and once."""
+
+import io
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from clip_min import CLIP, CLIPConfig, UserError, crop, normalize
+from fewshot.shards import Item, Shards, embed, items
+
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return CLIP(CLIPConfig(32, 32, 8, 64, 2, 2, 64, 2, 2)).eval()
+
+
+@pytest.fixture
+def folder(tmp_path, noise):
+    """23 pictures of three classes; number 7 is damaged."""
+    root = tmp_path / "photos"
+    for i in range(COUNT):
+        noise(root / "abc"[i % 3] / "deep" / f"{i:02}.png", i)
+    (root / "b/deep/07.png").write_bytes((root / "b/deep/07.png").read_bytes()[:200])
+    (root / "a/notes.txt").write_text("no picture")
+    return root
+
+
+@pytest.fixture
+def tar(folder, tmp_path):
+    """The same as WebDataset writes it, in two files: NUMBER.png, NUMBER.cls, NUMBER.json."""
+    files = sorted(folder.rglob("*.png"))
+    place = tmp_path / "tars"
+    place.mkdir()
+    for n, part in enumerate((files[:9], files[9:])):
+        with tarfile.open(place / f"{n}.tar", "w") as out:
+            for file in part:
+                for ending, content in (
+                    ("cls", file.parts[-3].encode() + b"\n"),
+                    ("png", file.read_bytes()),
+                    ("json", b"{}"),
+                ):
+                    info = tarfile.TarInfo(f"{file.stem}.{ending}")
+                    info.size = len(content)
+                    out.addfile(info, io.BytesIO(content))
+    return place
+
+
+@pytest.fixture
+def listed(folder, tmp_path):
+    """The same as a CSV file, with one picture that is not there."""
+    rows = [f"photos/{f.relative_to(folder)},{f.parts[-3]}" for f in sorted(folder.rglob("*.png"))]
+    file = tmp_path / "list.csv"
+    file.write_text("\n".join(["path,label", *rows, "photos/none.png,a"]))
+    return file
+
+
+def make(clip, source, out, size=5, batch=2) -> Shards:
+    shards = Shards(out, {"data": str(source)}, size)
+    embed(clip, items(source), shards, batch, "fp32")
+    return shards
+
+
+def read(shards: Shards) -> tuple[torch.Tensor, list[str], list[str], list]:
+    """All features, names, labels and what could not be read, by index.json."""
+    index = shards.finish()
+    told = [shards.told(n) for n in range(len(index["shards"]))]
+    x = torch.cat([shards.features(n) for n in range(len(told))])
+    assert len(x) == index["features"]
+    names, labels = ([one for t in told for one in t[key]] for key in ("names", "labels"))
+    return x, names, labels, index["unreadable"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "listed"])
+def test_features_are_those_of_each_picture_alone(kind, clip, request, folder, tmp_path):
+    source = request.getfixturevalue(kind)
+    x, names, labels, unreadable = read(make(clip, source, tmp_path / "out"))
+    good = [file for file in sorted(folder.rglob("*.png")) if file.stem != "07"]
+    with torch.no_grad():
+        expected = [
+            clip.encode_image(normalize(crop(Image.open(f), clip.config))[None]) for f in good
+        ]
+    torch.testing.assert_close(x, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert [name[-6:] for name in names] == [file.name for file in good]
+    assert labels == [file.parts[-3] for file in good]
+    bad = ["07.png"] + ["none.png"] * (kind == "listed")
+    assert [name.rpartition("/")[2] for name, _ in unreadable] == bad
+    assert all("cannot be read as an image" in why for _, why in unreadable)
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_only_what_is_missing_is_made(clip, folder, tmp_path, monkeypatch):
+    make(clip, folder, tmp_path / "whole").finish()
+    out = tmp_path / "out"
+    make(clip, folder, out).finish()
+    kept = (out / "00000.safetensors").stat().st_mtime_ns
+    for name in ("00002.safetensors", "00004.safetensors", "00004.json"):
+        (out / name).unlink()
+    encoded = []
+    encode = clip.encode_image
+    monkeypatch.setattr(clip, "encode_image", lambda x: encoded.append(len(x)) or encode(x))
+    make(clip, folder, out).finish()
+    assert sum(encoded) == 4 + 3  # the third shard's, one of which is damaged, and the last one's
+    assert (out / "00000.safetensors").stat().st_mtime_ns == kept
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_other_pictures_than_before_are_refused(clip, folder, tmp_path, noise):
+    make(clip, folder, tmp_path / "out")
+    noise(folder / "a/deep/00b.png", 99)
+    with pytest.raises(UserError, match=r"00000\.json: names other pictures than there are now"):
+        make(clip, folder, tmp_path / "out")
+    with pytest.raises(UserError, match="was begun with shard_size 5, not 6"):
+        make(clip, folder, tmp_path / "out", size=6)
+
+
+def test_a_folder_of_other_things_is_left_alone(clip, folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        make(clip, folder, tmp_path / "mine")
+
+
+def test_a_damaged_tar_file_is_one_line(tmp_path):
+    file = tmp_path / "x.tar"
+    file.write_bytes(b"no tar" * 1000)
+    with pytest.raises(UserError, match=r"x\.tar: cannot be read as a tar file"):
+        list(items(file))
+
+
+def test_a_list_without_paths_is_one_line(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("file,label\na.png,a\n")
+    with pytest.raises(UserError, match="has no column path"):
+        list(items(file))
+
+
+def test_a_picture_before_any_folder_has_no_label(tmp_path, noise):
+    file = noise(tmp_path / "one.png", 0)
+    assert list(items(tmp_path)) == [Item("one.png", "", file)]
