@@ -458,6 +458,8 @@ def test_every_method_can_be_made_on_a_model_without_weights(method):
     """It is how train.py finds such mistakes."""
     kind = METHODS[method]
     for recipe in kind.recipes.values():
+        if recipe.get("train"):  # the last six blocks, and here there are three
+            recipe = {**recipe, "train": "last-3"}
         with torch.device("meta"):
             empty = clip_min.CLIP(clip_min.CONFIGS["demo"])
         made = kind(empty, ["rose", "red tulip"], "a {}.", kind.Settings(**recipe))
