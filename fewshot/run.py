@@ -272,6 +272,7 @@ class Run:
                 "without --resume"
             )
         expect(position, {key: type(value) for key, value in (like or {}).items()}, where)
+        self.write_json("resume.json", position)  # a kill may have come between the two
         return tensors, position
 
 
