@@ -173,7 +173,12 @@ def ends(start):
     """
 
     def call(name: str, flags, moment: str = "", by=signal.SIGKILL) -> SimpleNamespace:
-        process = start(name, flags, moment, lambda: os.kill(os.getpid(), by))
+        def end():
+            if by == signal.SIGINT:  # which is ignored where the tests run in the background
+                signal.signal(by, signal.default_int_handler)
+            os.kill(os.getpid(), by)
+
+        process = start(name, flags, moment, end)
         process.join(120)
         return SimpleNamespace(code=process.exitcode, err=process.said())
 
