@@ -12,7 +12,7 @@ SMALLEST = {
     "demo_table.py": "--rows zero_shot,gda --seeds 1",
     "encode_image.py": "--batch 1 --rounds 1",
     "frozen_blocks.py": "--images 1 --classes 2 --rounds 1",
-    "generation.py": "--images 2 --batch 2 --rounds 1",
+    "generation.py": "--images 8 --batch 2 --rounds 1",
     "import_time.py": "--rounds 1",
     "length.py": "FLOWERS --methods prolip --classes 2 --shots 2 --seeds 1",
     "linear.py": "--rounds 1",
