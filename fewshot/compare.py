@@ -163,14 +163,14 @@ def show(
             found[str(s)] = {"rows": rows, "advice": advice(rows, images, by_name)}
             tables.setdefault(str(s), {})[dataset] = rows
             seeds_are = f", mean ± standard deviation of seeds {', '.join(map(str, seeds))}"
-            print(f"\n{dataset}, {s} shots{seeds_are if len(seeds) > 1 else ''}")
+            print(f"\n{dataset}, {grid.counted(s)}{seeds_are if len(seeds) > 1 else ''}")
             print(f"{table(rows)}\n{found[str(s)]['advice']}")
         content = {"methods": settings, "seeds": seeds, "shots": found}
         print(f"comparison: {grid.keep(folders[dataset], 'compare', shots, seeds, content)}")
     if len(results) > 1:
         means = {s: mean_of_data_sets(list(of.values())) for s, of in tables.items()}
         for s, rows in means.items():
-            print(f"\nmean of {len(results)} data sets, {s} shots\n{table(rows)}")
+            print(f"\nmean of {len(results)} data sets, {grid.counted(s)}\n{table(rows)}")
         content = {"methods": settings, "seeds": seeds, "datasets": list(results), "shots": means}
         print(f"data sets: {grid.keep(together, 'compare', shots, seeds, content)}")
 

@@ -80,11 +80,16 @@ def _number(scores: dict, part: str) -> float | None:
     return scores["joint"] and scores["joint"][part.removeprefix("joint_")]
 
 
+def counted(shots: int | str) -> str:
+    """counted(1) is "1 shot", counted("all") "all shots"."""
+    return f"{shots} shot{'s' if str(shots) != '1' else ''}"
+
+
 def rows(method: str, summary: dict) -> dict[str, dict]:
     """Spreads by what they are of: "zero-shot", "lora, 4 shots", …"""
     named = {"zero-shot": summary["zero_shot"]}
     for shots, scores in summary["shots"].items():
-        named[f"{method}, {shots} shot{'s' if shots != '1' else ''}"] = scores
+        named[f"{method}, {counted(shots)}"] = scores
     return named
 
 

@@ -90,7 +90,7 @@ def test_several_data_sets_end_with_their_mean(script, published, model, tmp_pat
     flags += ("--data-root", published, "--model", model, "--shots", 1, "--out", tmp_path)
     result = script("train", *flags)
     assert result.code == 0, result.err
-    assert "\nmean of 2 data sets, 1 shots\n" in result.out
+    assert "\nmean of 2 data sets, 1 shot\n" in result.out
     file = tmp_path / "dtd,food101-all/tiny/compare-s1-seed1.json"
     found = json.loads(file.read_text())
     assert found["datasets"] == ["dtd", "food101"]
