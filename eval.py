@@ -201,7 +201,7 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
     experiment.prepare(clip)
     zero_shot = METHODS["zero_shot"]
     settings = zero_shot.Settings(**pick(zero_shot.Settings, given))
-    for note in task.notes + strangers(settings.prompts, task.tested_names):
+    for note in task.notes + strangers(settings.prompts or {}, task.tested_names):
         print(f"note: {note}")
     names, template = task.classnames, task.template
     rows = {"zero-shot": evaluate(zero_shot.plain(clip, names, template), task)[0]}

@@ -103,7 +103,7 @@ def main() -> None:
 def written(method: Method, names: list[str]) -> dict:
     """What the names are put into: the template, or the texts written for each."""
     if prompts := getattr(method.settings, "prompts", None):
-        texts = class_texts(names, method.templates, prompts)
+        texts = class_texts(names, prompts)
         return {"prompts": dict(zip(names, texts, strict=True))}
     return {"template": "|".join(method.templates)}
 

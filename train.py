@@ -12,7 +12,6 @@ python train.py --method lora --help                          that method's sett
 
 import contextlib
 import functools
-import itertools
 import json
 import shlex
 import sys
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 # Before torch, which takes from it how threads wait.
-from clip_min import CLIP, UserError, weights  # isort: skip
+from clip_min import CLIP, UserError, tokenize, weights  # isort: skip
 import torch
 
 from clip_min.files import write_text
@@ -70,11 +69,9 @@ class World:
         )
         if line := uneven(task.train.labels.cpu(), task.classnames):
             print(line)
+        # Of zero-shot CLIP, which is tested at the end: a name too long for a prompt is told now.
+        tokenize([task.template.replace("{}", name) for name in task.tested_names])
         return cls(experiment, clip, task)
-
-    def build(self, plan: Plan) -> Method:
-        names, template = self.task.classnames, self.task.template
-        return METHODS[plan.method](self.clip, names, template, plan.settings)
 
     @functools.cached_property
     def unadapted(self) -> Method:
@@ -96,8 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{names} on {plan.data}, model {first.model}, {first.device}")
     for plan in plans:
         of = f"{plan.method}: " if len(plans) > 1 else ""
-        differs = changes(plan.settings, plan.usual)
-        print(f"{of}recipe {plan.recipe}{', with ' if differs else ''}{differs}")
+        differs = ""
+        if plan.settings != plan.usual:
+            differs = f", with {changes(plan.settings, plan.usual)}"
+        print(f"{of}recipe {plan.recipe}{differs}")
     # The first of each data set: one that is missing is told before hours of training.
     firsts = [e for e in plan.experiments if (e.shots, e.seed) == (first.shots, first.seed)]
     if len(firsts) > 1 or ranks.size > 1:
@@ -135,10 +134,11 @@ def fitting(plans: list[Plan], budget: float) -> tuple[list[Plan], World]:
     """
     experiments = plans[0].experiments
     world = World.of(max(experiments, key=lambda e: (e.shots == "all", e.shots)), plans[0].cache)
-    seconds = {}
+    seconds, clip, task = {}, world.clip, world.task
     for plan in plans:
         torch.manual_seed(0)
-        one = ranks.same(compare.seconds_of(world.build(plan), world.task))
+        method = METHODS[plan.method](clip, task.classnames, task.template, plan.settings)
+        one = ranks.same(compare.seconds_of(method, task))
         seconds[plan.method] = len(experiments) * one
     kept = compare.within(budget, seconds)
     print(compare.announce(seconds, kept))
@@ -178,14 +178,15 @@ def train(plan: Plan, world: World) -> dict:
     forget_peak()
     experiment, task = world.experiment, world.task
     torch.manual_seed(experiment.seed)
-    method, settings = world.build(plan), plan.settings
-    for note in strangers(getattr(settings, "prompts", None), task.tested_names):
-        print(f"note: {note}")
+    kind, settings = METHODS[plan.method], plan.settings
+    method = kind(world.clip, task.classnames, task.template, settings)
+    if prompts := getattr(settings, "prompts", None):
+        for note in strangers(prompts, task.tested_names):
+            print(f"note: {note}")
     if plan.init_from:
         load_into(method, plan.init_from)
-    for tested, test in itertools.product((world.unadapted, method), task.tests.values()):
-        if tested.names_unseen:
-            tested.for_classes(test.classnames)  # a name too long for a prompt is told now
+    for test in task.tests.values() if method.names_unseen else ():
+        method.for_classes(test.classnames)  # a name that does not fit is told now
     synthetic = {}
     if isinstance(settings, DISEFSettings):
         with torch.random.fork_rng():  # what is random in training does not depend on it
@@ -244,7 +245,7 @@ def train(plan: Plan, world: World) -> dict:
     if run.log and ranks.rank == 0:
         save_curves(run.log, run.path / "curves.png")
 
-    queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
+    queries = Queries.of(kind, settings, experiment.seed)
     scores, after = evaluate(method, task, queries)
     zero_shot, before = world.zero_shot
     if queries:

@@ -72,6 +72,8 @@ class Experiment:
                 "--shots-file says which images to learn from, so --shots cannot; drop one"
             )
         self.shots = "all" if self.shots_file else self.shots
+        if self.template and "{}" not in self.template:
+            raise UserError(f"--template {self.template!r} has no {{}} for the class name; add one")
         if self.threads < 0:
             raise UserError(f"--threads {self.threads}: expected 1 or more, or 0")
         if not 0 <= self.seed < 2**32:

@@ -22,7 +22,6 @@ from clip_min import CLIP, PromptTree, UserError, tokenize
 from clip_min.typed import expect_fields
 from clip_min.weights import fingerprint, mismatches
 from methods.class_prompts import class_texts, mean_per_class
-from methods.own_tree import own_tree
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -35,8 +34,13 @@ class Settings:
     # Field -> the least and the most it may be. Checked first: a value out of range would fail
     # after minutes of work, or, worse, train.
     limits: ClassVar[dict[str, tuple[float, float]]] = {}
+    # Field -> what reads its value from a text or file that is given for it.
+    readers: ClassVar[dict[str, Callable]] = {}
 
     def __post_init__(self):
+        for name, read in self.readers.items():
+            if (given := getattr(self, name)) != getattr(type(self), name):
+                object.__setattr__(self, name, read(given))
         for name, (least, most) in self.limits.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not least <= value <= most:
@@ -188,7 +192,10 @@ class Method(nn.Module):
     def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
         super().__init__()
         self.lent = (clip,)  # in a tuple, for its parameters are not this module's
-        self.clip = own_tree(clip)
+        # A copy of the modules over the same tensors, frozen: `deepcopy` takes what it finds in
+        # `tensors` as copied already. A part or tensor that is put there is not in the lent one.
+        tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}
+        self.clip = copy.deepcopy(clip, tensors)
         self.templates = getattr(settings, "templates", ()) or (template,)
         self.settings = settings
         self.set_classes(classnames)
@@ -201,7 +208,12 @@ class Method(nn.Module):
 
     def written_prompts(self) -> list[list[str]]:
         """The prompts of each class: those written for it, or one of each template."""
-        return class_texts(self.classnames, self.templates, getattr(self.settings, "prompts", None))
+        if prompts := getattr(self.settings, "prompts", None):
+            return class_texts(self.classnames, prompts)
+        for template in self.templates:
+            if "{}" not in template:
+                raise UserError(f"--template {template!r} has no {{}} for the class name; add one")
+        return [[t.replace("{}", name) for t in self.templates] for name in self.classnames]
 
     def prompt_tree(self) -> PromptTree:
         """The prompts of the classes, class after class: J in all."""
@@ -269,11 +281,7 @@ class Method(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """What a gradient step lowers; cross-entropy. x (B, …) encoded, labels (B,) -> scalar."""
-        return self.cross_entropy(self.classify(x), labels)
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor, **more) -> Tensor:
-        """F.cross_entropy of logits (B, K), with `--balance` of classes that weigh alike."""
-        return F.cross_entropy(logits, labels, self.class_weights, **more)
+        return F.cross_entropy(self.classify(x), labels, self.class_weights)
 
     def fit(self, train, val, descend: Callable) -> None:
         """Learn from `train`, choosing by `val`. Default: `descend`, the gradient loop, if anything

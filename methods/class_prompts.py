@@ -71,15 +71,8 @@ def check_text(text: str, where: str) -> None:
         )
 
 
-def class_texts(
-    classnames: Sequence[str], templates: Sequence[str], prompts: Prompts | None
-) -> list[list[str]]:
-    """The texts of each of K classes: its own, or else one of each template. "{}" is the name."""
-    if prompts is None:
-        for template in templates:
-            if "{}" not in template:
-                raise UserError(f"--template {template!r} has no {{}} for the class name; add one")
-        return [[t.replace("{}", name) for t in templates] for name in classnames]
+def class_texts(classnames: Sequence[str], prompts: Prompts) -> list[list[str]]:
+    """The texts written for each of K classes. "{}" in them is the name."""
     if missing := [name for name in classnames if spoken(name) not in prompts]:
         others = prompts.keys() - {spoken(name) for name in classnames}
         near = difflib.get_close_matches(spoken(missing[0]), sorted(others), 1)
@@ -91,10 +84,10 @@ def class_texts(
     return [[t.replace("{}", name) for t in prompts[spoken(name)]] for name in classnames]
 
 
-def strangers(prompts: Prompts | None, classnames: Sequence[str]) -> list[str]:
+def strangers(prompts: Prompts, classnames: Sequence[str]) -> list[str]:
     """A note, if there are texts for names that are no classes: those names, and what is near."""
     known = {spoken(name) for name in classnames}
-    others = [name for name in prompts or () if name not in known]
+    others = [name for name in prompts if name not in known]
     near = {name: difflib.get_close_matches(name, sorted(known), 1) for name in others[:20]}
     told = [name + (f" (near {near[name][0]})" if near.get(name) else "") for name in others]
     return [f"--prompts: has texts for what is no class here: {some(told)}"] if told else []

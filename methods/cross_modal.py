@@ -83,7 +83,8 @@ class CrossModal(Method):
         """x as in `classify`, labels (B,) -> scalar, over these images and as many texts."""
         texts = self.texts()[self.place :][: len(labels)].to(labels.device)  # (B,)
         samples = torch.cat([x, self.class_features()[texts]])  # (2B, E)
-        return self.cross_entropy(self.classify(samples), torch.cat([labels, texts]))
+        labels = torch.cat([labels, texts])  # (2B,)
+        return F.cross_entropy(self.classify(samples), labels, self.class_weights)
 
     def texts(self) -> Tensor:
         """Numbers of the class prompts (B,) that step `self.step` learns from."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.base import Method, Settings
@@ -96,8 +97,9 @@ class WithDepthHead(Method):
 
     def loss_of(self, f: Tensor, text: Tensor, labels: Tensor) -> Tensor:
         """The same of f (B, E) and W (K, E)."""
-        loss = self.cross_entropy(self.clip.logits(f, text), labels)
+        weights = self.class_weights
+        loss = F.cross_entropy(self.clip.logits(f, text), labels, weights)
         if self.head is None:
             return loss
         lin = torch.cat([self.lin(f, "image"), self.lin(text[labels], "text")])  # (2B, K)
-        return (1 - SHARE) * loss + SHARE * self.cross_entropy(lin, labels.repeat(2))
+        return (1 - SHARE) * loss + SHARE * F.cross_entropy(lin, labels.repeat(2), weights)

@@ -115,7 +115,8 @@ class DISEF(LoRA):
         Without `synthetic` all images are real ones, and alone: the loss is LoRA's.
         """
         s = self.settings
-        cross_entropy = functools.partial(self.cross_entropy, label_smoothing=s.label_smoothing)
+        how = {"weight": self.class_weights, "label_smoothing": s.label_smoothing}
+        cross_entropy = functools.partial(F.cross_entropy, **how)
         if s.mixup or s.cutmix:
             real = torch.ones_like(labels, dtype=torch.bool) if synthetic is None else ~synthetic
             x, labels = x.clone(), F.one_hot(labels, len(self.classnames)).float()

@@ -136,7 +136,7 @@ class PromptSRC(LearnedContext):
         p_was = self.clip.logits(image_was, text_was).softmax(dim=1)
         divergence = F.kl_div(logits.log_softmax(dim=1), p_was, reduction="batchmean")
         return (
-            self.cross_entropy(logits, labels)
+            F.cross_entropy(logits, labels, self.class_weights)
             + s.near_text * distance(text, text_was)
             + s.near_image * distance(image, image_was)
             + s.near_logits * divergence / len(self.classnames)

@@ -47,22 +47,7 @@ class PromptSettings(Settings):
         "texts written for each class, in place of templates: a JSON file, {class: [texts]}",
     ] = field(default=None, kw_only=True)
 
-    def __post_init__(self):
-        object.__setattr__(self, "prompts", read_prompts(self.prompts))
-        super().__post_init__()
-
-
-@dataclass(frozen=True)
-class TemplateSettings(PromptSettings):
-    templates: Annotated[
-        tuple[str, ...],
-        "templates to average over: 'ensemble' (a list of ours), a file of one a line, or the "
-        "templates themselves with | between them; empty: --template alone",
-    ] = ()
-
-    def __post_init__(self):
-        object.__setattr__(self, "templates", read_templates(self.templates))
-        super().__post_init__()
+    readers = {"prompts": read_prompts}
 
 
 def read_templates(given: str | list | tuple) -> tuple[str, ...]:
@@ -91,3 +76,14 @@ def read_templates(given: str | list | tuple) -> tuple[str, ...]:
     if given and not lines:
         raise UserError(f"--templates {given}: expected templates, found none")
     return lines
+
+
+@dataclass(frozen=True)
+class TemplateSettings(PromptSettings):
+    templates: Annotated[
+        tuple[str, ...],
+        "templates to average over: 'ensemble' (a list of ours), a file of one a line, or the "
+        "templates themselves with | between them; empty: --template alone",
+    ] = ()
+
+    readers = {**PromptSettings.readers, "templates": read_templates}

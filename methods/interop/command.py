@@ -169,7 +169,7 @@ def add_settings(parser, often, recipes: dict[str, str], presets: dict[str, dict
     kinds = {n: typing.get_type_hints(METHODS[n].Settings, include_extras=True) for n in recipes}
     known = [(key, kind) for of in kinds.values() for key, kind in of.items()]
     left = {key for key, kind in known if all(kind == other for k, other in known if k == key)}
-    left.discard("limits")
+    left -= {"limits", "readers"}
     groups = {"often": often, "training": None}
     for name, preset in presets.items():
         own = left.difference(OFTEN, shared)

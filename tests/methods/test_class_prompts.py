@@ -162,7 +162,7 @@ def test_texts_that_no_class_reads_are_noted_with_the_nearest_name():
     prompts = {"rose": ["a."], "ox eye daisy": ["b."], "fern": ["c."]}
     (note,) = strangers(prompts, NAMES)
     assert "no class here: ox eye daisy (near ox-eye daisy), fern" in note
-    assert strangers({"rose": ["a."]}, ["rose"]) == strangers(None, NAMES) == []
+    assert strangers({"rose": ["a."]}, ["rose"]) == strangers({}, NAMES) == []
 
 
 def test_without_prompts_zero_shot_is_as_before(clip, images):
