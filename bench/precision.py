@@ -15,7 +15,7 @@ import torch
 from side_by_side import hardware
 
 from clip_min import CLIP, CONFIGS
-from fewshot.batches import PRECISIONS, autocast
+from fewshot.batches import PRECISIONS
 from methods import METHODS
 
 
@@ -52,7 +52,7 @@ def run(precision: str, given, device: torch.device) -> bool:
     losses, started = [], time.perf_counter()
     for step in range(given.steps):
         rows = (torch.arange(given.batch) + step * given.batch) % len(images)
-        with autocast(device, precision):
+        with torch.autocast(device.type, **PRECISIONS[precision]):
             loss = lora.loss(images[rows], labels[rows])
         optimizer.zero_grad()
         scaler.scale(loss).backward()

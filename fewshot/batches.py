@@ -21,16 +21,16 @@ from tqdm import tqdm
 from clip_min import normalize
 from clip_min.errors import Note
 from fewshot import cache, ranks
-from fewshot.pictures import READERS, Pictures, Reader, free_memory, pixel_hash
+from fewshot.pictures import READERS, Pictures, Reader, pixel_hash
 
 KEPT = 1e9  # bytes of whole pictures that are kept in memory where crops are drawn anew each time
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """fp32: changes nothing. bf16, fp16: matrix products run in it, weights and sums stay fp32."""
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+# For torch.autocast: matrix products run in bf16 or fp16, weights and sums stay fp32.
+PRECISIONS = {
+    "fp32": {"enabled": False},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+}
 
 
 class Batches:
@@ -56,9 +56,9 @@ class Batches:
         self.synthetic: Tensor | None = None
         self.apart = False
         self.nbytes = len(self) * 3 * reader.size**2  # of the pixels
-        self.room = self.nbytes  # that encoded pictures may take in memory
+        self.room: float | None = self.nbytes  # for encoded pictures; None: as the reader has it
         self._encoded: dict[tuple, Tensor] = {}  # by what encodes them
-        self._fits: dict[tuple | None, bool] = {}
+        self._fits: dict[tuple, bool] = {}
         self._originals: dict[int, Image.Image] = {}
         self._room = KEPT
 
@@ -127,7 +127,7 @@ class Batches:
 
     def autocast(self) -> torch.autocast:
         """What a method's forward pass on these pictures runs in."""
-        return autocast(self.device, self.precision)
+        return torch.autocast(self.device.type, **PRECISIONS[self.precision])
 
     def images(self, chosen: Tensor, augment: str = "none") -> Tensor:
         """The pictures with the numbers `chosen` (B,), as the image tower reads them: (B, 3, n, n),
@@ -173,15 +173,17 @@ class Batches:
         """Whether encoded pictures are kept: not if nothing of the method is frozen, so that they
         are the pictures themselves; nor if they take more than `room` bytes.
         """
-        if (encoder := method.encoder) not in self._fits:
+        if (encoder := method.encoder) is None:
+            return False
+        if encoder not in self._fits:
+            room = self.reader.room if self.room is None else self.room
             with torch.no_grad(), self.autocast():
-                one = encoder and method.encode(self.images(torch.tensor([0])))
-            size = len(self) * one.nbytes if encoder else 0
-            self._fits[encoder] = 0 < size <= self.room
-            if size > self.room > self.nbytes:
+                size = len(self) * method.encode(self.images(torch.tensor([0]))).nbytes
+            self._fits[encoder] = size <= room
+            if size > room > self.nbytes:
                 warnings.warn(
                     f"encoded training or validation images take {size / 1e9:.1f} GB, more than "
-                    f"the {self.room / 1e9:.1f} GB they may (--cache-gb, or half of what is free): "
+                    f"the {room / 1e9:.1f} GB they may (--cache-gb, or half of what is free): "
                     "the frozen blocks compute them again in each step",
                     Note,
                     stacklevel=1,
@@ -246,10 +248,3 @@ class Batches:
             else:
                 self._room += needed
         return [self._originals.get(i) or opened[i] for i in numbers]
-
-
-def room(device: torch.device) -> float:
-    """Bytes that encoded training images may take in memory, and as many those of validation."""
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    return ranks.same(min(cache.limit, free / 3 / (1 if on_gpu else ranks.size)))

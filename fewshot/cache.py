@@ -17,19 +17,6 @@ from torch import Tensor
 from clip_min import UserError
 from clip_min.files import read_safetensors, remove_half_written, write_safetensors
 
-
-def place(flag: str = "") -> Path | None:
-    """The cache's folder: as --cache says, else CLIP_MIN_CACHE, else ~/.cache/clip_min.
-
-    "none" is nowhere. Nothing in it is needed: it may be removed at any time.
-    """
-    text = flag or os.environ.get("CLIP_MIN_CACHE", "")
-    if text == "none":
-        return None
-    return Path(text).expanduser() if text else Path.home() / ".cache" / "clip_min"
-
-
-FOLDER = place()
 KINDS = ("pixels", "hashes", "odd", "features")
 limit = 10e9  # bytes that are kept, at most; see `chosen`
 
@@ -48,12 +35,21 @@ def add_flags(group) -> None:
 
 
 def chosen(given: dict) -> Path | None:
-    """The cache's folder by these flags; --cache-gb is its largest size from now on."""
+    """The cache's folder: as --cache says, else CLIP_MIN_CACHE, else ~/.cache/clip_min; "none" is
+    nowhere. Nothing in it is needed: it may be removed at any time. --cache-gb is its largest size
+    from now on.
+    """
     global limit
     if not 0 <= (gb := given.get("cache_gb", 10)) < float("inf"):
         raise UserError(f"--cache-gb {gb}: expected 0 or more")
     limit = gb * 1e9
-    return place(given.get("cache", ""))
+    text = given.get("cache") or os.environ.get("CLIP_MIN_CACHE", "")
+    if text == "none":
+        return None
+    return Path(text).expanduser() if text else Path.home() / ".cache" / "clip_min"
+
+
+FOLDER = chosen({})
 
 
 def key(*parts) -> str:

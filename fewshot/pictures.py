@@ -7,6 +7,7 @@ pictures, which may be many, are read a batch at a time, whenever they are neede
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -190,8 +191,17 @@ class Reader:
     device: torch.device = torch.device("cpu")
     skip_bad: bool = False  # leave out files that cannot be read, with a note; else: an error
     folder: Path | None = cache.FOLDER  # keeps pixels and features for the next run; None: nowhere
-    precision: str = "fp32"  # of the forward pass, see `autocast`
+    precision: str = "fp32"  # of the forward pass, see `Batches.autocast`
     prepared: CLIPConfig = OPENAI  # how the model has its pictures prepared, but for their size
+
+    @functools.cached_property
+    def room(self) -> float:
+        """Bytes that encoded training images may take in memory, and as many those of validation:
+        of what is free when the first of them are encoded.
+        """
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()
+        return ranks.same(min(cache.limit, free / 3 / (1 if on_gpu else ranks.size)))
 
     def read(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
         """Decode and crop -> (the readable pictures, uint8 (N, 3, size, size)).

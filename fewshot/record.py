@@ -5,6 +5,7 @@ the pictures it was begun on, is tested again on those that it was tested on, th
 come, and never on one that it has learned from, though the data are split anew.
 """
 
+import hashlib
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 
 from clip_min import UserError
 from clip_min.files import read_json
-from fewshot import cache
 from fewshot.datasets import Dataset
 from fewshot.folder import PARTS
 from fewshot.pictures import Pictures, digests
@@ -34,8 +34,9 @@ def rows(pictures: Pictures, classnames: list[str], root: str = "") -> list[list
 
 def summary(record: Record) -> dict[str, str]:
     """A record in three lines, which are others if a picture, its class or their order is."""
-    bare = {part: [row[1:] for row in record[part]] for part in PARTS}
-    return {part: f"{len(rows)} pictures ({cache.key(rows)[:16]})" for part, rows in bare.items()}
+    bare = {part: repr([row[1:] for row in record[part]]) + ";" for part in PARTS}
+    hashes = {part: hashlib.sha256(text.encode()).hexdigest() for part, text in bare.items()}
+    return {part: f"{len(record[part])} pictures ({hashes[part][:16]})" for part in PARTS}
 
 
 def kept(path: Path, config: dict) -> Record | None:

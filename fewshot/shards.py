@@ -39,7 +39,7 @@ from clip_min.files import (
     write_text,
 )
 from fewshot import ranks
-from fewshot.batches import autocast
+from fewshot.batches import PRECISIONS
 from fewshot.pictures import ENDINGS, ahead, cut, open_image
 
 LABELS = (".cls", ".txt")  # beside a picture in a tar file: its class, by number or name
@@ -226,7 +226,7 @@ def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precis
     @torch.no_grad()
     def encode(pixels: list[Tensor]) -> Tensor:  # (B, E)
         images = normalize(torch.stack(pixels).to(device), config=config)  # (B, 3, n, n)
-        with autocast(device, precision):
+        with torch.autocast(device.type, **PRECISIONS[precision]):
             return clip.encode_image(images).float().cpu()
 
     decoded = ahead(decode, shards.missing(source))

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from clip_min import UserError
 from fewshot import coop_split
-from fewshot.batches import Batches, room
+from fewshot.batches import Batches
 from fewshot.coop_split import FEW_VAL  # validation pictures a class, where they have to be few
 from fewshot.datasets import Dataset
 from fewshot.pictures import Pictures, Reader, check_memory, few
@@ -77,7 +76,8 @@ def make_task(
     learned, parts = halves(dataset, classes, base)
     train, val, notes = draw(dataset, learned, shots, seed)
     notes = [*dataset.notes, *notes]
-    check_memory(len(train) + len(val), reader.size)
+    if not train.in_memory or train.source[0].shape[-1] != reader.size:  # else they are read
+        check_memory(len(train) + len(val), reader.size)
     task = Task(
         classnames=[dataset.classnames[i] for i in learned],
         template=dataset.template,
@@ -86,16 +86,8 @@ def make_task(
         tests=_tests(dataset, parts, reader, notes),
         notes=notes,
     )
-    task.train.room = task.val.room = room(reader.device)
-    seen = (task.train.hashes, task.val.hashes)
-    if twice := sum(shared(test.batches.hashes, *seen) for test in task.tests.values()):
-        notes.append(f"{twice} test images are also learned from or validated on, pixel for pixel")
-    seen = (task.train.pictures, task.val.pictures)
-    for which in (seen, [test.batches.pictures for test in task.tests.values()]):
-        if found := copies(*which):
-            notes.append(
-                f"images that are copies of others, byte for byte: {len(found)} ({few(found)})"
-            )
+    task.train.room = task.val.room = None  # as much as both can have
+    notes += twice([task.train, task.val], [test.batches for test in task.tests.values()])
     return task
 
 
@@ -119,26 +111,35 @@ def halves(
     return learned, parts
 
 
-def copies(*parts: Pictures) -> list[str]:
-    """Files that hold what another one holds: "b.jpg of a.jpg"."""
-    first: dict[str, Path] = {}
-    files = {
-        file: made
-        for pictures in parts
-        for file, made in zip(pictures.source, pictures.digests, strict=True)
-        if isinstance(file, Path)
-    }
-    return [
-        f"{file} of {first[made]}"
-        for file, made in files.items()
-        if first.setdefault(made, file) != file
+def twice(learned: list[Batches], tested: list[Batches]) -> list[str]:
+    """Notes on pictures that are learned from and tested on, and on files that hold what another
+    one among those that are learned from, or tested on, holds.
+    """
+    each = [  # of each picture a hash of its pixels; an image in memory is what its digest is of
+        b.pictures.digests if b.pictures.in_memory else [*map(tuple, b.hashes.tolist())]
+        for b in (*learned, *tested)
     ]
-
-
-def shared(hashes: Tensor, *others: Tensor) -> int:
-    """How many of these pictures are among others, by the hashes of their pixels (N, 32) each."""
-    known = {tuple(row) for other in others for row in other.tolist()}
-    return sum(tuple(row) in known for row in hashes.tolist())
+    known = {one for of in each[: len(learned)] for one in of}
+    notes = []
+    if count := sum(one in known for of in each[len(learned) :] for one in of):
+        notes = [f"{count} test images are also learned from or validated on, pixel for pixel"]
+    for some in (learned, tested):
+        first: dict[str, Path] = {}
+        files = {
+            file: made
+            for b in some
+            for file, made in zip(b.pictures.source, b.pictures.digests, strict=True)
+            if isinstance(file, Path)
+        }
+        copies = [
+            f"{file} of {first[made]}"
+            for file, made in files.items()
+            if first.setdefault(made, file) != file
+        ]
+        if copies:
+            count = f"{len(copies)} ({few(copies)})"
+            notes.append(f"images that are copies of others, byte for byte: {count}")
+    return notes
 
 
 def make_test(
@@ -231,7 +232,9 @@ def draw(
             "no class has more than one training image, so none is left for validation; give more, "
             "or a val/ folder"
         )
-    return pool[torch.cat(train)], val, notes + _note_short(short, shots)
+    if short:
+        notes.append(_note_short(short, shots))
+    return pool[torch.cat(train)], val, notes
 
 
 def _at_most(most: int, pictures: Pictures, generator: torch.Generator) -> Pictures:
@@ -256,16 +259,14 @@ def draw_coop(
     )
     if len(val) == 0:
         raise UserError("training takes every image, so none is left for validation; lower --shots")
-    return train, val, _note_short(short, shots)
+    return train, val, [_note_short(short, shots)] if short else []
 
 
-def _note_short(short: dict[str, int], shots: int) -> list[str]:
+def _note_short(short: dict[str, int], shots: int) -> str:
     """A note on classes with fewer pictures than `shots`: name -> how many."""
-    if not short:
-        return []
     listed = ", ".join(f"{name} {n}" for name, n in list(short.items())[:5])
     more = ", …" if len(short) > 5 else ""
-    return [f"fewer than {shots} training images in {len(short)} classes: {listed}{more}"]
+    return f"fewer than {shots} training images in {len(short)} classes: {listed}{more}"
 
 
 def _of_classes(pictures: Pictures, classes: Sequence[int]) -> Pictures:

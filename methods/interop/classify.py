@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clip_min import UserError, crop, normalize, weights
 from clip_min.files import replacing
-from fewshot.batches import autocast
+from fewshot.batches import PRECISIONS
 from fewshot.experiment import Experiment
 from fewshot.folder import find_pictures
 from fewshot.pictures import ahead, open_image
@@ -73,8 +73,8 @@ class Classifier:
     def classify(self, paths: Iterable[str | Path]) -> Iterator[Answer]:
         """The answers to pictures and to folders of pictures, in their order."""
         files = [file for path in paths for file in pictures_in(Path(path))]
-        device = self.method.clip.device
-        with self.method.inference(), autocast(device, self.precision):
+        device, how = self.method.clip.device, PRECISIONS[self.precision]
+        with self.method.inference(), torch.autocast(device.type, **how):
             batches = self._encoded(files)
             if self.method.transductive:  # it labels all jointly
                 batches = [_joined(list(batches))] if files else []

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from clip_min import UserError
 from fewshot import pictures
 from fewshot.datasets import Dataset
-from fewshot.pictures import Pictures, Reader, pixel_hash
-from fewshot.task import make_task, shared
+from fewshot.pictures import Pictures, Reader
+from fewshot.task import make_task
 
 
 @pytest.fixture
@@ -198,8 +199,8 @@ def test_of_ones_own_large_validation_part_some_are_drawn_and_that_is_noted(data
 def test_pictures_that_do_not_fit_in_memory_are_told_before_any_is_read(dataset, monkeypatch):
     monkeypatch.setattr(pictures, "free_memory", lambda: 1000.0)
     monkeypatch.setattr(Reader, "read", lambda *a: pytest.fail("it was read"))
-    with pytest.raises(UserError, match="^24 pictures of 4 x 4 pixels take"):  # 3 x (3 + 5)
-        task_of(dataset(3, train=5, test=5, val=5), classes="all")
+    with pytest.raises(UserError, match="^24 pictures of 8 x 8 pixels take"):  # 3 x (3 + 5)
+        make_task(dataset(3, train=5, test=5, val=5), 3, 1, "all", Reader(8))
 
 
 def test_test_pictures_are_never_in_train_or_val(dataset, numbers):
@@ -276,13 +277,20 @@ def test_copies_among_the_pictures_are_noted(noise, tmp_path):
     assert f"{tmp_path}/test2.png of {tmp_path}/test1.png" in notes[1]
 
 
-def test_pictures_are_the_same_if_all_pixels_are():
+def test_pictures_are_the_same_if_all_pixels_are(tmp_path):
     dice = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (4, 3, 6, 6), dtype=torch.uint8, generator=dice)
-    pixels[1] = pixels[0]
-    pixels[1, 2, 5, 5] ^= 1  # one bit of one value differs
-    a, b = (torch.stack([pixel_hash(x) for x in some]) for some in (pixels[[0, 2]], pixels[[1, 3]]))
-    assert (shared(a, b), shared(a, a), shared(a, b, a.flip(0)), shared(a)) == (0, 2, 2, 0)
+    pixels = torch.randint(0, 256, (3, 4, 3, 6, 6), dtype=torch.uint8, generator=dice)
+    pixels[2, :2] = pixels[0, :2]  # two of the test images are training ones
+    pixels[2, 1, 2, 5, 5] ^= 1  # but for one bit of one value of the second
+    files = [[tmp_path / f"{part}{i}.png" for i in range(4)] for part in range(3)]
+    for file, image in zip(sum(files, []), pixels.flatten(0, 1), strict=True):
+        to_pil_image(image).save(file)
+    for source in (pixels, files):  # in memory, or in files
+        parts = (Pictures(part, torch.tensor([0, 0, 1, 1])) for part in source)
+        task = make_task(Dataset(["a", "b"], "{}", *parts), 2, 1, "all", Reader(6, folder=None))
+        assert task.notes == [
+            "1 test images are also learned from or validated on, pixel for pixel"
+        ]
 
 
 @pytest.mark.parametrize("base", [[4, 1], [0, 3], [0, 2, 4]])
