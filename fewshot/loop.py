@@ -109,7 +109,7 @@ class State:
                 like.copy_(tensor)
         self.optimizer.load_state_dict(state)
         device = next(iter(self.learned.values())).device
-        own = ranks.rank() or ""  # of a rank that there was not, there is no state: it goes its way
+        own = ranks.rank or ""  # of a rank that there was not, there is no state: it goes its way
         if own == "" or f"random/cpu{own}" in tensors:
             torch.set_rng_state(tensors[f"random/cpu{own}"])
         if f"random/cuda{own}" in tensors and device.type == "cuda":
@@ -135,18 +135,19 @@ def descend(
     s = method.settings
     if s.grid:
         return search(method, train, val, run, seed)
-    ranks.agree(method.adapter_state().values())
+    if ranks.size > 1:
+        ranks.agree(method.adapter_state().values())
+        ranks.part_ways(seed)
     method.class_weights = train.class_weights(len(method.classnames)) if s.balance else None
     length, state = Length.of(s, train, method.first_stage), State(method, train)
     seen = train.some(len(val))  # as many, for the curve of training accuracy
-    ranks.part_ways(seed)
     if resume:
         state.load(run)
     at = state.at
     if at.step < length.total and not at.stopped:
         print(announce(s, train, val, length, at.step))
-        if ranks.size() > 1 and not shareable(method):
-            print(f"note: this loss is not a mean over images: all {ranks.size()} processes do it")
+        if ranks.size > 1 and not shareable(method):
+            print(f"note: this loss is not a mean over images: all {ranks.size} processes do it")
     third = at.step + 2  # timed: the first ones also read and encode what is then kept
     bar = tqdm(total=length.total, initial=at.step, unit="step", disable=None)
     while at.step < length.total and not at.stopped:
@@ -205,19 +206,20 @@ def gradient_step(
     method.step = step
     if step == length.switch and method.first_stage is not None:
         method.second_stage()  # a tensor without a gradient stays; with its first one it is new
-    part, weight = chosen, 1 / ranks.size()  # each rank computes all of it,
-    if ranks.size() > 1 and shareable(method):  # or, where it can be, a part
+    part, weight, several = chosen, 1 / ranks.size, ranks.size > 1  # each rank computes all of it,
+    if several and shareable(method):  # or, where it can be, a part
         part, method.place, weight = ranks.share(chosen)
         method.whole = train.targets(chosen)
     with train.autocast():
         inputs = train.inputs(method, part, s.augment)
         loss = method.loss(inputs, *train.targets(part)) * weight
-    whole = ranks.total(loss.detach()).item()
+    whole = (ranks.total(loss.detach()) if several else loss).item()
     if not math.isfinite(whole):
         raise NotFinite(f"loss was {whole} in step {step + 1}")
     optimizer.zero_grad()
     scaler.scale(loss).backward()
-    ranks.add_gradients(state.trained)
+    if several:
+        ranks.add_gradients(state.trained)
     if s.clip_norm:
         scaler.unscale_(optimizer)
         clip_grad_norm_(state.trained, s.clip_norm)
@@ -275,10 +277,11 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
     Of equally good points the first. Each starts from the same tensors and random state, as a run
     of its own in this one's folder, so that after a kill those before it are not trained again.
     """
-    ranks.agree(method.adapter_state().values())
+    if ranks.size > 1:
+        ranks.agree(method.adapter_state().values())
     s, start = method.settings, copies(method.adapter_state())
     best, seconds, points = None, 0.0, list(enumerate(s.points(), 1))
-    for some in (train, val) if ranks.size() > 1 else ():  # by all, before these go their ways
+    for some in (train, val) if ranks.size > 1 else ():  # by all, before these go their ways
         if some.keeps(method):
             some.encoded(method)
     for number, point in ranks.mine(points):

@@ -138,7 +138,8 @@ def pixel_hash(pixels: Tensor) -> Tensor:
 def digests(pictures: Pictures) -> list[str]:
     """The digest of each picture, files read by several threads."""
     with ThreadPoolExecutor(READERS) as pool:
-        every = ranks.together(list(pool.map(digest, ranks.mine(pictures.source))))
+        own = list(pool.map(digest, pictures.source[ranks.rank :: ranks.size]))
+    every = [own] if ranks.size == 1 else ranks.together(own)
     return [every[i % len(every)][i // len(every)] for i in range(len(pictures))]
 
 
@@ -271,7 +272,7 @@ class Reader:
                 self._refuse(errors, count)
                 good = torch.tensor([i for i in range(count) if i not in errors])
                 pictures, kept, odd = pictures[good], kept[good], odd[good]
-            elif name and ranks.first():
+            elif name and ranks.rank == 0:
                 cache.save(self.folder, kind, name, kept)
                 cache.save(self.folder, "odd", name, odd)
         for number, said in {} if pictures.in_memory else ODD.items():
