@@ -29,7 +29,7 @@ from fewshot import compare, grid, predictions, ranks
 from fewshot.experiment import Experiment, evaluate, forget_peak, peak_memory_mb, run_script
 from fewshot.flags import changes
 from fewshot.loop import descend
-from fewshot.metrics import train_accuracy, val_accuracy
+from fewshot.metrics import accuracy_on
 from fewshot.predictions import Predictions, brief
 from fewshot.record import summary
 from fewshot.run import Run, provenance
@@ -82,7 +82,7 @@ class World:
     def zero_shot(self) -> tuple[dict, dict[str, Predictions]]:
         """What CLIP as it is scores, and its answers."""
         scores, found = evaluate(self.unadapted, self.task)
-        return {**scores, "val": val_accuracy(self.unadapted, self.task.val)}, found
+        return {**scores, "val": accuracy_on(self.unadapted, self.task.val)}, found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -237,7 +237,7 @@ def train(plan: Plan, world: World) -> dict:
     seconds = run.log[-1]["seconds"] if run.log else time.perf_counter() - started
     fitted = {}
     if run.log:
-        fitted = {"steps": run.log[-1]["step"], "train": train_accuracy(method, task.train)}
+        fitted = {"steps": run.log[-1]["step"], "train": accuracy_on(method, task.train.some(500))}
         for doubt in doubts(**fitted):
             print(f"note: {doubt}")
     fitted |= {"val": validated(method, task, run.log), "val_images": len(task.val)}
@@ -280,7 +280,7 @@ def validated(method: Method, task: Task, log: list[dict]) -> float | None:
         return None
     if log and "best" in method.settings.keep:
         return max(line["val"] for line in log)
-    return val_accuracy(method, task.val)
+    return accuracy_on(method, task.val)
 
 
 def lora_run(plan: Plan, world: World) -> Path:

@@ -1,5 +1,6 @@
 """Pictures, as batches that a method reads: normalised, augmented, or encoded."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,11 @@ class Batches:
         if self.synthetic is None:
             return self
         return self.part((~self.synthetic).nonzero().flatten().cpu())
+
+    def some(self, most: int) -> "Batches":
+        """`most` of the real pictures at most, evenly spread over them."""
+        real = self.real()
+        return real.part(torch.arange(0, len(real), math.ceil(len(real) / most)))
 
     def part(self, chosen: Tensor) -> "Batches":
         """The pictures with the numbers `chosen` (B,), as real ones."""

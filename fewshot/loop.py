@@ -20,9 +20,9 @@ from clip_min import UserError
 from clip_min.errors import first_line
 from fewshot import ranks
 from fewshot.batches import Batches
-from fewshot.metrics import accuracy, predict
+from fewshot.metrics import accuracy, accuracy_on, predict
 from fewshot.run import Run
-from fewshot.schedule import Length, announce, duration, learning_rate
+from fewshot.schedule import Length, announce, duration, learning_rate, seconds_left
 
 
 @dataclass
@@ -140,6 +140,7 @@ def descend(
         ranks.part_ways(seed)
     method.class_weights = train.class_weights(len(method.classnames)) if s.balance else None
     length, state = Length.of(s, train, method.first_stage), State(method, train)
+    seen = train.some(len(val))  # as many, for the curve of training accuracy
     if resume:
         state.load(run)
     at = state.at
@@ -164,10 +165,10 @@ def descend(
                 bar.update()
                 if step == third and length.total > 20:
                     each = time.perf_counter() - begun
-                    left = seconds_left(method, val, length, step + 1, each)
+                    left = seconds_left(method, seen, val, length, step + 1, each)
                     bar.write(f"about {duration(left)}")
                     method.train()
-            judged = judge(method, val, state, length, step + 1)
+            judged = judge(method, seen, val, state, length, step + 1)
         except NotFinite as why:
             at.stopped = str(why)
             break
@@ -239,8 +240,12 @@ def shareable(method) -> bool:
     return method.loss_is_mean and method.class_weights is None
 
 
-def judge(method, val: Batches, state: State, length: Length, now: int) -> dict[str, float]:
-    """The accuracy after step `now`, to be logged, if it decides what is kept or when to stop."""
+def judge(
+    method, seen: Batches, val: Batches, state: State, length: Length, now: int
+) -> dict[str, float]:
+    """Accuracies after step `now`, to be logged, if validation decides what is kept or when to
+    stop: on `val`, and on training images `seen`, which decide nothing.
+    """
     s, at = method.settings, state.at
     if not length.chooses:
         if not all(tensor.isfinite().all() for tensor in state.learned.values()):
@@ -256,7 +261,7 @@ def judge(method, val: Batches, state: State, length: Length, now: int) -> dict[
     at.waited = 0 if better else at.waited + 1
     if at.waited and at.waited == s.patience:
         at.stopped = f"no better validation accuracy in {s.patience} validations"
-    return {"val": found}
+    return {"val": found, "train": accuracy_on(method, seen)}
 
 
 def share_of_mean(method, length: Length, now: int) -> float:
@@ -288,7 +293,7 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
         with ranks.apart():
             part = run.part(f"grid{number}", asdict(method.settings))
             seconds += descend(method, train, val, part, seed, resume=True)
-            found = accuracy(predict(method, val), val.labels.cpu())
+            found = accuracy_on(method, val)
         print(f"grid: {name}: {found:.2f} % on validation")
         if best is None or found > best[0]:
             kept = {name: t.detach().clone().cpu() for name, t in method.adapter_state().items()}
@@ -332,21 +337,3 @@ def new_optimizer(
     if s.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=s.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=s.lr, eps=s.eps)
-
-
-def seconds_left(method, val: Batches, length: Length, done: int, step: float) -> float:
-    """What the rest takes, if one step takes `step` seconds."""
-    left = length.total - done
-    if not length.chooses:
-        return left * step
-    each = validation_seconds(method, val)
-    return left * step + math.ceil(left / length.round) * len(val) * each
-
-
-def validation_seconds(method, val: Batches) -> float:
-    """What a validation image takes; one batch of them is tried."""
-    some = val.part(torch.arange(min(64, len(val))))
-    predict(method, some)  # the first one is slower
-    started = time.perf_counter()
-    predict(method, some)
-    return (time.perf_counter() - started) / len(some)

@@ -3,7 +3,8 @@
 A JPEG is decoded and resized once. The uint8 crop that comes out is exactly what CLIP's
 normalisation reads, so keeping it loses nothing. Of pictures that are learned from or validated on
 it is kept, in memory for the run and in a cache file for the next one (`Reader.read`). Test
-pictures, which may be many, are read a batch at a time, whenever they are needed (`Reader.stream`).
+pictures, which may be many, are read a batch at a time, whenever they are needed (`Reader.stream`);
+their crops stay on disk until the run ends.
 """
 
 import contextlib
@@ -215,8 +216,13 @@ class Reader:
         check_memory(len(pictures), self.size)
         return self._read(pictures, notes, "pixels")
 
+    @functools.cached_property
+    def spool(self) -> cache.Spool:
+        """Where `check` leaves the crops on disk, and `stream` finds them."""
+        return cache.Spool(self.folder, self.size)
+
     def check(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
-        """The same, but of the pixels only `pixel_hash` is kept -> (…, uint8 (N, 32)).
+        """The same, but in memory only `pixel_hash` of the pixels is kept -> (…, uint8 (N, 32)).
 
         For pictures that `stream` reads when they are needed: what is wrong with them, and which
         ones they are, is known from here on.
@@ -225,13 +231,20 @@ class Reader:
 
     def stream(self, pictures: Pictures, hashes: Tensor, parts: list[Tensor]) -> Iterator[Tensor]:
         """Of each part, numbers (B,) of pictures that were checked: their crops, uint8
-        (B, 3, size, size). Threads decode the next ones while these are computed with.
+        (B, 3, size, size). Threads decode the next ones while these are computed with. A picture
+        that is on disk already, since it was checked or tested before, is not decoded again.
         """
 
+        spool = self.spool  # made here: threads would make one each
+        names = pictures.digests or [""] * len(pictures)
+
         def again(i: int) -> Tensor:
+            if (kept := spool.get(names[i])) is not None:
+                return kept
             pixels, _ = self._decode(pictures, i)
             if not torch.equal(pixel_hash(pixels), hashes[i]):
                 raise UserError(f"{pictures.name(i)}: has changed since it was checked; run again")
+            spool.put(names[i], pixels)
             return pixels
 
         crops = ahead(again, (i for part in parts for i in part.tolist()))
@@ -260,11 +273,15 @@ class Reader:
             kept = torch.empty(shape, dtype=torch.uint8).fill_(0)  # other ranks fill the rest
             odd = torch.zeros(count, dtype=torch.uint8)
             own = ranks.mine(range(count))
+            spool = self.spool if kind == "hashes" else None
 
             def attempt(i: int) -> UserError | tuple[Tensor, int]:
                 try:
                     pixels, odd = self._decode(pictures, i)
-                    return pixels if kind == "pixels" else pixel_hash(pixels), odd
+                    if spool is None:
+                        return pixels, odd
+                    spool.put(pictures.digests[i], pixels)
+                    return pixel_hash(pixels), odd
                 except UserError as error:
                     return error
 
