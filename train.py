@@ -192,8 +192,7 @@ def train(plan: Plan, world: World) -> dict:
         with torch.random.fork_rng():  # what is random in training does not depend on it
             if (filter := settings.filter) == "lora":
                 filter = lora_run(plan, world)
-            with ranks.first_alone():
-                made = add_synthetic(settings, experiment, task, plan.out, filter)
+            made = add_synthetic(settings, experiment, task, plan.out, filter)
             settings, joined, made = made
         task = replace(task, train=joined)
         method.settings = settings  # which now say where these images lie

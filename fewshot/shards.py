@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from clip_min import CLIP, UserError, normalize
 from clip_min.files import (
+    HALF_WRITTEN,
     read_json,
     read_safetensors,
     remove_half_written,
@@ -139,7 +140,7 @@ class Shards:
                             f"{folder}: was begun with {key} {found.get(key)}, not {value}; give "
                             "the same, or another --out"
                         )
-            elif folder.exists() and any(folder.iterdir()):
+            elif folder.exists() and not all(_early(path) for path in folder.iterdir()):
                 raise UserError(f"{folder}: holds other files; choose another --out")
             else:
                 write_json(kept, config)
@@ -198,6 +199,11 @@ class Shards:
         index = {"features": total, "unreadable": unreadable, "shards": shards}
         write_json(self.folder / "index.json", index)
         return index
+
+
+def _early(path: Path) -> bool:
+    """Can it have been left by a process killed before it had written config.json?"""
+    return HALF_WRITTEN.fullmatch(path.name) is not None
 
 
 def digest_of(names: Iterable[str]) -> str:
