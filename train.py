@@ -69,8 +69,8 @@ class World:
         )
         if line := uneven(task.train.labels.cpu(), task.classnames):
             print(line)
-        # Of zero-shot CLIP, which is tested at the end: a name too long for a prompt is told now.
-        tokenize([task.template.replace("{}", name) for name in task.tested_names])
+        for test in task.tests.values():  # a name too long for zero-shot CLIP's prompt is told now
+            tokenize([task.template.replace("{}", name) for name in test.classnames])
         return cls(experiment, clip, task)
 
     @functools.cached_property

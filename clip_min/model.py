@@ -163,7 +163,8 @@ class VisionTower(nn.Module):
                 f"images are {images.shape[-2]}x{images.shape[-1]} pixels, but this model reads "
                 f"{self.image_size}x{self.image_size}: crop them with clip_min.preprocess"
             )
-        x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, D, n/p, n/p) -> (B, T-1, D)
+        x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, D, n/p, n/p)
+        x = x.flatten(2).transpose(1, 2)  # (B, T-1, D)
         class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (B, 1, D)
         x = torch.cat([class_token, x], dim=1)  # (B, T, D)
         return self.ln_pre(x + self.positional_embedding.to(x.dtype))
@@ -174,7 +175,7 @@ class VisionTower(nn.Module):
 
     def begin(self, images: Tensor, blocks: int) -> Tensor:
         """images (B, 3, n, n), normalised -> the tokens (B, T, D) after the first `blocks`."""
-        x = self.embed(images.to(self.conv1.weight.dtype))
+        x = self.embed(images)
         for block in self.transformer.resblocks[:blocks]:
             x = block(x)
         return x
@@ -243,7 +244,7 @@ class CLIP(TextTower):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, n, n), normalised -> features (B, E), not normalised."""
-        return self.visual(images.to(self.visual.conv1.weight.dtype))
+        return self.visual(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """tokens (K, L), as the tokenizer gives them -> features (K, E), not normalised."""

@@ -71,9 +71,20 @@ class Tokenizer:
         ids = []
         for word in WORDS.findall(clean(text)):
             if word not in self.cache:
-                letters = [ALPHABET[byte] for byte in word.encode("utf-8")]
-                letters[-1] += "</w>"
-                self.cache[word] = [self.ids[part] for part in self._merge(letters)]
+                parts = [ALPHABET[byte] for byte in word.encode("utf-8")]
+                parts[-1] += "</w>"
+                while len(parts) > 1:  # join the best-ranked neighbours, everywhere they occur
+                    pairs = zip(parts, parts[1:], strict=False)
+                    best = min(pairs, key=lambda pair: self.rank.get(pair, 1e9))
+                    if best not in self.rank:
+                        break
+                    merged, i = [], 0
+                    while i < len(parts):
+                        size = 2 if tuple(parts[i : i + 2]) == best else 1
+                        merged.append("".join(parts[i : i + size]))
+                        i += size
+                    parts = merged
+                self.cache[word] = [self.ids[part] for part in parts]
             ids += self.cache[word]
         return ids
 
@@ -87,20 +98,6 @@ class Tokenizer:
             .decode("utf-8", "replace")
             .replace("</w>", " ")
         )
-
-    def _merge(self, parts: list[str]) -> list[str]:
-        """Join the best-ranked neighbours, everywhere they occur, until no pair has a rank."""
-        while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda p: self.rank.get(p, 1e9))
-            if best not in self.rank:
-                break
-            merged, i = [], 0
-            while i < len(parts):
-                size = 2 if tuple(parts[i : i + 2]) == best else 1
-                merged.append("".join(parts[i : i + size]))
-                i += size
-            parts = merged
-        return parts
 
 
 tokenizer = functools.cache(Tokenizer)  # CLIP's own: `tokenizer()` reads the merges once

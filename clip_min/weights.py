@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from clip_min.description import UNTOLD, described, infer_config
 from clip_min.errors import FROM_OUTSIDE, UserError, told
 from clip_min.files import read_safetensors, remove_half_written, sha256_of, write_safetensors
-from clip_min.hub import HUB, KNOWN, OPENAI_SHA256, SUFFIXES, locate
+from clip_min.hub import DEMO, HUB, KNOWN, OPENAI_SHA256, SUFFIXES, locate
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
 from clip_min.names import to_our_names
 from clip_min.pickled import read_pickled
@@ -129,6 +129,10 @@ def read(
     Each is cast as it is read, so that memory holds the model once, in the precision asked for.
     """
     path = locate(str(name_or_path))
+    if path == DEMO:  # ours in names and sizes
+        state = read_safetensors(path)[0]
+        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
+        return state, CONFIGS["demo"]
     metadata, state, mapped = {}, {}, path.suffix == ".safetensors"
     if mapped:
         tensors, metadata = read_safetensors(path)
@@ -173,12 +177,13 @@ def fingerprint(module: nn.Module) -> str:
     seen, found = getattr(module, "_fingerprint", (None, ""))
     if now is None or now != seen:
         digest = hashlib.sha256()
-        if isinstance(module, CLIP) and config != infer_config(dict(state)):
-            told = asdict(config)  # less what came later, where it is as it was before
-            for key in UNTOLD:
-                if told[key] == getattr(CLIPConfig, key):
-                    del told[key]
-            digest.update(repr(told).encode())
+        if isinstance(module, CLIP):
+            usual = {key: getattr(CLIPConfig, key) for key in UNTOLD}
+            heads = [max(1, width // 64) for width in (config.vision_width, config.text_width)]
+            if replace(config, vision_heads=heads[0], text_heads=heads[1], **usual) != config:
+                told = asdict(config).items()  # less what came later, where it is as it was before
+                told = {k: v for k, v in told if k not in usual or v != usual[k]}
+                digest.update(repr(told).encode())
         for name, tensor in state:
             digest.update(name.encode())
             digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)

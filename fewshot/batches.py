@@ -60,6 +60,7 @@ class Batches:
         self.room: float | None = self.nbytes  # for encoded pictures; None: as the reader has it
         self._encoded: dict[tuple, Tensor] = {}  # by what encodes them
         self._fits: dict[tuple, bool] = {}
+        self._some: dict[int, Batches] = {}  # by how many
         self._originals: dict[int, Image.Image] = {}
         self._room = KEPT
 
@@ -102,8 +103,11 @@ class Batches:
 
     def some(self, most: int) -> "Batches":
         """`most` of the real pictures at most, evenly spread over them."""
-        real = self.real()
-        return real.part(torch.arange(0, len(real), math.ceil(len(real) / most)))
+        if most not in self._some:
+            real = self.real()
+            numbers = torch.arange(0, len(real), math.ceil(len(real) / most))
+            self._some[most] = real.part(numbers)
+        return self._some[most]
 
     def part(self, chosen: Tensor) -> "Batches":
         """The pictures with the numbers `chosen` (B,), as real ones."""

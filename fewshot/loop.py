@@ -140,7 +140,6 @@ def descend(
         ranks.part_ways(seed)
     method.class_weights = train.class_weights(len(method.classnames)) if s.balance else None
     length, state = Length.of(s, train, method.first_stage), State(method, train)
-    seen = train.some(len(val))  # as many, for the curve of training accuracy
     if resume:
         state.load(run)
     at = state.at
@@ -165,10 +164,10 @@ def descend(
                 bar.update()
                 if step == third and length.total > 20:
                     each = time.perf_counter() - begun
-                    left = seconds_left(method, seen, val, length, step + 1, each)
+                    left = seconds_left(method, train, val, length, step + 1, each)
                     bar.write(f"about {duration(left)}")
                     method.train()
-            judged = judge(method, seen, val, state, length, step + 1)
+            judged = judge(method, train, val, state, length, step + 1)
         except NotFinite as why:
             at.stopped = str(why)
             break
@@ -241,10 +240,10 @@ def shareable(method) -> bool:
 
 
 def judge(
-    method, seen: Batches, val: Batches, state: State, length: Length, now: int
+    method, train: Batches, val: Batches, state: State, length: Length, now: int
 ) -> dict[str, float]:
     """Accuracies after step `now`, to be logged, if validation decides what is kept or when to
-    stop: on `val`, and on training images `seen`, which decide nothing.
+    stop: on `val`, and on as many training images, which decide nothing.
     """
     s, at = method.settings, state.at
     if not length.chooses:
@@ -261,7 +260,7 @@ def judge(
     at.waited = 0 if better else at.waited + 1
     if at.waited and at.waited == s.patience:
         at.stopped = f"no better validation accuracy in {s.patience} validations"
-    return {"val": found, "train": accuracy_on(method, seen)}
+    return {"val": found, "train": accuracy_on(method, train.some(len(val)))}
 
 
 def share_of_mean(method, length: Length, now: int) -> float:

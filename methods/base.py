@@ -238,7 +238,7 @@ class Method(nn.Module):
             return images
         with torch.no_grad():
             if self.first_block is None:
-                return self.clip.encode_image(images).to(self.clip.visual.proj.dtype)
+                return self.clip.visual(images).to(self.clip.visual.proj.dtype)
             return self.clip.visual.begin(images, self.first_block)
 
     def classify(self, x: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class Method(nn.Module):
         if self.first_block is None:
             return x
         if self.first_block == 0:
-            return self.clip.encode_image(x)
+            return self.clip.visual(x)
         return self.clip.visual.finish(x, self.first_block)
 
     def text_features(self) -> Tensor:

@@ -279,7 +279,7 @@ def test_copies_among_the_pictures_are_noted(noise, tmp_path):
 
 def test_pictures_are_the_same_if_all_pixels_are(tmp_path):
     dice = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3, 4, 3, 6, 6), dtype=torch.uint8, generator=dice)
+    pixels = torch.randint(0, 256, (3, 4, 3, 16, 16), dtype=torch.uint8, generator=dice)
     pixels[2, :2] = pixels[0, :2]  # two of the test images are training ones
     pixels[2, 1, 2, 5, 5] ^= 1  # but for one bit of one value of the second
     files = [[tmp_path / f"{part}{i}.png" for i in range(4)] for part in range(3)]
@@ -287,7 +287,7 @@ def test_pictures_are_the_same_if_all_pixels_are(tmp_path):
         to_pil_image(image).save(file)
     for source in (pixels, files):  # in memory, or in files
         parts = (Pictures(part, torch.tensor([0, 0, 1, 1])) for part in source)
-        task = make_task(Dataset(["a", "b"], "{}", *parts), 2, 1, "all", Reader(6, folder=None))
+        task = make_task(Dataset(["a", "b"], "{}", *parts), 2, 1, "all", Reader(16, folder=None))
         assert task.notes == [
             "1 test images are also learned from or validated on, pixel for pixel"
         ]
