@@ -24,7 +24,9 @@ import itertools
 import json
 import os
 import tarfile
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -263,7 +265,8 @@ def digest_of(names: Iterable[str]) -> str:
 def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precision: str) -> int:
     """Make the shards that are missing -> how many pictures that took.
 
-    Threads decode pictures while others are encoded.
+    While pictures are encoded, threads take others from their source, decode them, and write the
+    shard before.
     """
     config, device, count = clip.config, clip.device, 0
 
@@ -279,25 +282,46 @@ def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precis
         return shard, bare, (pixels, made), ""
 
     @torch.no_grad()
-    def encode(pixels: list[Tensor]) -> Tensor:  # (B, E)
+    def encode(pixels: list[Tensor]) -> Tensor:  # (B, E); on a GPU, as soon as it is done
         images = normalize(torch.stack(pixels).to(device), config=config)  # (B, 3, n, n)
         with autocast(device, precision):
-            return clip.encode_image(images).float().cpu()
+            return clip.encode_image(images).float()
 
-    decoded = ahead(decode, shards.missing(source))
+    decoded = ahead(decode, fed(shards.missing(source)))
     decoded = tqdm(decoded, unit=" pictures", disable=None)
-    for shard, group in itertools.groupby(decoded, key=lambda one: one[0]):
-        rows, made, features, pixels = [], [], [torch.empty(0, config.embed_dim)], []
-        for _, item, read, why in group:
-            rows.append((item, why))
-            if read is not None:
-                pixels.append(read[0])
-                made.append(read[1])
-            if len(pixels) == batch:
+    with ThreadPoolExecutor(1) as writer:
+        written = None  # the shard that is being written
+        for shard, group in itertools.groupby(decoded, key=lambda one: one[0]):
+            rows, made, pixels = [], [], []
+            features = [torch.empty(0, config.embed_dim, device=device)]
+            for _, item, read, why in group:
+                rows.append((item, why))
+                if read is not None:
+                    pixels.append(read[0])
+                    made.append(read[1])
+                if len(pixels) == batch:
+                    features.append(encode(pixels))
+                    pixels = []
+            if pixels:
                 features.append(encode(pixels))
-                pixels = []
-        if pixels:
-            features.append(encode(pixels))
-        shards.write(shard, torch.cat(features), made, rows)
-        count += len(rows)
+            if written is not None:
+                written.result()  # or its error
+            written = writer.submit(shards.write, shard, torch.cat(features).cpu(), made, rows)
+            count += len(rows)
+        if written is not None:
+            written.result()
     return count
+
+
+def fed(items: Iterable, most: int = 64) -> Iterator:
+    """The same items; a thread takes up to `most` of them from their source, before they are asked
+    for.
+    """
+    source, end, pool = iter(items), object(), ThreadPoolExecutor(1)
+    try:
+        taken = deque(pool.submit(next, source, end) for _ in range(most))
+        while (item := taken.popleft().result()) is not end:
+            taken.append(pool.submit(next, source, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
