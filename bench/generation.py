@@ -6,7 +6,7 @@
 Random weights (speed does not depend on them): tiny ones on a CPU, the real sizes on a GPU. First
 each stage alone; then a whole folder of images for 4 classes, with a filter that passes a given
 share of them, in which the U-Net's passes are counted. A batch there is filled from
-several classes, so it stays full while any class lacks images.
+four classes, so it stays full while any of them lacks images.
 """
 
 import argparse

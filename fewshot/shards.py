@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from clip_min import CLIP, UserError, normalize
 from clip_min.files import (
+    HALF_WRITTEN,
     read_json,
     read_safetensors,
     remove_half_written,
@@ -170,7 +171,7 @@ class Shards:
         self.folder, self.size = folder, size
         config = {**config, "shard_size": size}
         kept = folder / "config.json"
-        if ranks.first():
+        if ranks.rank == 0:
             if kept.exists():
                 found = read_json(kept, "")
                 for key, value in config.items():
@@ -179,7 +180,7 @@ class Shards:
                             f"{folder}: was begun with {key} {found.get(key)}, not {value}; give "
                             "the same, or another --out"
                         )
-            elif folder.exists() and any(folder.iterdir()):
+            elif folder.exists() and not all(_early(path) for path in folder.iterdir()):
                 raise UserError(f"{folder}: holds other files; choose another --out")
             else:
                 write_json(kept, config)
@@ -205,7 +206,7 @@ class Shards:
                         f"{self.path(shard, '.json')}: names other pictures than there are now; "
                         "put those back, or choose another --out"
                     )
-            elif shard % ranks.size() == ranks.rank():
+            elif shard % ranks.size == ranks.rank:
                 yield from ((shard, item) for _, item in pairs)
 
     def told(self, shard: int) -> dict:
@@ -252,6 +253,11 @@ class Shards:
         index = {"features": total, "unreadable": unreadable, "shards": shards}
         write_json(self.folder / "index.json", index)
         return index
+
+
+def _early(path: Path) -> bool:
+    """Can it have been left by a process killed before it had written config.json?"""
+    return HALF_WRITTEN.fullmatch(path.name) is not None
 
 
 def digest_of(names: Iterable[str]) -> str:
