@@ -26,6 +26,7 @@ import torch
 from clip_min.files import write_text
 from clip_min.hub import locate
 from fewshot import compare, grid, predictions, ranks
+from fewshot.batches import NeedsPictures
 from fewshot.experiment import Experiment, evaluate, forget_peak, peak_memory_mb, run_script
 from fewshot.flags import changes
 from fewshot.loop import descend
@@ -72,6 +73,13 @@ class World:
         for test in task.tests.values():  # a name too long for zero-shot CLIP's prompt is told now
             tokenize([task.template.replace("{}", name) for name in test.classnames])
         return cls(experiment, clip, task)
+
+    def build(self, plan: Plan) -> Method:
+        names, template = self.task.classnames, self.task.template
+        method = METHODS[plan.method](self.clip, names, template, plan.settings)
+        if self.task.train.pictures.features is not None:
+            self.task.train.check(method)
+        return method
 
     @functools.cached_property
     def unadapted(self) -> Method:
@@ -134,12 +142,18 @@ def fitting(plans: list[Plan], budget: float) -> tuple[list[Plan], World]:
     """
     experiments = plans[0].experiments
     world = World.of(max(experiments, key=lambda e: (e.shots == "all", e.shots)), plans[0].cache)
-    seconds, clip, task = {}, world.clip, world.task
+    seconds = {}
     for plan in plans:
         torch.manual_seed(0)
-        method = METHODS[plan.method](clip, task.classnames, task.template, plan.settings)
-        one = ranks.same(compare.seconds_of(method, task))
+        try:
+            method = world.build(plan)
+        except NeedsPictures as why:
+            print(f"left out: {why}")
+            continue
+        one = ranks.same(compare.seconds_of(method, world.task))
         seconds[plan.method] = len(experiments) * one
+    if not seconds:
+        raise UserError("each of these methods needs the pictures themselves; see --dataset folder")
     kept = compare.within(budget, seconds)
     print(compare.announce(seconds, kept))
     if not kept:
@@ -179,7 +193,7 @@ def train(plan: Plan, world: World) -> dict:
     experiment, task = world.experiment, world.task
     torch.manual_seed(experiment.seed)
     kind, settings = METHODS[plan.method], plan.settings
-    method = kind(world.clip, task.classnames, task.template, settings)
+    method = world.build(plan)
     if prompts := getattr(settings, "prompts", None):
         for note in strangers(prompts, task.tested_names):
             print(f"note: {note}")

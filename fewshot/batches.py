@@ -19,7 +19,7 @@ from torchvision.transforms import (
 from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
-from clip_min import normalize
+from clip_min import UserError, normalize
 from clip_min.errors import Note
 from fewshot import cache, ranks
 from fewshot.pictures import READERS, Pictures, Reader, pixel_hash
@@ -32,6 +32,10 @@ PRECISIONS = {
     "bf16": {"dtype": torch.bfloat16},
     "fp16": {"dtype": torch.float16},
 }
+
+
+class NeedsPictures(UserError):
+    """A method, or what it is to do, needs more of pictures than their features."""
 
 
 class Batches:

@@ -86,14 +86,15 @@ def learning_rate(s, length: Length, step: int, factor: float = 1.0) -> float:
 
 
 def seconds_left(
-    method, seen: Batches, val: Batches, length: Length, done: int, step: float
+    method, train: Batches, val: Batches, length: Length, done: int, step: float
 ) -> float:
     """What the rest takes, if one step takes `step` seconds."""
     left = length.total - done
     if not length.chooses:
         return left * step
     each = validation_seconds(method, val)
-    return left * step + math.ceil(left / length.round) * (len(seen) + len(val)) * each
+    images = len(train.some(len(val))) + len(val)  # see `judge`
+    return left * step + math.ceil(left / length.round) * images * each
 
 
 def validation_seconds(method, val: Batches) -> float:
