@@ -18,14 +18,16 @@ from pathlib import Path
 
 # Before torch, which takes from it how threads wait.
 from clip_min import CLIP, UserError, weights  # isort: skip
+import torch
 from tqdm import tqdm
 
-from clip_min.errors import nearest
+from clip_min.errors import unknown
 from clip_min.files import write_json, write_text
 from fewshot import cache, datasets, grid, ranks
-from fewshot.catalogue import IMPLIED, chosen
+from fewshot.catalogue import DATASETS, GROUPS, IMPLIED
 from fewshot.experiment import Experiment, evaluate, named, run_script
-from fewshot.flags import Parser, add_flags, pick
+from fewshot.flags import Parser, add_flags, listed, pick
+from fewshot.pictures import Reader
 from fewshot.predictions import brief
 from fewshot.record import kept, summary
 from fewshot.run import Run, set_aside
@@ -60,10 +62,12 @@ def main() -> None:
             raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
         described(run)  # which says at once if it is not one
     else:
-        nearest("--method", given["method"], ["zero_shot"])
+        if given["method"] != "zero_shot":
+            raise unknown("--method", given["method"], ["zero_shot"])
         more = {"classes": "all"} if "image" in given else {}  # there, --classes names them
         asked = given.get("dataset", Experiment.dataset)
-        each = [IMPLIED.get(asked, {}) | given | more | {"dataset": name} for name in chosen(asked)]
+        names = listed("--dataset", asked, DATASETS, GROUPS)
+        each = [IMPLIED.get(asked, {}) | given | more | {"dataset": name} for name in names]
         run, experiments = None, [Experiment(**pick(Experiment, flags)) for flags in each]
         experiment = experiments[0]
     if "image" in given:
@@ -116,7 +120,7 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
 
     Of several, the one that it learned from is left out, as in the published protocols.
     """
-    names = chosen(given["dataset"])
+    names = listed("--dataset", given["dataset"], DATASETS, GROUPS)
     names = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
     known = {"model": experiment.model, "classes": "all", "precision": experiment.precision}
     flags = IMPLIED.get(given["dataset"], {}) | given | known
@@ -157,7 +161,9 @@ def on_other(run: Run, experiment: Experiment, other: Experiment, given: dict) -
         dataset = other.load_dataset()
     other.prepare(clip)
     run.check_model(weights.fingerprint(clip))
-    reader, record = other.reader(clip, cache.chosen(given)), kept(run.path, run.config)
+    how = (other.skip_bad_images, cache.chosen(given), other.precision, clip.config)
+    reader = Reader(clip.config.image_size, torch.device(other.device), *how)
+    record = kept(run.path, run.config)
     task = make_test(dataset, reader, record=record)
     for note in task.notes:
         print(f"note: {note}")
@@ -294,7 +300,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument(
         "--threshold", type=float, help="below this probability a picture is none of the classes"
     )
-    cache.add_flags(parser)
+    add_flags(parser, cache.Flags)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
     # --classes means names here when there are pictures to classify, so choices are checked below.
@@ -329,8 +335,9 @@ def parse(argv: list[str]) -> dict:
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")
-    if "classes" in given and "image" not in given:
-        nearest("--classes", given["classes"], ["base-novel", "all"])
+    kinds = ["base-novel", "all"]
+    if "image" not in given and given.get("classes", "all") not in kinds:
+        raise unknown("--classes", given["classes"], kinds)
     return given
 
 

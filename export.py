@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from clip_min import UserError, weights
-from clip_min.errors import nearest
+from clip_min.errors import unknown
 from clip_min.files import new_folder, remove_half_written, write_safetensors, write_text
 from clip_min.formats import save_hugging_face, save_open_clip, save_openai
 from fewshot.experiment import named, run_script
@@ -155,7 +155,8 @@ def parse(argv: list[str]) -> dict:
     for name, flag in (("run", "--run DIR"), ("format", "--format FORMAT"), ("out", "OUT")):
         if name not in given:
             raise UserError(f"{flag} is missing; see --help")
-    nearest("--format", given["format"], USE)
+    if given["format"] not in USE:
+        raise unknown("--format", given["format"], USE)
     if "classes" in given and given["format"] != "classifier":
         raise UserError("--classes: are the rows of a classifier; add --format classifier")
     return given

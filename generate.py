@@ -181,7 +181,7 @@ def parse(argv: list[str]) -> dict:
     group.add_argument("--stage", choices=STAGES, help="do one of the stages alone [all]")
     group.add_argument("--synthetic", metavar="DIR", help="folder of the images [in --out]")
     group.add_argument("--out", help="folder that run folders are made in [runs]")
-    cache.add_flags(group)
+    add_flags(group, cache.Flags)
     add_flags(parser.add_argument_group("images"), Generation)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     return parser.parse(argv)

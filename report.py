@@ -109,7 +109,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("--format", choices=["html", "json"], help="what is written [html]")
     parser.add_argument("--out", metavar="FILE", help="the file [PATH/report.html]")
     parser.add_argument("--quick", action="store_true", help="load no pictures and no model")
-    cache.add_flags(parser)
+    add_flags(parser, cache.Flags)
     add_flags(parser.add_argument_group("where things are now"), Experiment, only=MOVED)
     return parser.parse(argv)
 

@@ -12,7 +12,6 @@ python train.py --method lora --help                          that method's sett
 
 import contextlib
 import functools
-import json
 import shlex
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from clip_min import CLIP, UserError, tokenize, weights  # isort: skip
 import torch
 
-from clip_min.files import write_text
+from clip_min.files import write_json
 from clip_min.hub import locate
 from fewshot import compare, grid, predictions, ranks
 from fewshot.batches import NeedsPictures
@@ -63,23 +62,17 @@ class World:
         experiment.prepare(clip)
         for note in task.notes:
             print(f"note: {note}")
-        counts = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
+        tested = ", ".join(f"{len(t.batches)} {part}" for part, t in task.tests.items())
         print(
             f"{len(task.classnames)} classes to learn from {len(task.train)} images "
-            f"({len(task.val)} for validation); test images: {counts}"
+            f"({len(task.val)} for validation); test images: {tested}"
         )
-        if line := uneven(task.train.labels.cpu(), task.classnames):
-            print(line)
+        counts = task.train.labels.cpu().bincount(minlength=len(task.classnames))
+        if counts.max() >= 2 * counts.min():
+            print(uneven(counts, task.classnames))
         for test in task.tests.values():  # a name too long for zero-shot CLIP's prompt is told now
             tokenize([task.template.replace("{}", name) for name in test.classnames])
         return cls(experiment, clip, task)
-
-    def build(self, plan: Plan) -> Method:
-        names, template = self.task.classnames, self.task.template
-        method = METHODS[plan.method](self.clip, names, template, plan.settings)
-        if self.task.train.pictures.features is not None:
-            self.task.train.check(method)
-        return method
 
     @functools.cached_property
     def unadapted(self) -> Method:
@@ -142,15 +135,17 @@ def fitting(plans: list[Plan], budget: float) -> tuple[list[Plan], World]:
     """
     experiments = plans[0].experiments
     world = World.of(max(experiments, key=lambda e: (e.shots == "all", e.shots)), plans[0].cache)
-    seconds = {}
+    seconds, clip, task = {}, world.clip, world.task
     for plan in plans:
         torch.manual_seed(0)
+        method = METHODS[plan.method](clip, task.classnames, task.template, plan.settings)
         try:
-            method = world.build(plan)
+            if task.train.pictures.features is not None:
+                task.train.check(method)
+            one = ranks.same(compare.seconds_of(method, task))
         except NeedsPictures as why:
             print(f"left out: {why}")
             continue
-        one = ranks.same(compare.seconds_of(method, world.task))
         seconds[plan.method] = len(experiments) * one
     if not seconds:
         raise UserError("each of these methods needs the pictures themselves; see --dataset folder")
@@ -193,7 +188,9 @@ def train(plan: Plan, world: World) -> dict:
     experiment, task = world.experiment, world.task
     torch.manual_seed(experiment.seed)
     kind, settings = METHODS[plan.method], plan.settings
-    method = world.build(plan)
+    method = kind(world.clip, task.classnames, task.template, settings)
+    if task.train.pictures.features is not None:
+        task.train.check(method)
     if prompts := getattr(settings, "prompts", None):
         for note in strangers(prompts, task.tested_names):
             print(f"note: {note}")
@@ -238,7 +235,7 @@ def train(plan: Plan, world: World) -> dict:
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
     if "data" in run.config and ranks.rank == 0:
-        write_text(run.path / "data.json", json.dumps(record) + "\n")
+        write_json(run.path / "data.json", record, indent=None, ensure_ascii=True)
     started = time.perf_counter()
     method.fit(
         task.train,

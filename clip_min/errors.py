@@ -33,16 +33,14 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def nearest(what: str, value: str, known) -> str:
-    """Look up a name given by a user: `value` if it is known, else an error with the nearest.
+def unknown(what: str, value: str, known) -> UserError:
+    """The error for a name given by a user that is none of the known ones, with the nearest.
 
-    nearest("--method", "zeroshot", METHODS):  --method zeroshot: unknown; did you mean zero_shot?
+    unknown("--method", "zeroshot", METHODS):  --method zeroshot: unknown; did you mean zero_shot?
     """
-    if value in known:
-        return value
     near = difflib.get_close_matches(value, known, 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {some(known)}"
-    raise UserError(f"{what} {value}: unknown; {hint}")
+    return UserError(f"{what} {value}: unknown; {hint}")
 
 
 def some(names, most: int = 20) -> str:

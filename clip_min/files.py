@@ -106,8 +106,11 @@ def append_line(path: Path, text: str) -> None:
         raise _unwritten(path, error) from None
 
 
-def write_json(path: str | Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: str | Path, value: dict, **how) -> None:
+    """how: as `json.dumps` takes it, where it is to be other than indented, in plain letters."""
+    text = json.dumps(value, **{"indent": 2, "ensure_ascii": False, **how}) + "\n"
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def write_safetensors(

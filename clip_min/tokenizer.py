@@ -46,12 +46,6 @@ OTHERS = [byte for byte in range(256) if byte not in ALPHABET]
 ALPHABET |= {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 
 
-def clean(text: str) -> str:
-    """Repair mojibake, unescape HTML (twice: scraped text often is escaped twice), fold spaces."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return regex.sub(r"\s+", " ", text).strip().lower()
-
-
 class Tokenizer:
     """Text <-> token ids. Build one with `tokenizer()`, which reads the merges once."""
 
@@ -68,8 +62,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end: "a rose." -> [320, 3568, 269]."""
+        # Repair mojibake, unescape HTML (twice: scraped text often is escaped twice), fold spaces.
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = regex.sub(r"\s+", " ", text).strip().lower()
         ids = []
-        for word in WORDS.findall(clean(text)):
+        for word in WORDS.findall(text):
             if word not in self.cache:
                 parts = [ALPHABET[byte] for byte in word.encode("utf-8")]
                 parts[-1] += "</w>"

@@ -51,10 +51,18 @@ def load(
     image_size: pixels of the pictures it is to read, a multiple of its patches, to which its
     positions are resized; 0: those it was trained with.
     """
-    state, config = read(name_or_path, device, dtype)
+    if str(name_or_path) == "demo":  # whose names are ours, and whose sizes are known
+        state, config = read_safetensors(DEMO)[0], CONFIGS["demo"]
+        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
+    else:
+        state, config = read(name_or_path, device, dtype)
     with torch.device("meta"):  # shapes only: no time or memory for an initialisation
         clip = CLIP(config)
-    problems = mismatches(state, clip.state_dict())
+    problems = []
+    try:
+        clip.load_state_dict(state, assign=True)
+    except RuntimeError:  # which says so in many lines
+        problems = mismatches(state, clip.state_dict())
     problems += [
         f"{name} is {tensor.dtype}, expected floating point"  # quantised, say
         for name, tensor in state.items()
@@ -81,7 +89,7 @@ def load(
         state["visual.positional_embedding"] = resized(positions, grid)
         with torch.device("meta"):
             clip = CLIP(replace(config, image_size=image_size))
-    clip.load_state_dict(state, assign=True)
+        clip.load_state_dict(state, assign=True)
     return clip.eval()
 
 
@@ -129,10 +137,6 @@ def read(
     Each is cast as it is read, so that memory holds the model once, in the precision asked for.
     """
     path = locate(str(name_or_path))
-    if path == DEMO:  # ours in names and sizes
-        state = read_safetensors(path)[0]
-        state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
-        return state, CONFIGS["demo"]
     metadata, state, mapped = {}, {}, path.suffix == ".safetensors"
     if mapped:
         tensors, metadata = read_safetensors(path)

@@ -43,8 +43,8 @@ class Batches:
 
     pixels (N, 3, n, n) uint8 crops, in memory; or None, and pictures are read whenever they are
     needed, and have these hashes (N, 32) of their pixels (`Reader.check`). labels (N,).
-    synthetic (N,) bool: which ones gen/ painted; None if all are real. `apart`: are these drawn
-    into batches apart from the real ones?
+    synthetic (N,) bool: which ones gen/ painted; None if all are real. drawn: numbers of the
+    pictures that are drawn together: all, or the real and the synthetic ones.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Batches:
         self.device, self.precision = reader.device, reader.precision
         self.labels = pictures.labels.to(self.device)
         self.synthetic: Tensor | None = None
-        self.apart = False
+        self.drawn = [torch.arange(len(self))]
         self.nbytes = len(self) * 3 * reader.size**2  # of the pixels
         self.room: float | None = self.nbytes  # for encoded pictures; None: as the reader has it
         self._encoded: dict[tuple, Tensor] = {}  # by what encodes them
@@ -91,13 +91,11 @@ class Batches:
         labels = self.real().labels
         return len(labels) / (count * labels.bincount(minlength=count).clamp(min=1))
 
-    @property
-    def drawn(self) -> list[Tensor]:
-        """Numbers of the pictures that are drawn together: all, or the real and the synthetic."""
-        if self.synthetic is None or not self.apart:
-            return [torch.arange(len(self))]
-        synthetic = self.synthetic.cpu()
-        return [(~synthetic).nonzero().flatten(), synthetic.nonzero().flatten()]
+    def draw_apart(self) -> None:
+        """Draw the real pictures and the synthetic ones, if there are any, into batches apart."""
+        if self.synthetic is not None:
+            synthetic = self.synthetic.cpu()
+            self.drawn = [(~synthetic).nonzero().flatten(), synthetic.nonzero().flatten()]
 
     def real(self) -> "Batches":
         """The pictures that are not synthetic, in their order."""

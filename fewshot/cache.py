@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -24,17 +26,18 @@ KINDS = ("pixels", "hashes", "odd", "features")
 limit = 10e9  # bytes that are kept, at most; see `chosen`
 
 
-def add_flags(group) -> None:
-    group.add_argument(
-        "--cache",
-        help="folder that keeps decoded pixels and image features, or none [~/.cache/clip_min]",
-    )
-    group.add_argument(
-        "--cache-gb",
-        type=float,
-        help="its largest size: what was not used for longest goes; the most, too, that encoded "
-        "images take in memory [10]",
-    )
+@dataclass
+class Flags:
+    """Where the cache is, and how large; flags of the scripts that read pictures."""
+
+    cache: Annotated[
+        str, "folder that keeps decoded pixels and image features, or none [~/.cache/clip_min]"
+    ] = ""
+    cache_gb: Annotated[
+        float,
+        "its largest size: what was not used for longest goes; the most, too, that encoded images "
+        "take in memory",
+    ] = 10
 
 
 def chosen(given: dict) -> Path | None:

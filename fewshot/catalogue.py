@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_min.errors import nearest
 from fewshot import demo, embedded, readers
 from fewshot.coop_split import DATASETS_MD
 from fewshot.folder import Parts
@@ -298,11 +297,3 @@ GROUPS = {  # what --dataset takes besides: all of these, one after another
     "imagenet-variants": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
 }
 IMPLIED = {"coop-11": {"split": "coop"}}  # the flags that a group stands for besides
-
-
-def chosen(text: str) -> list[str]:
-    """The data sets that --dataset names: "dtd" is one, "dtd,eurosat" two, "coop-11" eleven."""
-    parts = [part.strip() for part in text.split(",")]
-    names = [name for part in parts for name in GROUPS.get(part, (part,))]
-    known = [*DATASETS, *GROUPS]
-    return list(dict.fromkeys(nearest("--dataset", name, known) for name in names))

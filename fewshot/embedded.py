@@ -291,7 +291,7 @@ def read(pictures: Pictures, reader: Reader, notes: list[str], keep: bool) -> Ba
     """
     if pictures.features is not None:
         return FeatureBatches(pictures, reader)
-    if keep or pictures.in_memory:  # the demo's are drawn
+    if keep or isinstance(pictures.source, Tensor):  # the demo's are drawn
         return Batches(*reader.read(pictures, notes), reader)
     pictures, hashes = reader.check(pictures, notes)
     return Batches(pictures, None, reader, hashes)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import torch
 
 from clip_min import CLIP, UserError, weights
-from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
+from clip_min.errors import FROM_OUTSIDE, Note, told, unknown
 from clip_min.hub import DEMO, IN_FOLDERS, locate
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets, ranks, shots
@@ -61,7 +61,8 @@ class Experiment:
 
     def __post_init__(self):
         expect_fields(self)  # a config that is read back may hold anything
-        nearest("--dataset", self.dataset, datasets.DATASETS)
+        if self.dataset not in datasets.DATASETS:
+            raise unknown("--dataset", self.dataset, datasets.DATASETS)
         if self.dataset == "features" and not self.model:  # the one that made them
             self.model, self.image_size = made_by(self.data_root)
         self.model = self.model or datasets.DATASETS[self.dataset].model
@@ -108,7 +109,8 @@ class Experiment:
             dataset = self.load_dataset()
             clip = weights.load(self.model, self.device, image_size=self.image_size)
         base = self.base(dataset.classnames) if self.base_classes else None
-        reader = self.reader(clip, folder)
+        how = (self.skip_bad_images, folder, self.precision, clip.config)
+        reader = Reader(clip.config.image_size, torch.device(self.device), *how)
         if record is not None:
             task = make_test(dataset, reader, self.classes, base, record, again=True)
         else:
@@ -145,17 +147,14 @@ class Experiment:
         dataset = datasets.load(self.dataset, root, self.seed, self.split, file)
         return replace(dataset, template=self.template or dataset.template)
 
-    def reader(self, clip: CLIP, folder: Path | None) -> Reader:
-        """How pictures are read for this model; `folder` is the cache."""
-        size, device = clip.config.image_size, torch.device(self.device)
-        how = (self.skip_bad_images, folder, self.precision)
-        return Reader(size, device, *how, prepared=clip.config)
-
     def base(self, classnames: list[str]) -> list[int]:
         """The numbers of the classes that the file `base_classes` names."""
         file = Path(self.base_classes).expanduser()
         names = [name for line in read_text(file).splitlines() if (name := spoken(line))]
-        chosen = {classnames.index(nearest(f"{file}: class", n, classnames)) for n in names}
+        for name in names:
+            if name not in classnames:
+                raise unknown(f"{file}: class", name, classnames)
+        chosen = {classnames.index(name) for name in names}
         if not 0 < len(chosen) < len(classnames):
             raise UserError(
                 f"{file}: names {len(chosen)} of {len(classnames)} classes; expected some, with "

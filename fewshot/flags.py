@@ -5,20 +5,23 @@ lr: Annotated[float, "peak learning rate"] = 2e-4     ->     --lr FLOAT  peak le
 
 import argparse
 import difflib
+import functools
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
 
 from clip_min import UserError
+from clip_min.errors import unknown
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are ours: one line that names the nearest valid flag."""
 
-    def __init__(self, **kwargs):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
-        )
+    __init__ = functools.partialmethod(
+        argparse.ArgumentParser.__init__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     def error(self, message: str):
         raise UserError(message)
@@ -77,6 +80,16 @@ def pick(settings: type, given: dict) -> dict:
     """The entries of `given` that are fields of `settings`."""
     names = {field.name for field in fields(settings)}
     return {name: value for name, value in given.items() if name in names}
+
+
+def listed(flag: str, text: str, known: dict, groups: dict[str, Sequence[str]]) -> list[str]:
+    """The names that a flag gives: "dtd" is one, "dtd,eurosat" two, and a group all that it has."""
+    parts = [part.strip() for part in text.split(",")]
+    names = [name for part in parts for name in groups.get(part, (part,))]
+    for name in names:
+        if name not in known:
+            raise unknown(flag, name, [*known, *groups])
+    return list(dict.fromkeys(names))
 
 
 def changes(settings, usual) -> str:

@@ -42,7 +42,8 @@ class State:
 
     def __init__(self, method, train: Batches):
         self.learned = method.adapter_state()
-        self.kept = copies(self.learned)  # of the best round, the last, or a mean; not views
+        # Of the best round, the last, or a mean; not views.
+        self.kept = {name: tensor.detach().clone() for name, tensor in self.learned.items()}
         trained = {name: tensor for name, tensor in self.learned.items() if tensor.requires_grad}
         self.trained = list(trained.values())
         settings, undecayed = method.settings, method.no_weight_decay
@@ -54,7 +55,8 @@ class State:
 
     def keep(self, share: float) -> None:
         """Keep what is learned now: alone or, where `share` is below 1, as that part of a mean."""
-        for name, now in copies(self.learned).items():
+        for name, tensor in self.learned.items():
+            now = tensor.detach().clone()
             mixed = share < 1 and now.is_floating_point()  # labels of images are what they are
             self.kept[name] = self.kept[name].lerp(now, share) if mixed else now
 
@@ -278,7 +280,8 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
     """
     if ranks.size > 1:
         ranks.agree(method.adapter_state().values())
-    s, start = method.settings, copies(method.adapter_state())
+    s = method.settings
+    start = {name: t.detach().clone() for name, t in method.adapter_state().items()}
     best, seconds, points = None, 0.0, list(enumerate(s.points(), 1))
     for some in (train, val) if ranks.size > 1 else ():  # by all, before these go their ways
         if some.keeps(method):
@@ -307,10 +310,6 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
         run.log_round({**line, "seconds": seconds, **chosen})  # of all points
     print("grid: kept is " + ", ".join(f"{key} {value:g}" for key, value in chosen.items()))
     return seconds
-
-
-def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def shuffled(train: Batches, size: int, seed: int, epoch: int) -> list[Tensor]:

@@ -80,12 +80,9 @@ class Pictures:
             features = self.features.joined(other.features)
         labels = torch.cat([self.labels, other.labels])
         source, made = [*self.source, *other.source], [*self.digests, *other.digests]
+        if isinstance(self.source, Tensor) and isinstance(other.source, Tensor):
+            source = torch.stack(source)
         return Pictures(source, labels, made, features)
-
-    @property
-    def in_memory(self) -> bool:
-        """Are some images, not files?"""
-        return any(isinstance(picture, Tensor) for picture in self.source)
 
     def name(self, i: int) -> str:
         """Its file, or its number where it is not a file."""
@@ -274,7 +271,8 @@ class Reader:
         """
         pictures = replace(pictures, digests=pictures.digests or digests(pictures))
         kept = odd = name = None
-        if not pictures.in_memory and all(pictures.digests):
+        files = not isinstance(pictures.source, Tensor)
+        if files and all(pictures.digests):
             way = (self.prepared.resize, self.prepared.interpolation)
             way = () if way == (OPENAI.resize, OPENAI.interpolation) else way  # as ever
             name = cache.key(pictures.digests, self.size, PIL.__version__, *way)
@@ -315,7 +313,7 @@ class Reader:
             elif name and ranks.rank == 0:
                 cache.save(self.folder, kind, name, kept)
                 cache.save(self.folder, "odd", name, odd)
-        for number, said in {} if pictures.in_memory else ODD.items():
+        for number, said in ODD.items() if files else ():
             if found := (odd == number).nonzero().flatten().tolist():
                 notes.append(f"{len(found)} images are {said}: {few(map(pictures.name, found))}")
         if errors:

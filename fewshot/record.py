@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from clip_min import UserError
 from clip_min.files import read_json
@@ -25,11 +26,12 @@ Record = dict[str, list[list[str]]]
 def rows(pictures: Pictures, classnames: list[str], root: str = "") -> list[list[str]]:
     """The rows of a record."""
     base = f"{Path(root).expanduser()}/" if root else ""
-    labels = pictures.labels.tolist()
-    return [
-        [pictures.name(i).removeprefix(base), classnames[label], made]
-        for i, (label, made) in enumerate(zip(labels, pictures.digests, strict=True))
+    names = [
+        f"picture {i}" if isinstance(one, Tensor) else str(one).removeprefix(base)
+        for i, one in enumerate(pictures.source)
     ]
+    each = zip(names, pictures.labels.tolist(), pictures.digests, strict=True)
+    return [[name, classnames[label], made] for name, label, made in each]
 
 
 def summary(record: Record) -> dict[str, str]:

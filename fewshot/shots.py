@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 import torch
 from torch import Tensor
 
-from clip_min.errors import UserError, nearest
+from clip_min.errors import UserError, unknown
 from clip_min.files import read_json_lines
 from fewshot import coop_split
 from fewshot.datasets import Dataset
@@ -64,7 +64,9 @@ def read_shots(file: Path, dataset: Dataset) -> Tensor:
         if isinstance(label, str):
             ways = (label, spoken(label), readable(label))
             name = next((way for way in ways if way in names), spoken(label))
-            label = truth if nearest(f"{where}: class", name, names) == names[truth] else None
+            if name not in names:
+                raise unknown(f"{where}: class", name, names)
+            label = truth if name == names[truth] else None
         if label != truth:
             raise UserError(
                 f"{where}: {path} is of class {line['label']}, but the data set says {truth} "

@@ -49,12 +49,9 @@ def _classes_alike(rows: dict[str, dict]) -> list[str]:
 MACRO = ("macro_accuracy", "macro_f1")
 
 
-def uneven(labels: Tensor, classnames: list[str]) -> str:
-    """A line on classes with at least twice as many training images as others; "" if none has."""
-    counts = labels.bincount(minlength=len(classnames))
+def uneven(counts: Tensor, classnames: list[str]) -> str:
+    """A line on classes of which some have many more training images (K,) than others."""
     few, many = counts.argmin(), counts.argmax()
-    if counts[many] < 2 * counts[few]:
-        return ""
     ends = " to ".join(f"{counts[k]} ({classnames[k]})" for k in (few, many))
     return f"training images of a class: {ends}; --balance weighs classes alike in the loss"
 

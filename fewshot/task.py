@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from clip_min import UserError
 from fewshot import coop_split
@@ -77,7 +78,7 @@ def make_task(
     learned, parts = halves(dataset, classes, base)
     train, val, notes = draw(dataset, learned, shots, seed)
     notes = [*dataset.notes, *notes]
-    there = train.in_memory and train.source[0].shape[-1] == reader.size
+    there = isinstance(train.source, Tensor) and train.source[0].shape[-1] == reader.size
     if train.features is None and not there:
         check_memory(len(train) + len(val), reader.size)
     task = Task(
@@ -85,10 +86,13 @@ def make_task(
         template=dataset.template,
         train=read(train, reader, notes, keep=True),
         val=read(val, reader, notes, keep=True),
-        tests=_tests(dataset, parts, reader, notes),
+        tests={},
         notes=notes,
     )
     task.train.room = task.val.room = None  # as much as both can have
+    for part, ids in parts.items():
+        tested = read(_of_classes(dataset.test, ids), reader, notes, keep=False)
+        task.tests[part] = Test([dataset.classnames[i] for i in ids], tested)
     notes += twice([task.train, task.val], [test.batches for test in task.tests.values()])
     return task
 
@@ -118,7 +122,9 @@ def twice(learned: list[Batches], tested: list[Batches]) -> list[str]:
     one among those that are learned from, or tested on, holds.
     """
     each = [  # of each picture a hash of its pixels; an image in memory is what its digest is of
-        b.pictures.digests if b.pictures.in_memory else [*map(tuple, b.hashes.tolist())]
+        b.pictures.digests
+        if isinstance(b.pictures.source, Tensor)
+        else [*map(tuple, b.hashes.tolist())]
         for b in (*learned, *tested)
     ]
     known = {one for of in each[: len(learned)] for one in of}
@@ -162,20 +168,12 @@ def make_test(
     if record:
         test, more = unseen(dataset, record, again)
         dataset, notes = replace(dataset, test=test), notes + more
-    tests = _tests(dataset, parts, reader, notes)
-    learned = [dataset.classnames[i] for i in learned]
-    return Task(learned, dataset.template, None, None, tests, notes)
-
-
-def _tests(
-    dataset: Dataset, parts: dict[str, Sequence[int]], reader: Reader, notes: list[str]
-) -> dict[str, Test]:
-    """The test pictures of each part's classes: files are checked, to be read when needed."""
     tests = {}
     for part, ids in parts.items():
-        batches = read(_of_classes(dataset.test, ids), reader, notes, keep=False)
-        tests[part] = Test([dataset.classnames[i] for i in ids], batches)
-    return tests
+        tested = read(_of_classes(dataset.test, ids), reader, notes, keep=False)
+        tests[part] = Test([dataset.classnames[i] for i in ids], tested)
+    learned = [dataset.classnames[i] for i in learned]
+    return Task(learned, dataset.template, None, None, tests, notes)
 
 
 def draw(

@@ -132,8 +132,8 @@ class DISEF(LoRA):
         """The gradient loop; at λ = 1 on the real images alone."""
         if self.settings.lam == 1:
             train = train.real()
-        else:
-            train.apart = self.settings.apart
+        elif self.settings.apart:
+            train.draw_apart()
         descend(self, train, val)
 
 

@@ -9,17 +9,25 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from clip_min import UserError
-from clip_min.errors import nearest
+from clip_min.errors import unknown
 from fewshot import cache, datasets, grid
-from fewshot.catalogue import IMPLIED, chosen
+from fewshot.catalogue import DATASETS, GROUPS, IMPLIED
 from fewshot.experiment import Experiment
-from fewshot.flags import Parser, add_flags, pick
+from fewshot.flags import Parser, add_flags, listed, pick
 from methods import METHODS, Method, Settings, TrainingSettings
 from methods.disef import DISEFSettings
 from methods.templates import PromptSettings
 
 # The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
 MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
+
+# What --method all stands for: methods that label one image at a time, and need no others made.
+COMPARED = [
+    name
+    for name, method in METHODS.items()
+    if name != "zero_shot" and not method.transductive
+    if not issubclass(method.Settings, DISEFSettings)
+]
 
 # Flags that most people change; --help shows them first.
 OFTEN = ("dataset", "data_root", "model", "shots", "seed", "epochs", "lr", "batch_size")
@@ -53,8 +61,8 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     for flag in ("--method", "--model", "--dataset", "--data-root", "--recipe", "--prompts"):
         first.add_argument(flag)
     known, _ = first.parse_known_args(argv)
-    listed = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
-    about = f"{about}\nmethods:\n{listed}\n\ndata sets:\n{datasets.LISTED}"
+    titles = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
+    about = f"{about}\nmethods:\n{titles}\n\ndata sets:\n{datasets.LISTED}"
     parser = Parser(usage="%(prog)s --method METHOD [FLAG VALUE …]", description=about)
     often = parser.add_argument_group("what most people change")
     often.add_argument(
@@ -66,17 +74,24 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     shots = next(a for a in parser._actions if a.dest == "shots")
     shots.type = functools.partial(grid.numbers, words=("all",))
     shots.help += "; several, as 1,2,4: a run for each"
-    names = methods_of(known.method) if known.method is not None else []
-    if names:
+    names = []
+    if known.method is not None:
+        names = listed("--method", known.method, METHODS, {"all": COMPARED})
+        if len(names) > 1:
+            check_together(names)
         named = {key: value for key, value in vars(known).items() if value is not None}
         data = named.get("dataset", Experiment.dataset)
-        defaults = Experiment(**pick(Experiment, named | {"dataset": chosen(data)[0]}))
+        several = listed("--dataset", data, DATASETS, GROUPS)
+        defaults = Experiment(**pick(Experiment, named | {"dataset": several[0]}))
         if known.prompts is not None and known.method != "all":
             check_prompts(names)
         recipes = {n: recipe_for(METHODS[n], data, defaults.model) for n in names}
         if known.recipe is not None:
             of = {n: "--recipe" if len(names) == 1 else f"{n}: --recipe" for n in names}
-            recipes = {n: nearest(of[n], known.recipe, METHODS[n].recipes) for n in names}
+            for n in names:
+                if known.recipe not in METHODS[n].recipes:
+                    raise unknown(of[n], known.recipe, METHODS[n].recipes)
+            recipes = dict.fromkeys(names, known.recipe)
         presets = {n: METHODS[n].preset(recipes[n], defaults.model) for n in names}
         add_settings(parser, often, recipes, presets)
     rest = [f.name for f in fields(Experiment) if f.name not in OFTEN]
@@ -88,7 +103,7 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     group.add_argument(
         "--budget", type=seconds_in, help="of several methods, run those that fit in 90s, 10m, 2h"
     )
-    cache.add_flags(group)
+    add_flags(group, cache.Flags)
     group.add_argument(
         "--init-from",
         metavar="PATH",
@@ -110,7 +125,7 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     common = IMPLIED.get(data, {}) | pick(Experiment, given)
     experiments = [
         Experiment(**{**common, "dataset": dataset, "shots": shots, "seed": seed})
-        for dataset in chosen(data)
+        for dataset in several
         for shots in given.get("shots", [defaults.shots])
         for seed in given.get("seeds", [given.get("seed", defaults.seed)])
     ]
@@ -134,20 +149,14 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     return plans, given.get("budget", math.inf)
 
 
-def methods_of(text: str) -> list[str]:
-    """The names that --method gives: "lora", "lora,coop", or "all"."""
-    if text == "all":
-        return [
-            name for name, method in METHODS.items() if name != "zero_shot" and comparable(method)
-        ]
-    names = list(dict.fromkeys(nearest("--method", name, METHODS) for name in text.split(",")))
-    for name in names if len(names) > 1 else ():
+def check_together(names: list[str]) -> None:
+    """UserError, if one of several methods cannot be compared with the others."""
+    for name in names:
         if METHODS[name].transductive:
             raise UserError(
-                f"--method {text}: {name} labels a batch of test images jointly, which no other "
-                "method can be compared with; run it apart"
+                f"--method {','.join(names)}: {name} labels a batch of test images jointly, which "
+                "no other method can be compared with; run it apart"
             )
-    return names
 
 
 def check_prompts(names: list[str]) -> None:
@@ -156,11 +165,6 @@ def check_prompts(names: list[str]) -> None:
         if not issubclass(METHODS[name].Settings, PromptSettings):
             title = METHODS[name].title
             raise UserError(f"--prompts: {name} ({title}) reads no written prompts; leave it out")
-
-
-def comparable(method: type[Method]) -> bool:
-    """Whether `--method all` has it: it labels one image at a time, and needs no others made."""
-    return not method.transductive and not issubclass(method.Settings, DISEFSettings)
 
 
 def add_settings(parser, often, recipes: dict[str, str], presets: dict[str, dict]) -> None:

@@ -4,7 +4,7 @@ Runs are the experiment's (fewshot/run.py) and are only read here: config, names
 """
 
 from clip_min import CLIP, UserError, weights
-from clip_min.errors import nearest
+from clip_min.errors import unknown
 from fewshot.run import Run
 from methods import METHODS, Method, Settings
 from methods.wise_ft import keep_share
@@ -12,7 +12,9 @@ from methods.wise_ft import keep_share
 
 def described(run: Run) -> tuple[type[Method], Settings]:
     """The method and the settings that a run's config.json names."""
-    name = nearest(f"{run.path}/config.json: method", run.config["method"], METHODS)
+    name = run.config["method"]
+    if name not in METHODS:
+        raise unknown(f"{run.path}/config.json: method", name, METHODS)
     try:
         return METHODS[name], METHODS[name].Settings(**run.config["settings"])
     except UserError as error:

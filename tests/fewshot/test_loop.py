@@ -300,7 +300,8 @@ def test_paper_cross_modal_takes_12800_steps_and_the_best_of_its_grid_as_its_cod
 def test_paper_disef_pairs_64_and_64_for_50_epochs_as_its_code(followed):
     """fine-tune/scripts/disef.sh, src/data/_base.py (concat_mode min) of its repository."""
     train = batches(150, 1).join(batches(200, 2))
-    train.apart = recipe("disef", "paper").apart
+    assert recipe("disef", "paper").apart
+    train.draw_apart()
     done = followed("disef", train)
     assert done.sizes == [64 + 64] * 2 * 50
     lr = 2**-12

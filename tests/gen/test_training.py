@@ -59,7 +59,7 @@ def test_shots_and_real_count_the_real_ones_alone(joined):
 )
 def test_drawn_apart_a_batch_has_as_many_of_each_and_an_epoch_ends_with_the_fewer(drop_last, sizes):
     joined = numbered(list(range(7)), [0] * 7).join(numbered(list(range(100, 105)), [1] * 5))
-    joined.apart = True
+    joined.draw_apart()
     s, seen = TrainingSettings(batch_size=2, drop_last=drop_last), set()
     assert Length.of(s, joined).epoch == len(sizes)
     for epoch in range(40):

@@ -115,9 +115,8 @@ def test_a_budget_leaves_out_what_does_not_fit(script, where, tmp_path, is_one_l
 
 def test_all_is_every_method_that_can_be_compared():
     from methods import METHODS
-    from methods.interop.command import methods_of
+    from methods.interop.command import COMPARED as found
 
-    found = methods_of("all")
     for name in METHODS:
         apart = METHODS[name].transductive or name in ("zero_shot", "disef", "disef_f1")
         assert (name in found) == (not apart)
