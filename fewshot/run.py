@@ -172,8 +172,7 @@ class Run:
 
     def check_model(self, found: str) -> None:
         """UserError, if this is not the fingerprint of the CLIP it was trained on."""
-        made = self.config["fingerprint"]
-        if found != made:
+        if found != (made := self.config["fingerprint"]):
             raise UserError(
                 f"{self.path}: was trained on {self.config['model']} with fingerprint {made}, but "
                 f"the model here has {found}; give the right one with --model"
@@ -306,8 +305,7 @@ def provenance() -> dict:
         except PackageNotFoundError:
             versions[package] = None
     try:
-        here = Path(__file__).parent
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None

@@ -193,8 +193,7 @@ class Method(nn.Module):
     def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
         super().__init__()
         self.lent = (clip,)  # in a tuple, for its parameters are not this module's
-        # A copy of the modules over the same tensors, frozen: `deepcopy` takes what it finds in
-        # `tensors` as copied already. A part or tensor that is put there is not in the lent one.
+        # Modules of its own over the same tensors, frozen: deepcopy takes these as copied already.
         tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}
         self.clip = copy.deepcopy(clip, tensors)
         self.templates = getattr(settings, "templates", ()) or (template,)
@@ -211,9 +210,8 @@ class Method(nn.Module):
         """The prompts of each class: those written for it, or one of each template."""
         if prompts := getattr(self.settings, "prompts", None):
             return class_texts(self.classnames, prompts)
-        for template in self.templates:
-            if "{}" not in template:
-                raise UserError(f"--template {template!r} has no {{}} for the class name; add one")
+        if bad := [template for template in self.templates if "{}" not in template]:
+            raise UserError(f"--template {bad[0]!r} has no {{}} for the class name; add one")
         return [[t.replace("{}", name) for t in self.templates] for name in self.classnames]
 
     def prompt_tree(self) -> PromptTree:
