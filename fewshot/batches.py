@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from clip_min import UserError, normalize
 from clip_min.errors import Note
+from clip_min.memory import free_memory
 from fewshot import cache, ranks
-from fewshot.pictures import READERS, Pictures, Reader, free_memory, pixel_hash
+from fewshot.pictures import READERS, Pictures, Reader, pixel_hash
 
 KEPT = 1e9  # bytes of whole pictures that are kept in memory where crops are drawn anew each time
 
@@ -268,5 +269,4 @@ class Batches:
 def room(device: torch.device) -> float:
     """Bytes that encoded training images may take in memory, and as many those of validation."""
     on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    return ranks.same(min(cache.limit, free / 3 / (1 if on_gpu else ranks.size)))
+    return ranks.same(min(cache.limit, free_memory(device) / 3 / (1 if on_gpu else ranks.size)))

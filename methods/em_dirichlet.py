@@ -36,8 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_min import UserError
+from clip_min.memory import check_room, free_memory
 from methods.support import WithSupport
 from methods.templates import TemplateSettings
+
+TABLES = 17  # of (K, K) float64, that are in memory at once while α is fitted
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ class EMDirichlet(WithSupport):
         "demo": {"temperature": 5.0},
     }
     transductive = True
+
+    def set_classes(self, classnames: list[str]) -> None:
+        """As always; UserError where their α would not fit into memory."""
+        what = f"em_dirichlet: {len(classnames):,} classes, of as many numbers each, take"
+        needed, free = TABLES * 8 * len(classnames) ** 2, free_memory(self.clip.device)
+        check_room(needed, free, what, "give fewer, or take transclip")
+        super().set_classes(classnames)
 
     def fit(self, train, val, descend) -> None:
         """Nothing is learned; with `use_support`, training images are kept."""
