@@ -168,6 +168,7 @@ class Method(nn.Module):
     reaches_unseen: ClassVar[bool] = True  # does what it learns change how it names those?
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     zero_shot_state: Callable | None = None  # () -> learned tensors of zero-shot CLIP; wise_ft.py
+    starts_over: ClassVar[bool] = False  # does `fit` set all it learns, whatever it was before?
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
     lr_factors: ClassVar[dict[str, float]] = {}  # what of it learns at so many times the rate
     first_stage: float | None = None  # share of the steps before the loop calls `second_stage`
@@ -260,6 +261,14 @@ class Method(nn.Module):
             with torch.no_grad():
                 self._text = self.text_features()
         return self._text
+
+    def matrix(self) -> dict[str, Tensor]:
+        """What the logits of an image feature f (E,) come to, for export: weight (K, E), with
+        logit_scale s, if they are s · norm(f) · weightᵀ, or with bias (K,), if they are
+        f · weightᵀ + bias.
+        """
+        rows = F.normalize(self.class_features(), dim=-1)
+        return {"weight": rows, "logit_scale": self.clip.logit_scale.exp()}
 
     def float32(self) -> torch.autocast:
         """A context without autocast, for logits: in 16 bits those of like classes would tie."""

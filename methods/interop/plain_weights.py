@@ -16,10 +16,7 @@ from torch import Tensor
 from clip_min import CLIP, UserError
 from clip_min.weights import mismatches
 from methods.base import Method
-from methods.cross_modal import CrossModal
-from methods.linear_probe import LinearProbe
 from methods.lora import GroupedLoRA
-from methods.lp_plus_plus import LPPlusPlus
 from methods.two_stage import TwoStage
 
 
@@ -48,38 +45,28 @@ def merged_clip(method: Method) -> CLIP:
 
 @torch.no_grad()
 def classifier(method: Method) -> dict[str, Tensor]:
-    """weight (K, E), a row for each class name, with what makes logits of it for a feature f (E,):
+    """The method's `matrix`: weight (K, E), a row for each class name, and logit_scale or bias.
 
-        logit_scale ()     logits = s · norm(f) · weightᵀ
-        bias (K,)          logits = f · weightᵀ + bias               a linear probe's, of f as it is
-
-    That this is so for any image is not taken for granted but tried, on random ones.
+    That the logits of any image are what the matrix says is not taken for granted but tried, on
+    random images.
     """
     clip, dice = method.clip, torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, *2 * [clip.config.image_size], generator=dice)
     with method.inference():
-        if isinstance(method, LinearProbe):
-            tensors = {"weight": method.head.weight, "bias": method.head.bias}
-        elif isinstance(method, LPPlusPlus):  # α stands where others have a temperature
-            tensors = {"weight": method.rows(), "logit_scale": torch.ones(())}
-        else:
-            learned = isinstance(method, CrossModal)
-            rows = method.head if learned else F.normalize(method.class_features(), dim=-1)
-            tensors = {"weight": rows, "logit_scale": clip.logit_scale.exp()}
+        tensors = method.matrix()
         fits = tensors["weight"].dim() == 2 and torch.allclose(
             method(images), _logits(clip.encode_image(images), **tensors), rtol=1e-3, atol=1e-3
         )
     if not fits:
         raise UserError(
-            f"{type(method).__name__} has no classifier matrix: its logits are not those of "
-            "CLIP's image features with one row for each class (CoCoOp's prompts, for one, "
-            "depend on the image)"
+            f"{type(method).__name__} has no classifier matrix: its logits are not image features "
+            "times one row for each class (CoCoOp's prompts, for one, depend on the image)"
         )
     return tensors
 
 
 def _logits(f: Tensor, weight: Tensor, logit_scale=None, bias=None) -> Tensor:
-    """The formulas of `classifier`: f (B, E) -> (B, K)."""
+    """The formulas of `Method.matrix`: f (B, E) -> (B, K)."""
     if bias is not None:
         return f @ weight.T + bias
     return logit_scale * F.normalize(f, dim=-1) @ weight.T
