@@ -11,8 +11,9 @@ files lie in memory (the system's page cache) for all ways alike.
 
 With --stream they are encoded by a ViT-B/16 (random weights): read as `evaluate` reads test
 pictures, beside decoding alone, and computing alone on pixels in memory. Best is 1 for the ratio of
-streaming to the longer of these two. Then the memory that `eval.py` needs at its peak on 5,000 and
-on 50,000 test pictures: the demo model, 100 x 100 pixels, the same 1,000 under other names.
+streaming to the longer of these two. Then what `eval.py` takes, and the memory it needs at its
+peak: 5,000 and 50,000 test pictures, and 5,000 named in a table (--csv); the demo model, 100 x 100
+pixels, the same 1,000 under other names.
 """
 
 import argparse
@@ -59,6 +60,7 @@ def main() -> None:
             show(f"encoding {flags.images} JPEGs of 500 x 600, ViT-B/16, {flags.device}", rows)
             rows = [tested(Path(folder) / str(count), count) for count in (5_000, 50_000)]
             grown = rows[1]["peak MB"] - rows[0]["peak MB"]
+            rows.append(named(Path(folder) / "5000", 5_000))
             show(f"eval.py on the demo model; memory grows by {grown:.0f} MB", rows)
             return
         rows = measure(Path(folder), flags.images, flags.rounds)
@@ -107,17 +109,30 @@ def tested(folder: Path, count: int) -> dict:
             link = folder / part / f"flower {i % 10}" / f"{part}{i}.jpg"
             link.parent.mkdir(parents=True, exist_ok=True)
             os.link(file, link)
+    cache = folder.with_name(f"cache of {folder.name}")  # its own: nothing is in it
+    flags = ["--method", "zero_shot", "--dataset", "folder", "--data-root", str(folder)]
+    return timed("tested", count, *flags, "--cache", str(cache))
+
+
+def named(folder: Path, count: int) -> dict:
+    """eval.py --csv: a row for each of `count` pictures, which have no label."""
+    names = ",".join(f"flower {k}" for k in range(10))
+    table = str(folder.with_name("answers.csv"))
+    return timed(
+        "named", count, "--image", str(folder / "test"), "--classes", names, "--csv", table
+    )
+
+
+def timed(what: str, count: int, *flags: str) -> dict:
+    """What `eval.py` with these flags takes, in a process of its own."""
     # VmHWM: what getrusage says of a process counts the one that started it, too.
     code = (
         "import eval; eval.run_script(eval.main); "
         "print(*[line.split()[1] for line in open('/proc/self/status') if line[:5] == 'VmHWM'])"
     )
-    cache = folder.with_name(f"cache of {folder.name}")  # its own: nothing is in it
-    flags = ["--method", "zero_shot", "--dataset", "folder", "--model", "demo"]
-    flags += ["--data-root", str(folder), "--cache", str(cache)]
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", code, *flags],
+        [sys.executable, "-c", code, "--model", "demo", *flags],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -125,7 +140,7 @@ def tested(folder: Path, count: int) -> dict:
     )
     taken = time.perf_counter() - started
     return {
-        "test pictures": count,
+        "pictures": f"{count:,} {what}",
         "peak MB": int(done.stdout.split()[-1]) / 1e3,
         "seconds": taken,
         "images/s": count / taken,
