@@ -209,9 +209,14 @@ def _open_clip(found: dict, config: CLIPConfig, file: Path) -> dict:
 
 def _hugging_face(found: dict, config: CLIPConfig, file: Path) -> dict:
     expect(found, {"vision_config": dict, "text_config": dict}, str(file))
-    acts, told = [], {}
+    acts: list[str] = []
+    told: dict = {}
     for tower, heads in (("vision", config.vision_heads), ("text", config.text_heads)):
-        part = {"hidden_act": "quick_gelu", "num_attention_heads": heads, "layer_norm_eps": 1e-5}
+        part: dict = {
+            "hidden_act": "quick_gelu",
+            "num_attention_heads": heads,
+            "layer_norm_eps": 1e-5,
+        }
         part |= found[f"{tower}_config"]  # what it leaves out is OpenAI's
         kind = {"hidden_act": str, "num_attention_heads": int, "layer_norm_eps": float}
         expect(part, kind, str(file), f"{tower}_config")
@@ -250,7 +255,7 @@ def _only(found: dict, file: Path, **allowed: tuple) -> None:
 
 def _pictures(told: dict, where: str) -> dict:
     """mean and std, of three channels, and how pictures are resized, checked; None is OpenAI's."""
-    asked = {key: told.get(key) for key in UNTOLD[1:]}
+    asked: dict = {key: told.get(key) for key in UNTOLD[1:]}
     for key in ("mean", "std"):
         if asked[key] is None:
             asked[key] = getattr(CLIPConfig, key)

@@ -95,8 +95,8 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def processor() -> tuple[str, int, int]:
     """Vendor, family and model of an x86 processor, as Linux tells them; ("", 0, 0) elsewhere."""
-    told = Path("/proc/cpuinfo")
-    told = told.read_text() if told.exists() else ""
+    file = Path("/proc/cpuinfo")
+    told = file.read_text() if file.exists() else ""
     found = re.search(r"vendor_id\s*: (.+)\ncpu family\s*: (\d+)\nmodel\s*: (\d+)\n", told)
     return (found[1], int(found[2]), int(found[3])) if found else ("", 0, 0)
 

@@ -54,10 +54,11 @@ def replacing(path: str | Path) -> Iterator[str]:
     On any failure (a full disk, a kill) the earlier file stays as it was.
     """
     path = Path(path)
-    beside = {"dir": path.parent, "prefix": f".clip_min-{path.name[:40]}-"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as place:
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".clip_min-{path.name[:40]}-", ignore_cleanup_errors=True
+        ) as place:
             temporary = Path(place) / path.name  # its ending tells savers of pictures the format
             yield str(temporary)
             if temporary.is_file():

@@ -28,7 +28,7 @@ IN_FOLDERS = (
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # OWNER/NAME or OWNER/NAME@REVISION; "ViT-…" is a mistyped name of OpenAI's.
-REPOSITORY = re.compile(r"(?!ViT-)([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+REPOSITORY = re.compile(r"(?!ViT-)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
 # OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them: where,
@@ -108,29 +108,40 @@ KNOWN = [
 ]
 
 
-def locate(name: str, download: bool = True) -> Path | None:
-    """The local file of a model; UserError, unless there is such a model.
+def locate(name: str) -> Path:
+    """The local file of a model, downloaded first if the hub has it and its cache does not.
 
-    download: fetch what the hub has, if it is not in its cache; else only see that the name can be
-    one of the hub's (-> None), which takes no time.
+    UserError, unless there is such a model.
+    """
+    if name in HUB:
+        return _download(name, *HUB[name])
+    if found := local(name):
+        return found
+    repo, _, revision = name.partition("@")
+    return _download(name, repo, revision or "main")
+
+
+def local(name: str) -> Path | None:
+    """The file of a model that needs no hub; None, if the name may be one of the hub's.
+
+    UserError, if it can be neither. No network is used.
     """
     if name == "demo":
         return DEMO
     if name in HUB:
-        return _download(name, *HUB[name]) if download else None
+        return None
     path = Path(name).expanduser()
     inside = (path / file for file in IN_FOLDERS)
     if found := next((file for file in (path, *inside) if file.is_file()), None):
         return found
-    repository = REPOSITORY.fullmatch(name)
-    if path.exists() or path.suffix in SUFFIXES or not repository:
+    if path.exists() or path.suffix in SUFFIXES or not REPOSITORY.fullmatch(name):
         known = ", ".join(["demo", *HUB])
         raise UserError(
             f"{name}: neither a weights file nor a folder with {' or '.join(IN_FOLDERS)}, nor a "
             f"known model; models are {known} and the hub's OWNER/NAME, of which "
             "python -m clip_min.weights list shows some"
         )
-    return _download(name, repository[1], repository[2] or "main") if download else None
+    return None
 
 
 def _download(name: str, repo: str, revision: str, sha256: str | None = None) -> Path:
@@ -205,8 +216,7 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
         raise UserError(
             f"{name}: {repo} could not be downloaded ({first_line(error)}); {hint}{advice}"
         ) from None
-    found = sha256_of(path) if sha256 else sha256
-    if found != sha256:
+    if sha256 and (found := sha256_of(path)) != sha256:
         raise UserError(
             f"{path}: sha256 is {found[:16]}…, but {repo} has {sha256[:16]}…; delete this file, "
             "and it is downloaded again"

@@ -18,7 +18,6 @@ Three things are done differently from the paper's code, with equal results:
   fast.py, which says how to turn that off).
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +98,19 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, read, H, D/H) -> (B, read, D)
 
 
+class MLP(nn.Module):
+    """Two linear layers with a nonlinearity between them, on each token alone."""
+
+    def __init__(self, width: int, activation: str = "quick_gelu"):
+        super().__init__()
+        self.c_fc = fast.Linear(width, 4 * width)
+        self.gelu = ACTIVATIONS[activation]()
+        self.c_proj = fast.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))  # (..., D) -> (..., 4D) -> (..., D)
+
+
 class Block(nn.Module):
     """Pre-norm residual block: attention, then an MLP four times as wide."""
 
@@ -106,13 +118,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=fast.Linear(width, 4 * width),
-                gelu=ACTIVATIONS[activation](),
-                c_proj=fast.Linear(4 * width, width),
-            )
-        )
+        self.mlp = MLP(width, activation)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, read=None) -> Tensor:
@@ -151,10 +157,11 @@ class VisionTower(nn.Module):
         self.transformer = Transformer(width, layers, heads, config.activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
-        for block in self.transformer.resblocks:  # as nn.MultiheadAttention starts, which CLIP used
-            nn.init.xavier_uniform_(block.attn.in_proj.weight)
-            nn.init.zeros_(block.attn.in_proj.bias)
-            nn.init.zeros_(block.attn.out_proj.bias)
+        for module in self.transformer.modules():
+            if isinstance(module, Attention):  # starts as nn.MultiheadAttention, which CLIP used
+                nn.init.xavier_uniform_(module.in_proj.weight)
+                nn.init.zeros_(module.in_proj.bias)
+                nn.init.zeros_(module.out_proj.bias)
 
     def embed(self, images: Tensor) -> Tensor:
         """images (B, 3, n, n) -> the tokens (B, 1 + patches, D) the first block reads."""
@@ -199,15 +206,17 @@ class TextTower(nn.Module):
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj.weight, std=width**-0.5)
-            nn.init.zeros_(block.attn.in_proj.bias)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        for module in self.transformer.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.in_proj.weight, std=width**-0.5)
+                nn.init.zeros_(module.in_proj.bias)
+                nn.init.normal_(module.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+                nn.init.zeros_(module.out_proj.bias)
+            elif isinstance(module, MLP):
+                nn.init.normal_(module.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(module.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
-    def forward(self, prompts: Chunk, context: Tensor | None = None) -> Tensor:
+    def encode_prompts(self, prompts: Chunk, context: Tensor | None = None) -> Tensor:
         """K prompts, laid out as one sequence of T tokens -> features (1, K, E), not normalised.
 
         Each token knows its position in its own prompt, and the mask lets it see that prompt's
@@ -228,8 +237,6 @@ class CLIP(TextTower):
     """The model. OpenAI's names keep the text tower at the root and put the image tower under
     `visual`; so here CLIP *is* a text tower, which also has eyes.
     """
-
-    encode_prompts = TextTower.forward  # under a name of its own: CLIP's forward takes images too
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config)

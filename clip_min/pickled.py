@@ -85,10 +85,12 @@ class Thing:
     """All that a pickle says of an object: its class or maker, its arguments, its state."""
 
     kind = ""
+    arguments: tuple
+    state: object = None
 
-    def __new__(cls, *arguments):
+    def __new__(cls, *arguments):  # a pickle may make objects without calling __init__
         thing = object.__new__(cls)
-        thing.arguments, thing.state = arguments, None
+        thing.arguments = arguments
         return thing
 
     def __setstate__(self, state):

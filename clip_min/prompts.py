@@ -22,6 +22,7 @@ where: it has the shape of the tokens, -1 where the token's own embedding stands
 of the context stands. Prompts that share slots share nodes, as with tokens.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -37,6 +38,8 @@ class PromptTree(nn.Module):
     slots (L,) or (K, L), optional: -1, or the row of the context that replaces the embedding.
     chunk_tokens: nodes in one sequence, at most (a single longer prompt still gets a chunk).
     """
+
+    unsort: Tensor  # (K,) puts features in sorted order back into the caller's
 
     def __init__(self, tokens: Tensor, slots: Tensor | None = None, chunk_tokens: int = 256):
         super().__init__()
@@ -55,23 +58,25 @@ class PromptTree(nn.Module):
         order = sorted(range(len(prompts)), key=prompts.__getitem__)
         self.register_buffer("unsort", torch.tensor(order).argsort(), persistent=False)  # (K,)
         self.context_rows = int(slots.max()) + 1
-        self.chunks = nn.ModuleList()
+        chunks: list[Chunk] = []
         nodes: dict[tuple, int] = {}  # a node is the beginning that leads to it -> its place
         reads: list[int] = []
         for prompt in (prompts[i] for i in order):
             path = [prompt[: n + 1] for n in range(len(prompt))]
             if nodes and len(nodes) + sum(node not in nodes for node in path) > chunk_tokens:
-                self.chunks.append(Chunk(nodes, reads))
+                chunks.append(Chunk(nodes, reads))
                 nodes, reads = {}, []
             for node in path:
                 nodes.setdefault(node, len(nodes))
             reads.append(nodes[prompt])
-        self.chunks.append(Chunk(nodes, reads))
-        self.longest = max(len(chunk.tokens) for chunk in self.chunks)
+        chunks.append(Chunk(nodes, reads))
+        self.chunks = nn.ModuleList(chunks)
+        sizes = [len(chunk.tokens) for chunk in chunks]  # T of each
+        self.total, self.longest = sum(sizes), max(sizes)
 
     def __len__(self) -> int:
         """The number of tokens computed, where padded prompts would take K x 77."""
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+        return self.total
 
     def forward(self, clip, context: Tensor | None = None, max_tokens: int | None = None) -> Tensor:
         """Encode all prompts with the text tower of `clip` -> features (K, E), not normalised.
@@ -89,35 +94,41 @@ class PromptTree(nn.Module):
         per_image = context is not None and context.dim() == 3
         if context is not None and not per_image:
             context = context.unsqueeze(0)  # (1, M, D)
-        pieces, encode = [context], clip.encode_prompts
-        if max_tokens is not None and (len(context) if per_image else 1) * len(self) > max_tokens:
+        images = 1 if context is None else len(context)
+        pieces: Sequence[Tensor | None] = [context]
+        encode = clip.encode_prompts
+        if max_tokens is not None and images * len(self) > max_tokens:
             # Keeps nothing for the backward pass but the inputs.
             encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
-            if per_image:
+            if context is not None:
                 pieces = context.split(max(1, max_tokens // self.longest))
-        features = [torch.cat([encode(c, piece) for c in self.chunks], dim=1) for piece in pieces]
-        features = torch.cat(features).index_select(1, self.unsort)  # (B or 1, K, E)
+        parts = [torch.cat([encode(c, piece) for c in self.chunks], dim=1) for piece in pieces]
+        features = torch.cat(parts).index_select(1, self.unsort)  # (B or 1, K, E)
         return features if per_image else features[0]
 
 
 class Chunk(nn.Module):
-    """One tree as a sequence of T nodes: what the text tower reads (TextTower.forward)."""
+    """One tree as a sequence of T nodes: what the text tower reads (`TextTower.encode_prompts`)."""
+
+    tokens: Tensor  # (T,)
+    rows: Tensor  # (T,) which row a node takes of [the T embeddings, the M rows of the context]
+    positions: Tensor  # (T,) in its own prompt
+    mask: Tensor  # (T, T) row: who looks; column: at whom; 0 where it may, else -inf
+    ends: Tensor  # (K,) the last nodes of prompts: what is read
 
     def __init__(self, nodes: dict[tuple, int], ends: list[int]):
         super().__init__()
-        tokens, slots = zip(*(node[-1] for node in nodes), strict=True)
-        slots = torch.tensor(slots)
+        tokens = torch.tensor([node[-1][0] for node in nodes])
+        slots = torch.tensor([node[-1][1] for node in nodes])
         sees = torch.eye(len(nodes), dtype=torch.bool)
         for node, place in nodes.items():  # parents stand before their children
             if node[:-1]:
                 sees[place] |= sees[nodes[node[:-1]]]
         for name, value in {
-            "tokens": torch.tensor(tokens),  # (T,)
-            # (T,) which row a node takes of [the T embeddings, the M rows of the context]
+            "tokens": tokens,
             "rows": torch.where(slots < 0, torch.arange(len(nodes)), len(nodes) + slots),
-            "positions": torch.tensor([len(node) - 1 for node in nodes]),  # (T,) in its own prompt
-            # (T, T) row: who looks; column: at whom; 0 where it may, else -inf
+            "positions": torch.tensor([len(node) - 1 for node in nodes]),
             "mask": torch.zeros(sees.shape).masked_fill(~sees, -torch.inf),
-            "ends": torch.tensor(ends),  # the last nodes of prompts: what is read
+            "ends": torch.tensor(ends),
         }.items():
             self.register_buffer(name, value, persistent=False)

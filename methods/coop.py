@@ -57,6 +57,7 @@ class LearnedContext(Method):
     """What CoOp and its successors share: learned vectors in the prompts, in place of words."""
 
     text_learns = True
+    _written: Tensor | None = None  # see `written_features`
 
     def __init__(self, clip, classnames, template, settings: ContextSettings):
         super().__init__(clip, classnames, template, settings)
@@ -87,6 +88,7 @@ class CoOpSettings(ContextSettings, DepthHeadSettings):
 class CoOp(WithDepthHead, LearnedContext):
     title = "learned prompt vectors, shared by all classes"
     Settings = CoOpSettings
+    settings: CoOpSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "notebook": OWN,

@@ -43,6 +43,7 @@ OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
 class CrossModal(Method):
     title = "a linear head on images and class names as samples"
     Settings = CrossModalSettings
+    settings: CrossModalSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {

@@ -29,7 +29,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from methods.base import Method, Settings
+from methods.base import BaseSettings, Method
 from methods.learned_names import rows
 
 SHARE = 0.7  # of lin in the loss and the logits
@@ -37,7 +37,7 @@ FASTER = 6.5
 
 
 @dataclass(frozen=True)
-class DepthHeadSettings(Settings):
+class DepthHeadSettings(BaseSettings):
     depth_head: Annotated[bool, "DePT's head beside it, for the classes it learns from"] = False
 
 
@@ -57,17 +57,16 @@ class WithDepthHead(Method):
 
     def __init__(self, clip, classnames, template, settings):
         super().__init__(clip, classnames, template, settings)
-        self.learned_names, self.head = list(classnames), None
+        self.learned_names = list(classnames)
+        self.head = nn.ModuleDict()  # empty without --depth-head
         self.logits_apart = not settings.depth_head
         if settings.depth_head:
             embed = clip.config.embed_dim
-            parts = {side: ScaleAndShift(embed) for side in ("image", "text")}
-            self.head = nn.ModuleDict({**parts, "linear": nn.Linear(embed, len(classnames))})
+            for side in ("image", "text"):
+                self.head[side] = ScaleAndShift(embed)
+            self.head["linear"] = nn.Linear(embed, len(classnames))
             self.head.to(clip.device)
-
-    @property
-    def lr_factors(self) -> dict[str, float]:
-        return {name: FASTER for name in self.adapter_state() if name.startswith("head.")}
+        self.lr_factors = {f"head.{name}": FASTER for name, _ in self.head.named_parameters()}
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Image features x (B, E) -> f (B, E) and W (K, E), not normalised."""
@@ -79,7 +78,7 @@ class WithDepthHead(Method):
         sim = self.clip.logits(f, text)
         row = rows(self.classnames, self.learned_names).to(sim.device)  # (K,)
         known = row >= 0
-        if self.head is None or not known.any():
+        if not self.head or not known.any():
             return sim
         both = (1 - SHARE) * sim[:, known] + SHARE * self.lin(f, "image")[:, row[known]]
         any_known = sim[:, known].logsumexp(dim=1, keepdim=True)  # (B, 1)
@@ -97,7 +96,7 @@ class WithDepthHead(Method):
     def loss_of(self, f: Tensor, text: Tensor, labels: Tensor) -> Tensor:
         """The same of f (B, E) and W (K, E)."""
         loss = self.cross_entropy(self.clip.logits(f, text), labels)
-        if self.head is None:
+        if not self.head:
             return loss
         lin = torch.cat([self.lin(f, "image"), self.lin(text[labels], "text")])  # (2B, K)
         return (1 - SHARE) * loss + SHARE * self.cross_entropy(lin, labels.repeat(2))

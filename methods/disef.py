@@ -95,6 +95,7 @@ DEMO = {**LoRA.recipes["demo"], "lr": 4e-3, "epochs": 10}
 class DISEF(LoRA):
     title = "LoRA on real and synthetic images together"
     Settings = DISEFSettings
+    settings: DISEFSettings
     recipes = {
         "default": DEFAULT,
         "notebook": NOTEBOOK,
@@ -156,13 +157,13 @@ def mix(images: Tensor, labels: Tensor, mixup: float, cutmix: float) -> tuple[Te
     if cut:
         size = images.shape[-1]  # n
         side = int(size * math.sqrt(1 - m))
-        ends = []  # of the box, which is cut off where it leaves the image
-        for middle in torch.randint(size, (2,)).tolist():
-            ends.append(slice(max(middle - side // 2, 0), min(middle + (side + 1) // 2, size)))
-        box = (..., *ends)
-        m = 1 - math.prod(end.stop - end.start for end in ends) / size**2
+        rows, columns = (  # of the box, which is cut off where it leaves the image
+            slice(max(middle - side // 2, 0), min(middle + (side + 1) // 2, size))
+            for middle in torch.randint(size, (2,)).tolist()
+        )
+        m = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / size**2
         images, reverse = images.clone(), images.flip(0)
-        images[box] = reverse[box]
+        images[..., rows, columns] = reverse[..., rows, columns]
     else:
         images = m * images + (1 - m) * images.flip(0)
     return images, m * labels + (1 - m) * labels.flip(0)

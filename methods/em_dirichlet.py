@@ -91,6 +91,7 @@ PUBLISHED = {  # T = 30, as here
 class EMDirichlet(WithSupport):
     title = "label a batch of test images jointly (transductive)"
     Settings = EMDirichletSettings
+    settings: EMDirichletSettings
     recipes = {
         "default": {},
         "few-shot": {"use_support": True},

@@ -74,6 +74,7 @@ OWN = {"lr": 1e-5, "clip_norm": 5.0}
 class Finetune(Method):
     title = "all of CLIP's weights, or the last blocks'"
     Settings = FinetuneSettings
+    settings: FinetuneSettings
     recipes = {
         "default": {**OWN, **DEFAULT},
         "contrastive": {**OWN, **DEFAULT, "objective": "contrastive"},
@@ -99,19 +100,13 @@ class Finetune(Method):
             self.first_block = 0
         elif settings.train != "text":
             self.first_block = clip.config.vision_layers - int(settings.train.split("-")[1])
+        image = [name for name in self.adapter_state() if name.startswith("clip.visual.")]
+        self.lr_factors = dict.fromkeys(image, settings.image_lr_factor)
+        # Pairs are a batch's own, and so are the classes where these are chosen.
+        self.loss_is_mean = settings.objective == "class" and settings.class_share == 1
         if settings.class_share < 1:
             with torch.no_grad():  # W° (K, E), before anything is learned
                 self.frozen_text = F.normalize(self.text_features(), dim=-1)
-
-    @property
-    def lr_factors(self) -> dict[str, float]:
-        image = [name for name in self.adapter_state() if name.startswith("clip.visual.")]
-        return dict.fromkeys(image, self.settings.image_lr_factor)
-
-    @property
-    def loss_is_mean(self) -> bool:
-        """Not over pairs, nor over classes that depend on the batch."""
-        return self.settings.objective == "class" and self.settings.class_share == 1
 
     def zero_shot_state(self) -> dict[str, Tensor]:
         """The lent CLIP's weights."""

@@ -59,6 +59,7 @@ class GDASettings(TemplateSettings):
 class GDA(WithSupport):
     title = "a Gaussian for each class beside its name (training-free)"
     Settings = GDASettings
+    settings: GDASettings
     recipes = {"default": {}, "paper": {"augment": "crop-flip", "novel": "neighbours"}}
     _kept = None  # `gaussians` of these classes, in `inference`
 
@@ -114,7 +115,9 @@ class GDA(WithSupport):
             text = F.normalize(self.class_features().double(), dim=-1)[~known]
             nearest = (text @ x.T).topk(min(NEAREST, len(x))).indices
             sums = torch.stack([x[some].sum(dim=0) for some in nearest])
-            precision = sum(shrunk(x[some] - t) for some, t in zip(nearest, text, strict=True))
+            precision = x.new_zeros(x.shape[1], x.shape[1])  # (E, E)
+            for some, t in zip(nearest, text, strict=True):
+                precision += shrunk(x[some] - t)
             means = (sums + COPIES * text) / (nearest.shape[1] + COPIES)
             w[~known], b[~known] = line(means, precision / len(text))
         return w.float(), b.float()
@@ -129,15 +132,15 @@ class GDA(WithSupport):
         """Set α to the best on validation; of equally good ones, to the smallest."""
         every = ceil(len(val.labels) / SEARCHED)  # as many would cost the square of the classes
         features, labels = val.encoded(self)[::every], val.labels[::every]
-        right = dict.fromkeys(ALPHAS, 0)
+        right = dict.fromkeys(ALPHAS, 0.0)
         with self.inference():
             for part in torch.arange(len(labels)).split(max(1, ROOM // len(self.classnames))):
                 x = features[part]
                 zero_shot, ratios = super().classify(x), self.ratios(x)  # (V, K)
                 for alpha in ALPHAS:
-                    best = (zero_shot + alpha * ratios).argmax(dim=1)
-                    right[alpha] += (best == labels[part]).sum().item() / len(labels)
-        best = max(ALPHAS, key=right.get)  # of equals, max takes the first
+                    guesses = (zero_shot + alpha * ratios).argmax(dim=1)
+                    right[alpha] += (guesses == labels[part]).sum().item() / len(labels)
+        best = max(ALPHAS, key=right.__getitem__)  # of equals, max takes the first
         self.alpha.fill_(best)
         print(f"α {best:g}: {100 * right[best]:.2f} % on validation")
 

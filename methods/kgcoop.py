@@ -35,6 +35,7 @@ class KgCoOpSettings(CoOpSettings, PromptSettings):
 class KgCoOp(CoOp):
     title = "CoOp held near hand-written prompts"
     Settings = KgCoOpSettings
+    settings: KgCoOpSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {**PUBLISHED, "epochs": 100, "batch_size": 128},

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import Method, Settings
+from methods.base import BaseSettings, Method
 
 SWEEP = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log10 C
 HALVINGS = 8
@@ -29,7 +29,7 @@ ROOM = 2**24  # logits in memory at once: 64 MB, or 128
 
 
 @dataclass(frozen=True)
-class LinearProbeSettings(Settings):
+class LinearProbeSettings(BaseSettings):
     c: Annotated[float, "C, the inverse of the L2 penalty's strength; 0: chosen on validation"] = 0
     max_iterations: Annotated[int, "steps of L-BFGS at most, for one C"] = 1000
     balance: Annotated[
@@ -41,6 +41,7 @@ class LinearProbeSettings(Settings):
 class LinearProbe(Method):
     title = "logistic regression on image features, no text"
     Settings = LinearProbeSettings
+    settings: LinearProbeSettings
     recipes = {"paper": {}}
     names_unseen = False
 

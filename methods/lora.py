@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from clip_min import UserError
 from clip_min.fast import linear
+from clip_min.model import Attention
 from methods.base import DEFAULT, Method, TrainingSettings
 from methods.templates import PromptSettings
 
@@ -64,12 +65,13 @@ class GroupedLoRA(nn.Module):
         self.base = base
         self.parts, self.of, self.rank, self.scale = parts, of, rank, scale
         self.dropout, self.masks = nn.Dropout(dropout), masks
-        like = {"device": base.weight.device, "dtype": torch.float32}
         width = base.out_features // of  # D
-        self.lora_A = nn.Parameter(torch.empty(len(parts) * rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(len(parts) * width, rank, **like))
+        a = torch.empty(len(parts) * rank, base.in_features, device=base.weight.device)
+        b = torch.zeros(len(parts) * width, rank, device=base.weight.device)
+        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self._unmerged = None  # the frozen weight, kept while the correction is merged into it
+        # The frozen weight, kept while the correction is merged into it.
+        self._unmerged: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # (..., of·D)
@@ -99,11 +101,12 @@ class GroupedLoRA(nn.Module):
     def merge(self) -> None:
         """Add the correction to the frozen weight: the layer then costs what it cost before."""
         assert self._unmerged is None, "merged twice"
-        self._unmerged = self.base.weight.data
-        self.base.weight.data = (self._unmerged + self.delta()).to(self._unmerged.dtype)
+        frozen = self._unmerged = self.base.weight.data
+        self.base.weight.data = (frozen + self.delta()).to(frozen.dtype)
 
     def unmerge(self) -> None:
         """Put the frozen weight back, to the bit."""
+        assert self._unmerged is not None, "not merged"
         self.base.weight.data, self._unmerged = self._unmerged, None
 
 
@@ -138,6 +141,7 @@ DEMO_MODEL = {"lr": 2e-3, "image_rank": 16, "image_alpha": 16.0, "text_alpha": 1
 class LoRA(Method):
     title = "low-rank corrections to attention in both towers (CLIP-LoRA)"
     Settings = LoRASettings
+    settings: LoRASettings
     recipes = {
         "default": DEFAULT,
         # Grouped LoRA on q and v, as DISEF sets it up: the defaults above. What the notebook calls
@@ -179,12 +183,14 @@ class LoRA(Method):
             numbers = block_numbers(settings.blocks, len(transformer.resblocks), tower)
             scale = alpha / (rank if settings.scaling == "rank" else math.sqrt(rank))  # s
             layer = functools.partial(GroupedLoRA, rank=rank, scale=scale, dropout=settings.dropout)
-            for attention in (transformer.resblocks[i].attn for i in numbers):
+            attentions = [m for m in transformer.modules() if isinstance(m, Attention)]
+            for attention in (attentions[i] for i in numbers):  # there is one in each block
                 if fused:
                     masks = settings.dropout_masks
-                    attention.in_proj = layer(attention.in_proj, parts=fused, of=3, masks=masks)
+                    corrected = layer(attention.in_proj, parts=fused, of=3, masks=masks)
+                    attention.add_module("in_proj", corrected)
                 if "o" in parts:
-                    attention.out_proj = layer(attention.out_proj)
+                    attention.add_module("out_proj", layer(attention.out_proj))
             if tower == "image":
                 self.first_block = numbers[0]
         self.text_learns = settings.towers != "image"

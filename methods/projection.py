@@ -77,6 +77,7 @@ class AttentionHead(nn.Module):
 class Projection(Method):
     title = "learned layers after each tower"
     Settings = ProjectionSettings
+    settings: ProjectionSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "attention": {**DEFAULT, "head": "attention", "lr": 1e-3},
@@ -88,9 +89,12 @@ class Projection(Method):
     def __init__(self, clip, classnames, template, settings: ProjectionSettings):
         super().__init__(clip, classnames, template, settings)
         c = clip.config
+        self.loss_is_mean = settings.objective == "class"  # over pairs it is none
         if settings.tower_lr:
             train_weights(self.clip, [*trained_names(clip, "image"), *trained_names(clip, "text")])
             self.first_block, self.text_learns = 0, True
+            factor = settings.tower_lr / settings.lr
+            self.lr_factors = dict.fromkeys(self.adapter_state(), factor)  # of CLIP's own weights
         if settings.head == "square":
             self.image_layers = self._layers().to(clip.device)
             self.text_layers = self._layers().to(clip.device)
@@ -103,28 +107,15 @@ class Projection(Method):
         ):
             transformer.resblocks.append(AttentionHead(width, heads).to(clip.device))
 
-    @property
-    def lr_factors(self) -> dict[str, float]:
-        """The weights that are CLIP's own learn at --tower-lr."""
-        factor = self.settings.tower_lr / self.settings.lr if self.settings.tower_lr else 1.0
-        own = {f"clip.{name}" for name, _ in self.lent[0].named_parameters()}
-        return dict.fromkeys(own & self.adapter_state().keys(), factor)
-
     def _layers(self) -> nn.Sequential:
         embed = self.clip.config.embed_dim
-        layers = nn.Sequential(nn.Linear(embed, embed), nn.Identity(), nn.Linear(embed, embed))
+        first, second = nn.Linear(embed, embed), nn.Linear(embed, embed)
         if self.settings.activation == "relu":
-            layers[1] = nn.ReLU()
-        else:
-            for layer in (layers[0], layers[2]):
-                nn.init.eye_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        return layers
-
-    @property
-    def loss_is_mean(self) -> bool:
-        """Not over pairs."""
-        return self.settings.objective == "class"
+            return nn.Sequential(first, nn.ReLU(), second)
+        for layer in (first, second):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        return nn.Sequential(first, nn.Identity(), second)
 
     def zero_shot_state(self) -> dict[str, Tensor] | None:
         """CLIP's own weights; identities, if φ is one, to float rounding, since they are normalised
@@ -132,7 +123,7 @@ class Projection(Method):
         """
         if self.settings.activation == "relu":
             return None
-        start = {}
+        start: dict[str, Tensor] = {}
         for name, tensor in self.adapter_state().items():
             if name in self.lr_factors:
                 start[name] = self.lent[0].get_parameter(name.removeprefix("clip."))

@@ -46,6 +46,7 @@ OWN = {
 class ProLIP(Method):
     title = "the image tower's last projection, held near where it was (ProLIP)"
     Settings = ProLIPSettings
+    settings: ProLIPSettings
     recipes = {
         "default": OWN,
         "paper": {**OWN, "augment": "crop-flip", "keep": "last"},
@@ -59,8 +60,9 @@ class ProLIP(Method):
         self.penalty = max(settings.penalty, 0.0)
 
     @property
-    def encoder(self) -> tuple:
-        return (*super().encoder, "before the projection")
+    def encoder(self) -> tuple | None:
+        kind = super().encoder
+        return kind and (*kind, "before the projection")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

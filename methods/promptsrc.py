@@ -84,6 +84,7 @@ PAPER = {**PUBLISHED, **OWN, "lr": 2.5e-3, "epochs": 20, "batch_size": 4}
 class PromptSRC(LearnedContext):
     title = "deep prompts in both towers, held near frozen CLIP"
     Settings = PromptSRCSettings
+    settings: PromptSRCSettings
     first_block = 0
     recipes = {
         "default": {**DEFAULT, **OWN, "lr": 2e-3},

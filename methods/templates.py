@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from clip_min import UserError
-from methods.base import Settings
+from methods.base import BaseSettings
 from methods.class_prompts import read_prompts
 
 ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 80
@@ -39,7 +39,7 @@ ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 
 
 
 @dataclass(frozen=True)
-class PromptSettings(Settings):
+class PromptSettings(BaseSettings):
     """Of methods that read prompts as people write them."""
 
     prompts: Annotated[
@@ -84,8 +84,8 @@ def read_templates(given: str | list | tuple) -> tuple[str, ...]:
                 f"--templates {given}: cannot be read as a text file ({error}); "
                 "expected 'ensemble', a file of templates, or templates with {} in them"
             ) from None
-    lines = "|".join(text.splitlines()).split("|")  # in a file too, | stands between two
-    lines = tuple(line.strip() for line in lines if line.strip())
+    pieces = "|".join(text.splitlines()).split("|")  # in a file too, | stands between two
+    lines = tuple(piece.strip() for piece in pieces if piece.strip())
     if bad := [line for line in lines if "{}" not in line]:
         raise UserError(f"--templates: {bad[0]!r} has no {{}} for the class name; add one")
     if given and not lines:

@@ -51,6 +51,7 @@ class TipAdapterSettings(TemplateSettings):
 class TipAdapter(WithSupport):
     title = "training images as a memory that votes (training-free)"
     Settings = TipAdapterSettings
+    settings: TipAdapterSettings
     recipes = {"default": {}, "paper": {"augment": "crop-flip"}}
 
     def __init__(self, clip, classnames, template, settings):
@@ -137,6 +138,7 @@ OWN = {"lr": 1e-3, "eps": 1e-4, "epochs": 20, "batch_size": 256, "schedule": "st
 class TipAdapterF(TipAdapter):
     title = "the same memory, its keys trained"
     Settings = TipAdapterFSettings
+    settings: TipAdapterFSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {**OWN, "augment": "crop-flip", "patience": 0},

@@ -73,6 +73,7 @@ class TransCLIPSettings(JointSettings):
 class TransCLIP(WithSupport):
     title = "label all test images jointly: Gaussians and neighbours (transductive)"
     Settings = TransCLIPSettings
+    settings: TransCLIPSettings
     recipes = {
         "default": {},
         "few-shot": {"use_support": True, "text_weight": 0.5},
@@ -96,7 +97,7 @@ class TransCLIP(WithSupport):
                 self.gamma.fill_(gamma)
                 guesses = self.classify(val.encoded(self)).argmax(dim=1)
                 right[gamma] = (guesses == val.labels).double().mean().item()
-            best = max(GAMMAS, key=right.get)  # of equals, max takes the first
+            best = max(GAMMAS, key=right.__getitem__)  # of equals, max takes the first
             self.gamma.fill_(best)
             print(f"γ {best:g}: {100 * right[best]:.2f} % on validation")
 

@@ -68,6 +68,7 @@ class TwoStage(Method):
     def __init__(self, clip, classnames, template, settings: TwoStageSettings):
         super().__init__(clip, classnames, template, settings)
         self.learned_names = list(classnames)
+        self.first_stage = settings.first_stage
         self.clip.float()
         for name, module in self.clip.named_modules():
             among = settings.layer_norms == "all" or ".resblocks." in name
@@ -83,24 +84,21 @@ class TwoStage(Method):
         """Does the classifier name what was learned?"""
         return bool(self.classifier.detach().any())
 
-    @property
-    def first_stage(self) -> float:
-        return self.settings.first_stage
-
     @torch.no_grad()
     def second_stage(self) -> None:
         """Called by the loop between the stages: Φ starts at the class names."""
         self.classifier.copy_(F.normalize(super().text_features().float(), dim=-1))
 
     @property
-    def first_block(self) -> int | None:
+    def first_block(self) -> int | None:  # type: ignore[override]  # nobody sets it
         """In stage 2 the image tower is frozen: unless images are augmented, once is enough."""
         return None if self.in_second else 0
 
     @property
     def encoder(self) -> tuple | None:
         """As always, but for the tower that encodes, which is not the lent CLIP's any more."""
-        return None if self.first_block == 0 else (fingerprint(self.clip.visual), *super().encoder)
+        kind = super().encoder
+        return kind and (fingerprint(self.clip.visual), *kind)
 
     def text_features(self) -> Tensor:
         """(K, E): in stage 2 Φ's row of each name that was learned, the text tower's of others."""

@@ -68,6 +68,7 @@ DEMO_MODEL = {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0}
 class VPT(Method):
     title = "learned tokens among the image's patches (VPT)"
     Settings = VPTSettings
+    settings: VPTSettings
     no_weight_decay = ("head.bias",)  # as published
     recipes = {
         "default": {"lr": 2e-3, **DEFAULT},

@@ -54,7 +54,8 @@ class Answer:
     def row(self, threshold: float = 0.0) -> dict:
         """As a line of a table; `answer` is the first name, or "" below the threshold."""
         known = bool(self.names) and self.probabilities[0] >= threshold
-        row = {"path": str(self.path), "answer": self.names[0] if known else ""}
+        row: dict[str, str | float] = {"path": str(self.path)}
+        row["answer"] = self.names[0] if known else ""
         row["margin"] = round(self.margin, 6) if self.names else ""
         for i in range(TOP):
             there = i < len(self.names)
@@ -75,14 +76,15 @@ class Classifier:
         files = [file for path in paths for file in pictures_in(Path(path))]
         device = self.method.clip.device
         with self.method.inference(), autocast(device, self.precision):
-            batches = self._encoded(files)
+            batches: Iterable = self._encoded(files)
             if self.method.transductive:  # it labels all jointly
                 batches = [_joined(list(batches))] if files else []
             for read, x in batches:
-                rows = [] if x is None else self.method.classify(x).float().softmax(-1)  # (B, K)
+                rows: Iterator[Tensor] = iter(())
+                if x is not None:
+                    rows = iter(self.method.classify(x).float().softmax(dim=-1))  # (B, K)
                 for path, why in read:
-                    yield Answer(path, [], [], why) if why else self._answer(path, rows[0])
-                    rows = rows if why else rows[1:]
+                    yield Answer(path, [], [], why) if why else self._answer(path, next(rows))
 
     def _answer(self, path: Path, row: Tensor) -> Answer:
         best = row.topk(min(TOP, len(row)))
@@ -156,25 +158,23 @@ def write(answers: Iterable[Answer], file: Path, threshold: float = 0.0) -> tupl
     """Write answers to a .csv or .json file as they come -> how many; how many of them are below
     the threshold; how many could not be read.
     """
-    counts = [0, 0, 0]
+    count = unsure = unread = 0
     with replacing(file) as temporary, _text(temporary) as out:
-        lines = None
         for answer in answers:
             row = answer.row(threshold)
-            counts[0] += 1
-            counts[1] += bool(answer.names) and not row["answer"]
-            counts[2] += bool(answer.error)
             if file.suffix == ".json":
-                out.write(("[\n" if lines is None else ",\n") + json.dumps(row, ensure_ascii=False))
-                lines = True
-                continue
-            if lines is None:
-                lines = csv.DictWriter(out, row)
-                lines.writeheader()
-            lines.writerow(row)
+                out.write((",\n" if count else "[\n") + json.dumps(row, ensure_ascii=False))
+            else:
+                table = csv.DictWriter(out, row)
+                if not count:
+                    table.writeheader()
+                table.writerow(row)
+            count += 1
+            unsure += bool(answer.names) and not row["answer"]
+            unread += bool(answer.error)
         if file.suffix == ".json":
-            out.write("\n]\n" if lines else "[]\n")
-    return tuple(counts)
+            out.write("\n]\n" if count else "[]\n")
+    return count, unsure, unread
 
 
 def _text(file: str) -> TextIO:

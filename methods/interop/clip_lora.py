@@ -116,7 +116,7 @@ def _read_loralib(path: Path, content, method: LoRA) -> tuple[dict[str, Tensor],
             "loralib names it, and not CLIP-LoRA's weights and metadata"
         )
     check_matrices(path, state)
-    ranks = {}
+    ranks: dict[str, int] = {}
     for tower, prefix in OUR_TOWER.items():
         found = [t.shape[-1] for n, t in state.items() if n.startswith(prefix) and n[-1] == "B"]
         ranks |= {f"{tower}_rank": found[0]} if found else {}

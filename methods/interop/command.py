@@ -14,7 +14,7 @@ from fewshot import cache, datasets, grid
 from fewshot.catalogue import IMPLIED, chosen
 from fewshot.experiment import Experiment
 from fewshot.flags import Parser, add_flags, pick
-from methods import METHODS, Method, Settings, TrainingSettings
+from methods import METHODS, BaseSettings, Method, TrainingSettings
 from methods.disef import DISEFSettings
 from methods.templates import PromptSettings
 
@@ -22,8 +22,8 @@ from methods.templates import PromptSettings
 MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
 
 # Flags that most people change; --help shows them first.
-OFTEN = ("dataset", "data_root", "model", "shots", "seed", "epochs", "lr", "batch_size")
-OFTEN += ("image_rank", "text_rank")
+OFTEN = ["dataset", "data_root", "model", "shots", "seed", "epochs", "lr", "batch_size"]
+OFTEN += ["image_rank", "text_rank"]
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Plan:
     method: str
     data: str  # one data set, or several: "coop-11"
     recipe: str
-    usual: Settings  # the recipe's
-    settings: Settings  # the same, as flags have changed them
+    usual: BaseSettings  # the recipe's
+    settings: BaseSettings  # the same, as flags have changed them
     experiments: list[Experiment]
     out: Path
     init_from: Path | None
@@ -65,7 +65,7 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     add_flags(often, Experiment, only=OFTEN)
     shots = next(a for a in parser._actions if a.dest == "shots")
     shots.type = functools.partial(grid.numbers, words=("all",))
-    shots.help += "; several, as 1,2,4: a run for each"
+    shots.help = f"{shots.help}; several, as 1,2,4: a run for each"
     names = methods_of(known.method) if known.method is not None else []
     if names:
         named = {key: value for key, value in vars(known).items() if value is not None}
@@ -185,7 +185,7 @@ def add_settings(parser, often, recipes: dict[str, str], presets: dict[str, dict
                 left.difference_update(keys)
 
 
-def settings_of(name: str, preset: dict, given: dict) -> Settings:
+def settings_of(name: str, preset: dict, given: dict) -> BaseSettings:
     """A method's settings: its recipe's, as flags have changed them."""
     if "grid" in preset:  # a flag wins over it, too
         axes = preset["grid"].split()
@@ -197,7 +197,7 @@ def settings_of(name: str, preset: dict, given: dict) -> Settings:
             raise UserError(f"--{of.replace('_', '-')} and --grid {axis}: give one of them")
     kind = METHODS[name].Settings
     settings = kind(**{**preset, **pick(kind, given)})
-    if "epochs" in given and "min_steps" not in given and hasattr(settings, "epochs"):
+    if isinstance(settings, TrainingSettings) and "epochs" in given and "min_steps" not in given:
         settings = replace(settings, min_steps=0)  # as many as asked for, then
     return settings
 

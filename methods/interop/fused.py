@@ -36,14 +36,15 @@ def fuse(path: Path, pairs: Corrections, method: Method) -> tuple[dict[str, Tens
     towers = sorted({tower for tower, _, _ in pairs})
     blocks = {t: sorted({b for tower, b, _ in pairs if tower == t}) for t in towers}
     parts = "".join(p for p in "qkvo" if any(part == p for _, _, part in pairs))
-    numbers = {  # image before text, as --blocks has them
-        "all" if found == list(range(tower_depths(method)[t])) else ",".join(map(str, found)): None
+    depths = tower_depths(method)
+    numbers = [  # image before text, as --blocks has them
+        "all" if found == list(range(depths[t])) else ",".join(map(str, found))
         for t, found in blocks.items()
-    }
+    ]
     if not pairs:
         raise UserError(f"{path}: corrects nothing")
-    settings = {"parts": parts, "towers": "both" if len(towers) == 2 else towers[0]}
-    settings["blocks"] = "/".join(numbers)
+    settings: dict = {"parts": parts, "towers": "both" if len(towers) == 2 else towers[0]}
+    settings["blocks"] = "/".join(dict.fromkeys(numbers))  # once, where both are alike
     state = {}
     for tower in towers:
         rank = {len(a) for (t, _, _), (a, _) in pairs.items() if t == tower}

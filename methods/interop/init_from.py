@@ -28,8 +28,8 @@ from methods.lora import LoRA, block_numbers
 from methods.support import WithSupport
 
 # Settings that say what tensors mean, beyond their shapes.
-MEANING = ("image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks")
-MEANING += ("scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation")
+MEANING = ["image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks"]
+MEANING += ["scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation"]
 
 
 def load_into(method: Method, path: Path) -> None:
@@ -64,21 +64,21 @@ def _flag(key: str, value) -> str:
 def read(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
     """Whichever of the four kinds it is -> tensors under our names, settings as far as known."""
     if path.is_file() or (path / "adapter_config.json").is_file():
-        check_lora(method, path)
-        return (read_file if path.is_file() else read_peft)(path, method)
+        return (read_file if path.is_file() else read_peft)(path, as_lora(method, path))
     if (path / "config.json").exists():
         return read_run(path, method)
     neither = "is neither, expected a run of train.py or a PEFT adapter"
     raise UserError(f"{path}: {neither if path.is_dir() else 'there is no such folder or file'}")
 
 
-def check_lora(method: Method, path: Path) -> None:
-    """UserError, unless the method learns what a LoRA adapter holds."""
+def as_lora(method: Method, path: Path) -> LoRA:
+    """The method, if it learns what a LoRA adapter holds; else a UserError."""
     if not isinstance(method, LoRA):
         raise UserError(
             f"{path}: is a LoRA adapter, and {type(method).__name__} learns something "
             "else; use --method lora, or give a run of the same method"
         )
+    return method
 
 
 def _same(method: Method, key: str, value) -> bool:
@@ -102,6 +102,6 @@ def read_run(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
     run = Run.open(path)
     run.check_model(weights.fingerprint(method.lent[0]))
     settings = asdict(described(run)[1])
-    unused = {"image": "text_", "text": "image_"}.get(settings.get("towers"), "no such setting")
+    unused = {"image": "text_", "text": "image_"}.get(settings.get("towers", ""), "no such setting")
     settings = {key: value for key, value in settings.items() if not key.startswith(unused)}
     return run.load_adapter(), settings

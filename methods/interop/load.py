@@ -6,11 +6,11 @@ Runs are the experiment's (fewshot/run.py) and are only read here: config, names
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import nearest
 from fewshot.run import Run
-from methods import METHODS, Method, Settings
+from methods import METHODS, BaseSettings, Method
 from methods.wise_ft import keep_share
 
 
-def described(run: Run) -> tuple[type[Method], Settings]:
+def described(run: Run) -> tuple[type[Method], BaseSettings]:
     """The method and the settings that a run's config.json names."""
     name = nearest(f"{run.path}/config.json: method", run.config["method"], METHODS)
     try:

@@ -44,9 +44,9 @@ def to_peft(method: Method) -> tuple[dict[str, Tensor], dict]:
     for name, layer in method.named_modules():
         if not isinstance(layer, GroupedLoRA):
             continue
-        path = r"(clip.*transformer)\.resblocks\.(\d+)\.attn\.(in|out)_proj"
-        tower, block, projection = re.fullmatch(path, name).groups()
-        letters = ["qkv"[part] for part in layer.parts] if projection == "in" else ["out"]
+        tower, _, place = name.partition(".resblocks.")
+        block, _, projection = place.split(".")  # "3.attn.in_proj"
+        letters = ["qkv"[part] for part in layer.parts] if projection == "in_proj" else ["out"]
         pairs = zip(layer.lora_A.split(layer.rank), layer.lora_B.chunk(len(letters)), strict=True)
         for letter, (a, b) in zip(letters, pairs, strict=True):
             module = f"{TO_HUGGING_FACE[tower]}.encoder.layers.{block}.self_attn.{letter}_proj"
@@ -86,6 +86,7 @@ def read_peft(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
             "others than CLIP's; save it from PEFT with path_initial_model_for_weight_conversion"
         )
     found: dict[tuple, dict[str, Tensor]] = {}
+    modules: dict[tuple, str] = {}
     for name, tensor in read_safetensors(path / "adapter_model.safetensors")[0].items():
         match = re.fullmatch(
             r"base_model\.model\.((vision|text)_model\.encoder\.layers\.(\d{1,4})\.self_attn\."
@@ -99,14 +100,13 @@ def read_peft(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
             )
         module, tower, block, part, letter = match.groups()
         key = ("image" if tower == "vision" else "text", int(block), part[0])
-        found.setdefault(key, {"module": module})[letter] = tensor
+        found.setdefault(key, {})[letter] = tensor
+        modules[key] = module
     alphas = {}
-    for (tower, block, part), pair in found.items():
-        if pair.keys() != {"module", "A", "B"}:
-            raise UserError(f"{path}: {pair['module']} has only one of lora_A and lora_B")
-        alphas[tower, block, part] = _by_pattern(
-            path, config["alpha_pattern"], pair["module"], config["lora_alpha"]
-        )
+    for key, pair in found.items():
+        if pair.keys() != {"A", "B"}:
+            raise UserError(f"{path}: {modules[key]} has only one of lora_A and lora_B")
+        alphas[key] = _by_pattern(path, config["alpha_pattern"], modules[key], config["lora_alpha"])
     pairs = {key: (pair["A"], pair["B"]) for key, pair in found.items()}
     state, settings = fuse(path, pairs, method)
     for tower in {key[0] for key in pairs}:

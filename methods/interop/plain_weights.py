@@ -58,10 +58,12 @@ def classifier(method: Method) -> dict[str, Tensor]:
     images = torch.randn(4, 3, *2 * [clip.config.image_size], generator=dice)
     with method.inference():
         if isinstance(method, LinearProbe):
-            tensors = {"weight": method.head.weight, "bias": method.head.bias}
+            tensors: dict[str, Tensor] = {"weight": method.head.weight, "bias": method.head.bias}
         else:
-            learned = isinstance(method, CrossModal)
-            rows = method.head if learned else F.normalize(method.class_features(), dim=-1)
+            if isinstance(method, CrossModal):
+                rows: Tensor = method.head
+            else:
+                rows = F.normalize(method.class_features(), dim=-1)
             tensors = {"weight": rows, "logit_scale": clip.logit_scale.exp()}
         fits = tensors["weight"].dim() == 2 and torch.allclose(
             method(images), _logits(clip.encode_image(images), **tensors), rtol=1e-3, atol=1e-3

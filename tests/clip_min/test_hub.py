@@ -341,7 +341,7 @@ def test_a_repository_that_is_not_cached_needs_the_hub(fetch):
 
 def test_a_name_is_seen_to_be_possible_without_asking_anyone(tmp_path):
     for name in (OTHER, f"{OTHER}@0123abcd", "timm/vit_base_patch16_clip_224.openai", *hub.HUB):
-        assert hub.locate(name, download=False) is None
+        assert hub.local(name) is None
     for name in (
         "ViT-B/61",
         "laion",
@@ -352,7 +352,7 @@ def test_a_name_is_seen_to_be_possible_without_asking_anyone(tmp_path):
         str(tmp_path),
     ):
         with pytest.raises(UserError, match="models are demo, ViT-B/32"):
-            hub.locate(name, download=False)
+            hub.local(name)
 
 
 def test_the_table_of_known_models_is_whole_and_has_nothing_made_up(capsys):
@@ -362,7 +362,7 @@ def test_the_table_of_known_models_is_whole_and_has_nothing_made_up(capsys):
     assert len({*names}) == len(names)
     assert names[:4] == list(hub.HUB)
     for known in hub.KNOWN:
-        assert hub.locate(known.name, download=False) is None
+        assert hub.local(known.name) is None
         assert known.size in CONFIGS
         assert f"\n{known.name} " in said
     # What open_clip itself knows of them: the activation, by repository.
