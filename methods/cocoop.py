@@ -1,17 +1,17 @@
 """CoCoOp: prompt vectors that depend on the image.
 
 Zhou et al., "Conditional Prompt Learning for Vision-Language Models", arXiv:2203.05557. CoOp's
-vectors v fit the classes they were trained on; CoCoOp lets a small network π shift them by what is
-in the image, which keeps them from fitting too closely:
+vectors v overfit the classes they were trained on. CoCoOp lets a small network π shift them by the
+content of the image, which reduces overfitting:
 
     v_m(f)   = v_m + π(norm(f)),   m = 1 … M        π = Linear(E, E/16) - ReLU - Linear(E/16, D)
     logits_k = s · cos(f, text([start] v_1(f) … v_M(f) name_k . [end]))
 
-So every image has K prompts of its own, and as published a step on B images encodes B·K prompts of
-77 tokens: batch size 1 is all that fits, and 1000 classes do not. What we do differently: all
-prompts of one image are one PromptTree, in which the padding is never computed and the context
-stands once, not K times; B images are a batch of B trees. The same numbers from a tenth of the
-work, at any batch size; evaluation is batched as well.
+Each image therefore has K prompts of its own. The published code encodes B·K prompts of 77 tokens
+in a step on B images: only batch size 1 fits into memory, and 1000 classes do not fit at all. What
+we do differently: all prompts of an image form a PromptTree, which computes no padding, and
+computes the context once instead of K times; B images are a batch of B trees. The numbers are the
+same for a tenth of the work, at any batch size, and evaluation is batched as well.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from methods.coop import OWN, PUBLISHED, ContextSettings, LearnedContext, contex
 
 @dataclass(frozen=True)
 class CoCoOpSettings(ContextSettings):
-    max_tokens: Annotated[int, "prompt tokens in memory at once, images x classes"] = 16384
+    max_tokens: Annotated[int, "prompt tokens to compute at once, over images and classes"] = 16384
 
 
 class CoCoOp(LearnedContext):

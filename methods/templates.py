@@ -1,8 +1,8 @@
-"""Templates: the sentences that class names are put into.
+"""Templates: sentences with a gap for the class name.
 
-A class may have several prompts, one of each template (the prompt ensemble of Radford et al.,
-arXiv:2103.00020, section 3.1.4); its text feature is then their mean on the unit sphere, see
-`Method.text_features`. Or prompts of its own, which then stand in place of all templates: see
+A class may have several prompts, one for each template (the prompt ensemble of Radford et al.,
+arXiv:2103.00020, section 3.1.4). Its text feature is then their mean on the unit sphere, see
+`Method.text_features`. A class may also have prompts of its own, which replace all templates: see
 class_prompts.py.
 """
 
@@ -14,7 +14,7 @@ from clip_min import UserError
 from methods.base import BaseSettings
 from methods.class_prompts import read_prompts
 
-ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 80
+ENSEMBLE = (  # for photographs of any subject; our own, similar to the paper's 80
     "a photo of a {}.",
     "a photo of the {}.",
     "a good photo of a {}.",
@@ -40,11 +40,11 @@ ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 
 
 @dataclass(frozen=True)
 class PromptSettings(BaseSettings):
-    """Of methods that read prompts as people write them."""
+    """For methods that read written prompts."""
 
     prompts: Annotated[
         dict | None,
-        "texts written for each class, in place of templates: a JSON file, {class: [texts]}",
+        "a JSON file of texts for each class, instead of templates: {class: [texts]}",
     ] = field(default=None, kw_only=True)
 
     def __post_init__(self):
@@ -56,8 +56,8 @@ class PromptSettings(BaseSettings):
 class TemplateSettings(PromptSettings):
     templates: Annotated[
         tuple[str, ...],
-        "templates to average over: 'ensemble' (a list of ours), a file of one a line, or the "
-        "templates themselves with | between them; empty: --template alone",
+        "templates to average over: 'ensemble' (20 of ours), a file with one on each line, or the "
+        "templates themselves, separated by |; empty: only --template",
     ] = ()
 
     def __post_init__(self):
@@ -66,10 +66,10 @@ class TemplateSettings(PromptSettings):
 
 
 def read_templates(given: str | list | tuple) -> tuple[str, ...]:
-    """ "a {}.|the {}." -> ("a {}.", "the {}."); or 'ensemble', or a file of one a line.
+    """ "a {}.|the {}." -> ("a {}.", "the {}."); or 'ensemble', or a file with one on each line.
 
-    The lines stand in for the file's name, so that a run does not depend on the file. A sequence
-    is taken as it is.
+    The settings keep the templates instead of the file's name, so that a run does not depend on the
+    file. A sequence is returned as it is.
     """
     if not isinstance(given, str):
         return tuple(given) if isinstance(given, list) else given

@@ -296,7 +296,7 @@ def test_safetensors_come_first_else_a_bin_file(publish, fetch, theirs, state, t
     }
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"no safetensors")
     publish(tmp_path / "folder", "laion/both")
-    assert_one_line_error(fetch("laion/both"), "not a whole safetensors file")
+    assert_one_line_error(fetch("laion/both"), "not a complete safetensors file")
 
 
 @pytest.mark.parametrize("model", ["ViT-B-16-SigLIP", "EVA02-B-16", "RN50", "ViT-bigG-14"])

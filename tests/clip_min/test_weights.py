@@ -605,7 +605,7 @@ def test_a_safetensors_file_cut_short_is_refused(theirs, tmp_path, size):
     save(same_in_ours(theirs, SMALL), tmp_path / "whole.safetensors")
     path = tmp_path / "cut.safetensors"
     path.write_bytes((tmp_path / "whole.safetensors").read_bytes()[:size])
-    assert "not a whole safetensors file" in refusal(path)
+    assert "not a complete safetensors file" in refusal(path)
 
 
 @pytest.mark.parametrize("form", [torchscript_file, state_dict_file])
@@ -628,7 +628,7 @@ OTHER = {
 def test_a_file_of_something_else_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(OTHER[content])
     message = refusal(tmp_path / name)
-    assert "not a state dict" in message or "not a whole safetensors" in message
+    assert "not a state dict" in message or "not a complete safetensors" in message
     assert "weights_only" not in message  # torch's own advice would be to read it unsafely
 
 

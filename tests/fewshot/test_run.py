@@ -285,7 +285,7 @@ def test_tensors_that_are_not_whole_are_an_error_that_names_the_file(run, name):
     run.save_resume({"w": torch.zeros(100)}, {"epoch": 1})
     path = run.path / name
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="not a whole safetensors file") as error:
+    with pytest.raises(UserError, match="not a complete safetensors file") as error:
         run.load_adapter() if name.startswith("adapter") else run.load_resume({})
     assert str(path) in str(error.value)
 

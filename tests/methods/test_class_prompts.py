@@ -126,7 +126,7 @@ def test_settings_hold_the_texts_and_not_the_name_of_their_file(file, tmp_path):
         ({"rose": []}, "own.json: rose has no text"),
         ({"rose": ["a rose.", " "]}, "own.json: rose: ' ' says nothing"),
         ({"tiger_lily": ["a."], "tiger lily": ["b."]}, "own.json: tiger lily is there twice"),
-        ('{"rose": ["a."], "rose": ["b."]}', "'rose' is there twice"),
+        ('{"rose": ["a."], "rose": ["b."]}', "'rose' occurs twice"),
         ({"rose": ["word " * 80]}, "own.json: rose: word word"),
         ({"rose": ["{} " * 76]}, None),  # 76 times "rose", start and end are 78 tokens
         ({"rose": ["{} " * 75]}, "fits"),

@@ -424,8 +424,8 @@ def not_finite(file: Path):
     ("spoil", "said"),
     [
         (Path.unlink, "there is no such file; finish the run: train.py --resume"),
-        (cut, "adapter.safetensors: not a whole safetensors file"),
-        (garble, "adapter.safetensors: not a whole safetensors file"),
+        (cut, "adapter.safetensors: not a complete safetensors file"),
+        (garble, "adapter.safetensors: not a complete safetensors file"),
         (rename, "lora_A is missing"),
         (reshape, "has shape (1, 64), expected (8, 64)"),
         (not_finite, "lora_A has NaN or infinity"),

@@ -466,7 +466,7 @@ def test_a_lora_of_others_is_no_start_for_a_prompt_method(new_clip, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"lora_alpha": math.nan}, "NaN is no finite number"),
+        ({"lora_alpha": math.nan}, "NaN is not a finite number"),
         ({"lora_alpha": "4"}, "lora_alpha is '4', expected a finite number or null"),
         ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\], expected an object"),
         ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern.q_proj is '4', expected a finite"),
