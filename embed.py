@@ -43,7 +43,7 @@ def main() -> None:
     items = shards.items(source)
     count = shards.embed(clip, items, made, config["batch_size"], experiment.precision)
     seconds, count = time.perf_counter() - started, sum(ranks.together(count))
-    if not ranks.first():
+    if ranks.rank:
         return
     index = made.finish()
     if not index["shards"]:

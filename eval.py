@@ -102,7 +102,7 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
         )
     shares = given.get("keep_share", [])
     rows = compare(run, clip, task, shares)
-    if len(shares) > 1 and ranks.first():
+    if len(shares) > 1 and ranks.rank == 0:
         curve = dict(zip(shares, [*rows.values()][1:], strict=True))
         points = [{"share": share, **brief(scores)} for share, scores in curve.items()]
         name, file = run.config["method"], run.path / "keep_share.json"
@@ -134,7 +134,7 @@ def check_there(experiments: list[Experiment]) -> None:
 
 def show_mean(tables: dict[str, dict[str, dict]], file: Path) -> None:
     """Print the tables of several data sets as one, with their mean, and leave them in a file."""
-    if len(tables) < 2 or not ranks.first():
+    if len(tables) < 2 or ranks.rank:
         return
     of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
     print(f"\n{grid.table_of_data_sets(of)}")
@@ -308,7 +308,7 @@ def parse(argv: list[str]) -> dict:
         raise UserError("--explain: draws where CLIP looks in a picture; give it with --image")
     if "templates" in given and "prompts" in given:
         raise UserError("--templates and --prompts: give one of them")
-    if "image" in given and ranks.size() > 1:
+    if "image" in given and ranks.size > 1:
         raise UserError("--image: is for one process; start it without torchrun")
     if "image" in given:
         for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):

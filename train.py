@@ -30,7 +30,7 @@ from fewshot import compare, grid, predictions, ranks
 from fewshot.experiment import Experiment, evaluate, forget_peak, peak_memory_mb, run_script
 from fewshot.flags import changes
 from fewshot.loop import descend
-from fewshot.metrics import train_accuracy, val_accuracy
+from fewshot.metrics import accuracy_on
 from fewshot.predictions import Predictions, brief
 from fewshot.record import summary
 from fewshot.run import Run, provenance
@@ -85,7 +85,7 @@ class World:
     def zero_shot(self) -> tuple[dict, dict[str, Predictions]]:
         """What CLIP as it is scores, and its answers."""
         scores, found = evaluate(self.unadapted, self.task)
-        return {**scores, "val": val_accuracy(self.unadapted, self.task.val)}, found
+        return {**scores, "val": accuracy_on(self.unadapted, self.task.val)}, found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,17 +100,17 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{of}recipe {plan.recipe}{', with ' if differs else ''}{differs}")
     # The first of each data set: one that is missing is told before hours of training.
     firsts = [e for e in plan.experiments if (e.shots, e.seed) == (first.shots, first.seed)]
-    needed = firsts if len(firsts) > 1 or ranks.size() > 1 else ()
-    with ranks.first_alone():
-        for experiment in needed:
-            experiment.load_dataset()
-            locate(experiment.model)
+    if len(firsts) > 1 or ranks.size > 1:
+        with ranks.first_alone():
+            for experiment in firsts:
+                experiment.load_dataset()
+                locate(experiment.model)
     plans, world = fitting(plans, budget) if len(plans) > 1 else (plans, None)
     pairs = [(experiment, plan) for experiment in plans[0].experiments for plan in plans]
     done, own = {}, list(enumerate(pairs, 1))
-    spread = 1 < ranks.size() <= len(pairs)
+    spread = 1 < ranks.size <= len(pairs)
     if spread:
-        print(f"{ranks.size()} processes take runs of their own; those of others print nothing")
+        print(f"{ranks.size} processes take runs of their own; those of others print nothing")
         own = ranks.mine(own)
     with ranks.apart() if spread else contextlib.nullcontext():
         for number, (experiment, plan) in own:
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     results: Results = {e.dataset: {plan.method: {} for plan in plans} for e in firsts}
     for number, (e, plan) in enumerate(pairs, 1):
         results[e.dataset][plan.method][e.shots, e.seed] = done[number]
-    if plan.several and ranks.first():
+    if plan.several and ranks.rank == 0:
         summarise(plans, firsts, results)
 
 
@@ -215,8 +215,7 @@ def train(plan: Plan, world: World) -> dict:
     }
     path = plan.out / experiment.folder(plan.method)
     run = None
-    begun = ranks.same(not plan.several or (path / "config.json").exists())
-    if plan.resume and begun:
+    if plan.resume and ranks.same(not plan.several or (path / "config.json").exists()):
         run = Run.resume(path, config)
         if plan.several and (path / "results.json").exists():
             print("finished before")
@@ -224,7 +223,7 @@ def train(plan: Plan, world: World) -> dict:
 
     resume = run is not None
     run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
-    if "data" in run.config and ranks.first():
+    if "data" in run.config and ranks.rank == 0:
         write_text(run.path / "data.json", json.dumps(record) + "\n")
     started = time.perf_counter()
     method.fit(
@@ -232,16 +231,17 @@ def train(plan: Plan, world: World) -> dict:
         task.val,
         functools.partial(descend, run=run, seed=experiment.seed, resume=resume),
     )
-    ranks.agree(method.adapter_state().values())
+    if ranks.size > 1:
+        ranks.agree(method.adapter_state().values())
     seconds = run.log[-1]["seconds"] if run.log else time.perf_counter() - started
     fitted = {}
     if run.log:
-        fitted = {"steps": run.log[-1]["step"], "train": train_accuracy(method, task.train)}
+        fitted = {"steps": run.log[-1]["step"], "train": accuracy_on(method, task.train.some(500))}
         for doubt in doubts(**fitted):
             print(f"note: {doubt}")
     fitted |= {"val": validated(method, task, run.log), "val_images": len(task.val)}
     run.save_adapter(method.adapter_state(), last=True)
-    if run.log and ranks.first():
+    if run.log and ranks.rank == 0:
         save_curves(run.log, run.path / "curves.png")
 
     queries = Queries.of(METHODS[plan.method], settings, experiment.seed)
@@ -263,7 +263,7 @@ def train(plan: Plan, world: World) -> dict:
     print(table({"zero-shot": zero_shot, plan.method: scores}))
     print(f"{parameters:,} trained parameters, {seconds:.1f} s training, {memory:,.0f} MB at peak")
     print(f"adapter: {run.path / 'adapter.safetensors'}")
-    if plan.report and ranks.first():
+    if plan.report and ranks.rank == 0:
         with ranks.apart():
             print(f"report: {write_run(run.path, task, world.unadapted, method)}")
     else:
@@ -279,7 +279,7 @@ def validated(method: Method, task: Task, log: list[dict]) -> float | None:
         return None
     if log and "best" in method.settings.keep:
         return max(line["val"] for line in log)
-    return val_accuracy(method, task.val)
+    return accuracy_on(method, task.val)
 
 
 def lora_run(plan: Plan, world: World) -> Path:

@@ -6,13 +6,16 @@ python bench/length.py DIR --methods lora,coop --classes 2,12 --shots 4 --seeds 
 For every method that learns by gradient steps, a line: test accuracy of the default recipe, and in
 brackets what would have been gained by the length that validation prefers. The classes are drawn by
 the seed; the model is the demo's. Methods that learn on image features take minutes each, those
-that learn in the towers (vpt, lora, finetune) hours.
+that learn in the towers (vpt, lora, finetune) hours. With --out FILE, each training's result is
+kept there, a line of JSON, and what it holds already is not trained again.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import random
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,7 @@ from side_by_side import hardware
 import clip_min
 from fewshot import datasets
 from fewshot.loop import descend
-from fewshot.metrics import accuracy, predict
+from fewshot.metrics import accuracy_on
 from fewshot.pictures import Pictures, Reader
 from fewshot.task import make_task
 from methods import METHODS, TrainingSettings
@@ -68,10 +71,27 @@ def train(name: str, clip, task, seed: int, times: int) -> tuple[float, float]:
     )
     with contextlib.redirect_stdout(io.StringIO()):
         method.fit(task.train, task.val, partial(descend, run=nowhere, seed=seed))
-    return tuple(
-        accuracy(predict(method, batches), batches.labels)
-        for batches in (task.val, task.tests["all"].batches)
-    )
+    return accuracy_on(method, task.val), accuracy_on(method, task.tests["all"].batches)
+
+
+class Kept:
+    """Results in a file of JSON lines, each under its key: what was trained, as a list."""
+
+    def __init__(self, file: Path | None):
+        self.file = file
+        lines = file.read_text().splitlines() if file and file.exists() else []
+        self.results = {tuple(entry["key"]): entry["scores"] for entry in map(json.loads, lines)}
+
+    def get(self, key: tuple, compute) -> tuple[float, float]:
+        if key not in self.results:
+            start = time.perf_counter()
+            self.results[key] = compute()
+            entry = {"key": key, "scores": self.results[key]}
+            entry["seconds"] = round(time.perf_counter() - start, 1)
+            if self.file:
+                with self.file.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+        return self.results[key]
 
 
 def main() -> None:
@@ -84,7 +104,9 @@ def main() -> None:
     parser.add_argument("--classes", type=numbers, default=[2, 4, 12])
     parser.add_argument("--shots", type=numbers, default=[2, 4, 16])
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
+    parser.add_argument("--out", metavar="FILE", type=Path)
     given = parser.parse_args()
+    kept = Kept(given.out)
     torch.set_num_threads(1)
     whole, clip = datasets.load("folder", given.folder, 1), clip_min.load("demo")
     cells = [(k, s) for k in given.classes for s in given.shots]
@@ -98,7 +120,12 @@ def main() -> None:
             default, longer = [], []
             for seed in given.seeds:
                 task = make_task(cut(whole, count, seed), shots, seed, "all", Reader(64))
-                tried = [train(name, clip, task, seed, n) for n in LENGTHS]
+                tried = [
+                    kept.get(
+                        (name, count, shots, seed, n), partial(train, name, clip, task, seed, n)
+                    )
+                    for n in LENGTHS
+                ]
                 default.append(tried[0][1])
                 longer.append(max(tried, key=lambda scores: scores[0])[1])
             gain = mean(longer) - mean(default)

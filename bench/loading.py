@@ -112,10 +112,12 @@ def tested(folder: Path, count: int) -> dict:
         "import eval; eval.run_script(eval.main); "
         "print(*[line.split()[1] for line in open('/proc/self/status') if line[:5] == 'VmHWM'])"
     )
-    flags = f"--method zero_shot --dataset folder --model demo --cache none --data-root {folder}"
+    cache = folder.with_name(f"cache of {folder.name}")  # its own: nothing is in it
+    flags = ["--method", "zero_shot", "--dataset", "folder", "--model", "demo"]
+    flags += ["--data-root", str(folder), "--cache", str(cache)]
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", code, *flags.split()],
+        [sys.executable, "-c", code, *flags],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 """Pictures, as batches that a method reads: normalised, augmented, or encoded."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,11 @@ class Batches:
         if self.synthetic is None:
             return self
         return self.part((~self.synthetic).nonzero().flatten().cpu())
+
+    def some(self, most: int) -> "Batches":
+        """`most` of the real pictures at most, evenly spread over them."""
+        real = self.real()
+        return real.part(torch.arange(0, len(real), math.ceil(len(real) / most)))
 
     def part(self, chosen: Tensor) -> "Batches":
         """The pictures with the numbers `chosen` (B,), as real ones."""
@@ -209,7 +215,7 @@ class Batches:
                 shown = tqdm(images, "encoding images", count, leave=False, disable=None)
                 with torch.no_grad(), self.autocast():
                     found = ranks.collect(parts, map(method.encode, shown))
-                if found.nbytes <= self.nbytes and ranks.first():
+                if found.nbytes <= self.nbytes and ranks.rank == 0:
                     cache.save(self.reader.folder, "features", name, found)
             self._encoded[encoder] = found.to(self.device)
         return self._encoded[encoder]
@@ -252,4 +258,4 @@ def room(device: torch.device) -> float:
     """Bytes that encoded training images may take in memory, and as many those of validation."""
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    return ranks.same(min(cache.limit, free / 3 / (1 if on_gpu else ranks.size())))
+    return ranks.same(min(cache.limit, free / 3 / (1 if on_gpu else ranks.size)))

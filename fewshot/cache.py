@@ -7,8 +7,11 @@ all together take 10 GB at most, or what --cache-gb says.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -96,6 +99,39 @@ def save(folder: Path | None, kind: str, name: str, tensor: Tensor) -> None:
     except UserError:
         return
     _prune(folder)
+
+
+class Spool:
+    """Crops of pictures on disk, for one run, so that each picture is decoded once.
+
+    The file lies in the cache's folder and has no name there: it goes with the run, however that
+    ends. It takes no more than --cache-gb says, and half of what is free on the disk. Threads may
+    write and read it at once.
+    """
+
+    def __init__(self, folder: Path | None, size: int):
+        self.shape, self.bytes = (3, size, size), 3 * size * size
+        self.places: dict[str, int] = {}  # sha256 of a picture's file -> place of its crop
+        self.file, self.next, self.most = None, itertools.count(), 0
+        with contextlib.suppress(OSError):  # without it, a picture is decoded again
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open for the run
+                self.most = min(limit, shutil.disk_usage(folder).free / 2) // self.bytes  # crops
+
+    def put(self, digest: str, crop: Tensor) -> None:
+        """Keep a crop, uint8 (3, size, size), if there is room."""
+        if digest and (place := next(self.next)) < self.most:
+            with contextlib.suppress(OSError):
+                os.pwrite(self.file.fileno(), crop.numpy().data, place * self.bytes)
+                self.places[digest] = place
+
+    def get(self, digest: str) -> Tensor | None:
+        """The crop of the picture whose file has this sha256; None if it was not kept."""
+        if digest not in self.places:
+            return None
+        content = os.pread(self.file.fileno(), self.bytes, self.places[digest] * self.bytes)
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(self.shape)
 
 
 def _prune(folder: Path) -> None:

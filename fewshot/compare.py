@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 
 from fewshot import grid
-from fewshot.loop import NotFinite, State, gradient_step, shuffled, validation_seconds
+from fewshot.loop import NotFinite, State, gradient_step, shuffled
 from fewshot.predictions import ZERO_SHOT
-from fewshot.schedule import Length, duration
+from fewshot.schedule import Length, duration, validation_seconds
 from fewshot.task import Task
 
 
 def seconds_of(method, task: Task) -> float:
     """About how many seconds `method`, which is spoilt by it, takes to train and be tested.
 
-    It takes three gradient steps and is asked for one batch of validation images. What is solved
-    in closed form counts as nothing.
+    It takes three gradient steps of each stage and names one batch of validation images. What is
+    solved in closed form counts as nothing.
     """
     if not hasattr(method.settings, "epochs"):
         return 0.0
@@ -36,14 +36,17 @@ def seconds_of(method, task: Task) -> float:
         s, each = method.settings, validation_seconds(method, val)
         length, state = Length.of(s, train, method.first_stage), State(method, train)
         batches = itertools.cycle(shuffled(train, s.batch_size, 0, 0))
-        one = 0.0
         method.train()
-        for step in range(min(3, length.total)):  # the last counts: the first are slower
-            started = time.perf_counter()
-            gradient_step(method, train, next(batches), state, length, step)
-            one = time.perf_counter() - started
+        spent = 0.0
+        for start, end in itertools.pairwise(sorted({0, length.switch, length.total})):  # stages
+            for step in range(start, min(start + 3, end)):  # the last counts: the first are slower
+                started = time.perf_counter()
+                gradient_step(method, train, next(batches), state, length, step)
+                one = time.perf_counter() - started
+            spent += (end - start) * one
         rounds = math.ceil(length.total / length.round) if length.chooses else 0
-        trained += (length.total * one + rounds * len(val) * each) * max(1, len(s.points()))
+        images = len(train.some(len(val))) + len(val)
+        trained += (spent + rounds * images * each) * max(1, len(s.points()))
         method.eval()
         return 0.0
 

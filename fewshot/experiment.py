@@ -80,7 +80,8 @@ class Experiment:
             raise UserError(
                 "--base-classes is for base-novel, and --classes all has no halves; drop one"
             )
-        ranks.check_device(self.device)
+        if ranks.size > 1:
+            ranks.check_device(self.device)
         try:
             if torch.device(self.device).type not in ("cpu", "cuda"):  # others lack float64
                 raise RuntimeError("expected cpu, cuda, or cuda:1 and so on")
@@ -98,7 +99,7 @@ class Experiment:
         one: all is to be tested, and nothing learned.
         """
         local(self.model)  # first: to tell a mistyped name takes no time
-        with ranks.first_alone():  # who downloads what is not there
+        with ranks.first_alone() if ranks.size > 1 else contextlib.nullcontext():  # who downloads
             dataset = self.load_dataset()
             clip = weights.load(self.model, self.device, image_size=self.image_size)
         base = self.base(dataset.classnames) if self.base_classes else None
@@ -246,18 +247,18 @@ def run_script(
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show, warnings.showwarning)
             with ranks.joined():
-                if ranks.size() > 1 and not shared:
+                if ranks.size > 1 and not shared:
                     raise UserError("is for one process; start it without torchrun")
                 main()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)  # what was to be done may not be
     except (UserError, *FROM_OUTSIDE) as error:
-        if not ranks.first():  # as a rule rank 0 says the same, and torchrun ends this one
+        if ranks.rank:  # as a rule rank 0 says the same, and torchrun ends this one
             time.sleep(5)
         print(f"{Path(sys.argv[0]).name}: error: {told(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if ranks.first():
+        if ranks.rank == 0:
             print(f"\ninterrupted; {resume} to go on", file=sys.stderr)
         sys.exit(130)

@@ -20,9 +20,9 @@ from clip_min import UserError
 from clip_min.errors import first_line
 from fewshot import ranks
 from fewshot.batches import Batches
-from fewshot.metrics import accuracy, predict
+from fewshot.metrics import accuracy, accuracy_on, predict
 from fewshot.run import Run
-from fewshot.schedule import Length, announce, duration, learning_rate
+from fewshot.schedule import Length, announce, duration, learning_rate, seconds_left
 
 
 @dataclass
@@ -109,7 +109,7 @@ class State:
                 like.copy_(tensor)
         self.optimizer.load_state_dict(state)
         device = next(iter(self.learned.values())).device
-        own = ranks.rank() or ""  # of a rank that there was not, there is no state: it goes its way
+        own = ranks.rank or ""  # of a rank that there was not, there is no state: it goes its way
         if own == "" or f"random/cpu{own}" in tensors:
             torch.set_rng_state(tensors[f"random/cpu{own}"])
         if f"random/cuda{own}" in tensors and device.type == "cuda":
@@ -135,17 +135,19 @@ def descend(
     s = method.settings
     if s.grid:
         return search(method, train, val, run, seed)
-    ranks.agree(method.adapter_state().values())
+    if ranks.size > 1:
+        ranks.agree(method.adapter_state().values())
+        ranks.part_ways(seed)
     method.class_weights = train.class_weights(len(method.classnames)) if s.balance else None
     length, state = Length.of(s, train, method.first_stage), State(method, train)
-    ranks.part_ways(seed)
+    seen = train.some(len(val))  # as many, for the curve of training accuracy
     if resume:
         state.load(run)
     at = state.at
     if at.step < length.total and not at.stopped:
         print(announce(s, train, val, length, at.step))
-        if ranks.size() > 1 and not shareable(method):
-            print(f"note: this loss is not a mean over images: all {ranks.size()} processes do it")
+        if ranks.size > 1 and not shareable(method):
+            print(f"note: this loss is not a mean over images: all {ranks.size} processes do it")
     third = at.step + 2  # timed: the first ones also read and encode what is then kept
     bar = tqdm(total=length.total, initial=at.step, unit="step", disable=None)
     while at.step < length.total and not at.stopped:
@@ -163,10 +165,10 @@ def descend(
                 bar.update()
                 if step == third and length.total > 20:
                     each = time.perf_counter() - begun
-                    left = seconds_left(method, val, length, step + 1, each)
+                    left = seconds_left(method, seen, val, length, step + 1, each)
                     bar.write(f"about {duration(left)}")
                     method.train()
-            judged = judge(method, val, state, length, step + 1)
+            judged = judge(method, seen, val, state, length, step + 1)
         except NotFinite as why:
             at.stopped = str(why)
             break
@@ -204,19 +206,20 @@ def gradient_step(
     method.step = step
     if step == length.switch and method.first_stage is not None:
         method.second_stage()  # a tensor without a gradient stays; with its first one it is new
-    part, weight = chosen, 1 / ranks.size()  # each rank computes all of it,
-    if ranks.size() > 1 and shareable(method):  # or, where it can be, a part
+    part, weight, several = chosen, 1 / ranks.size, ranks.size > 1  # each rank computes all of it,
+    if several and shareable(method):  # or, where it can be, a part
         part, method.place, weight = ranks.share(chosen)
         method.whole = train.targets(chosen)
     with train.autocast():
         inputs = train.inputs(method, part, s.augment)
         loss = method.loss(inputs, *train.targets(part)) * weight
-    whole = ranks.total(loss.detach()).item()
+    whole = (ranks.total(loss.detach()) if several else loss).item()
     if not math.isfinite(whole):
         raise NotFinite(f"loss was {whole} in step {step + 1}")
     optimizer.zero_grad()
     scaler.scale(loss).backward()
-    ranks.add_gradients(state.trained)
+    if several:
+        ranks.add_gradients(state.trained)
     if s.clip_norm:
         scaler.unscale_(optimizer)
         clip_grad_norm_(state.trained, s.clip_norm)
@@ -237,8 +240,12 @@ def shareable(method) -> bool:
     return method.loss_is_mean and method.class_weights is None
 
 
-def judge(method, val: Batches, state: State, length: Length, now: int) -> dict[str, float]:
-    """The accuracy after step `now`, to be logged, if it decides what is kept or when to stop."""
+def judge(
+    method, seen: Batches, val: Batches, state: State, length: Length, now: int
+) -> dict[str, float]:
+    """Accuracies after step `now`, to be logged, if validation decides what is kept or when to
+    stop: on `val`, and on training images `seen`, which decide nothing.
+    """
     s, at = method.settings, state.at
     if not length.chooses:
         if not all(tensor.isfinite().all() for tensor in state.learned.values()):
@@ -254,7 +261,7 @@ def judge(method, val: Batches, state: State, length: Length, now: int) -> dict[
     at.waited = 0 if better else at.waited + 1
     if at.waited and at.waited == s.patience:
         at.stopped = f"no better validation accuracy in {s.patience} validations"
-    return {"val": found}
+    return {"val": found, "train": accuracy_on(method, seen)}
 
 
 def share_of_mean(method, length: Length, now: int) -> float:
@@ -270,10 +277,11 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
     Of equally good points the first. Each starts from the same tensors and random state, as a run
     of its own in this one's folder, so that after a kill those before it are not trained again.
     """
-    ranks.agree(method.adapter_state().values())
+    if ranks.size > 1:
+        ranks.agree(method.adapter_state().values())
     s, start = method.settings, copies(method.adapter_state())
     best, seconds, points = None, 0.0, list(enumerate(s.points(), 1))
-    for some in (train, val) if ranks.size() > 1 else ():  # by all, before these go their ways
+    for some in (train, val) if ranks.size > 1 else ():  # by all, before these go their ways
         if some.keeps(method):
             some.encoded(method)
     for number, point in ranks.mine(points):
@@ -285,7 +293,7 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
         with ranks.apart():
             part = run.part(f"grid{number}", asdict(method.settings))
             seconds += descend(method, train, val, part, seed, resume=True)
-            found = accuracy(predict(method, val), val.labels.cpu())
+            found = accuracy_on(method, val)
         print(f"grid: {name}: {found:.2f} % on validation")
         if best is None or found > best[0]:
             kept = {name: t.detach().clone().cpu() for name, t in method.adapter_state().items()}
@@ -329,21 +337,3 @@ def new_optimizer(
     if s.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=s.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=s.lr, eps=s.eps)
-
-
-def seconds_left(method, val: Batches, length: Length, done: int, step: float) -> float:
-    """What the rest takes, if one step takes `step` seconds."""
-    left = length.total - done
-    if not length.chooses:
-        return left * step
-    each = validation_seconds(method, val)
-    return left * step + math.ceil(left / length.round) * len(val) * each
-
-
-def validation_seconds(method, val: Batches) -> float:
-    """What a validation image takes; one batch of them is tried."""
-    some = val.part(torch.arange(min(64, len(val))))
-    predict(method, some)  # the first one is slower
-    started = time.perf_counter()
-    predict(method, some)
-    return (time.perf_counter() - started) / len(some)

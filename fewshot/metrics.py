@@ -1,7 +1,5 @@
 """What is measured, all in percent."""
 
-import math
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,16 +18,9 @@ def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
         return ranks.collect(parts, (method.classify(x).float() for x in encoded)).cpu()
 
 
-def train_accuracy(method, train: Batches, most: int = 500) -> float:
-    """Percent of the real training pictures that a method names right, of `most` at most."""
-    train = train.real()
-    some = train.part(torch.arange(0, len(train), math.ceil(len(train) / most)))
-    return accuracy(predict(method, some), some.labels.cpu())
-
-
-def val_accuracy(method, val: Batches) -> float:
-    """Percent of the validation pictures that a method names right."""
-    return accuracy(predict(method, val), val.labels.cpu())
+def accuracy_on(method, batches: Batches) -> float:
+    """Percent of the pictures that a method names right."""
+    return accuracy(predict(method, batches), batches.labels.cpu())
 
 
 def likeliest(logits: Tensor, top: int = 5) -> Tensor:

@@ -3,10 +3,12 @@
 A JPEG is decoded and resized once. The uint8 crop that comes out is exactly what CLIP's
 normalisation reads, so keeping it loses nothing. Of pictures that are learned from or validated on
 it is kept, in memory for the run and in a cache file for the next one (`Reader.read`). Test
-pictures, which may be many, are read a batch at a time, whenever they are needed (`Reader.stream`).
+pictures, which may be many, are read a batch at a time, whenever they are needed (`Reader.stream`);
+their crops stay on disk until the run ends.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -138,7 +140,8 @@ def pixel_hash(pixels: Tensor) -> Tensor:
 def digests(pictures: Pictures) -> list[str]:
     """The digest of each picture, files read by several threads."""
     with ThreadPoolExecutor(READERS) as pool:
-        every = ranks.together(list(pool.map(digest, ranks.mine(pictures.source))))
+        own = list(pool.map(digest, pictures.source[ranks.rank :: ranks.size]))
+    every = [own] if ranks.size == 1 else ranks.together(own)
     return [every[i % len(every)][i // len(every)] for i in range(len(pictures))]
 
 
@@ -204,8 +207,13 @@ class Reader:
         check_memory(len(pictures), self.size)
         return self._read(pictures, notes, "pixels")
 
+    @functools.cached_property
+    def spool(self) -> cache.Spool:
+        """Where `check` leaves the crops on disk, and `stream` finds them."""
+        return cache.Spool(self.folder, self.size)
+
     def check(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
-        """The same, but of the pixels only `pixel_hash` is kept -> (…, uint8 (N, 32)).
+        """The same, but in memory only `pixel_hash` of the pixels is kept -> (…, uint8 (N, 32)).
 
         For pictures that `stream` reads when they are needed: what is wrong with them, and which
         ones they are, is known from here on.
@@ -214,13 +222,20 @@ class Reader:
 
     def stream(self, pictures: Pictures, hashes: Tensor, parts: list[Tensor]) -> Iterator[Tensor]:
         """Of each part, numbers (B,) of pictures that were checked: their crops, uint8
-        (B, 3, size, size). Threads decode the next ones while these are computed with.
+        (B, 3, size, size). Threads decode the next ones while these are computed with. A picture
+        that is on disk already, since it was checked or tested before, is not decoded again.
         """
 
+        spool = self.spool  # made here: threads would make one each
+        names = pictures.digests or [""] * len(pictures)
+
         def again(i: int) -> Tensor:
+            if (kept := spool.get(names[i])) is not None:
+                return kept
             pixels, _ = self._decode(pictures, i)
             if not torch.equal(pixel_hash(pixels), hashes[i]):
                 raise UserError(f"{pictures.name(i)}: has changed since it was checked; run again")
+            spool.put(names[i], pixels)
             return pixels
 
         crops = ahead(again, (i for part in parts for i in part.tolist()))
@@ -249,11 +264,15 @@ class Reader:
             kept = torch.empty(shape, dtype=torch.uint8).fill_(0)  # other ranks fill the rest
             odd = torch.zeros(count, dtype=torch.uint8)
             own = ranks.mine(range(count))
+            spool = self.spool if kind == "hashes" else None
 
             def attempt(i: int) -> UserError | tuple[Tensor, int]:
                 try:
                     pixels, odd = self._decode(pictures, i)
-                    return pixels if kind == "pixels" else pixel_hash(pixels), odd
+                    if spool is None:
+                        return pixels, odd
+                    spool.put(pictures.digests[i], pixels)
+                    return pixel_hash(pixels), odd
                 except UserError as error:
                     return error
 
@@ -271,7 +290,7 @@ class Reader:
                 self._refuse(errors, count)
                 good = torch.tensor([i for i in range(count) if i not in errors])
                 pictures, kept, odd = pictures[good], kept[good], odd[good]
-            elif name and ranks.first():
+            elif name and ranks.rank == 0:
                 cache.save(self.folder, kind, name, kept)
                 cache.save(self.folder, "odd", name, odd)
         for number, said in {} if pictures.in_memory else ODD.items():

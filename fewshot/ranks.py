@@ -13,7 +13,8 @@ share the work in three ways:
 
 What comes out is the same on every rank, to the bit, so that all of them decide alike when to stop
 and what to keep. What need not be alike (a clock, free memory, files) is asked of rank 0 (`same`),
-and rank 0 alone prints and writes. Without torchrun N is 1, and nothing here does anything.
+and rank 0 alone prints and writes. Without torchrun `size` is 1, and whoever asks that first passes
+by all that is here.
 """
 
 import contextlib
@@ -29,22 +30,7 @@ from torch import Tensor
 from clip_min import UserError
 
 WAIT = timedelta(days=1)  # for one another: rank 0 may download, or make images, for hours
-_apart = 0  # how many `apart` are open
-
-
-def size() -> int:
-    """N, the processes that share the work now."""
-    return 1 if _apart or not dist.is_initialized() else dist.get_world_size()
-
-
-def rank() -> int:
-    """Which of them this is, from 0."""
-    return 0 if size() == 1 else dist.get_rank()
-
-
-def first() -> bool:
-    """Is this the process that prints and writes?"""
-    return rank() == 0
+size, rank = 1, 0  # N, the processes that share the work now, and which of them this is
 
 
 def by_first(work: Callable[..., None]) -> Callable[..., None]:
@@ -52,7 +38,7 @@ def by_first(work: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(work)
     def done(*arguments, **named) -> None:
-        if first():
+        if rank == 0:
             work(*arguments, **named)
 
     return done
@@ -64,6 +50,7 @@ def joined() -> Iterator[None]:
 
     What ranks other than 0 print is dropped, but not what they raise.
     """
+    global size, rank
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -71,19 +58,21 @@ def joined() -> Iterator[None]:
     if gpus:
         torch.cuda.set_device(local % gpus)  # what "cuda" means from now on
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=WAIT)
+    size, rank = dist.get_world_size(), dist.get_rank()
     with contextlib.ExitStack() as stack:
-        if not first():
+        if rank:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
         wait()  # a rank that is done, and ended, would break off what others still ask it for
+    size, rank = 1, 0
     dist.destroy_process_group()
 
 
 def check_device(device: str) -> None:
-    """UserError, if the processes cannot each compute on `device`."""
-    if size() == 1 or device == "cpu":
+    """UserError, if several processes cannot each compute on `device`."""
+    if device == "cpu":
         return
     if device != "cuda":
         raise UserError(
@@ -100,29 +89,28 @@ def check_device(device: str) -> None:
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
     """While open, every process is alone (N is 1): does all it is told to, prints, and writes."""
-    global _apart
-    _apart += 1
+    global size, rank
+    together, size, rank = (size, rank), 1, 0
     try:
         yield
     finally:
-        _apart -= 1
+        size, rank = together
 
 
 @contextlib.contextmanager
 def first_alone() -> Iterator[None]:
     """Rank 0 does what is inside alone, and then the others: they find the files it left."""
-    if not first():
+    if rank:
         wait()
-    leads = first()
     with apart():
         yield
-    if leads:
+    if rank == 0:
         wait()
 
 
 def wait() -> None:
     """Until all ranks are here."""
-    if size() > 1:
+    if size > 1:
         dist.all_reduce(torch.zeros(1))  # on the CPU, where `WAIT` holds
 
 
@@ -133,9 +121,9 @@ def same(value):
 
 def together(value) -> list:
     """The values of all ranks, in their order; they are copied, and so should be small."""
-    if size() == 1:
+    if size == 1:
         return [value]
-    found = [None] * size()
+    found = [None] * size
     dist.all_gather_object(found, value)
     return found
 
@@ -145,7 +133,7 @@ def together(value) -> list:
 
 def mine(parts: Sequence) -> Sequence:
     """The parts of the work that are this rank's: every N-th."""
-    return parts[rank() :: size()]
+    return parts[rank::size]
 
 
 def collect(parts: Sequence[Tensor], rows: Iterable[Tensor]) -> Tensor:
@@ -158,7 +146,7 @@ def collect(parts: Sequence[Tensor], rows: Iterable[Tensor]) -> Tensor:
         if found is None:
             found = x.new_zeros(count, *x.shape[1:])
         found[part] = x
-    if size() == 1:
+    if size == 1:
         return found
     like = same(None if found is None else (found.shape, found.dtype, found.device.type))
     if found is None:  # there are fewer parts than ranks
@@ -169,7 +157,7 @@ def collect(parts: Sequence[Tensor], rows: Iterable[Tensor]) -> Tensor:
 
 def fill(rows: Tensor) -> None:
     """Of each row one rank has the content, and the others zeros: give it to all of them."""
-    if size() > 1:
+    if size > 1:
         dist.all_reduce(rows.view(-1).view(torch.uint8))  # of bytes, so that sums are exact
 
 
@@ -181,7 +169,7 @@ def share(batch: Tensor) -> tuple[Tensor, int, float]:
 
     A rank for which nothing is left takes the first picture, which then weighs 0.
     """
-    begin, end = (len(batch) * r // size() for r in (rank(), rank() + 1))
+    begin, end = (len(batch) * r // size for r in (rank, rank + 1))
     if begin == end:
         return batch[:1], 0, 0.0
     return batch[begin:end], begin, (end - begin) / len(batch)
@@ -189,8 +177,6 @@ def share(batch: Tensor) -> tuple[Tensor, int, float]:
 
 def add_gradients(tensors: list[Tensor]) -> None:
     """Add up, over the ranks, the gradient of each tensor; in one message."""
-    if size() == 1:
-        return
     grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
@@ -200,15 +186,14 @@ def add_gradients(tensors: list[Tensor]) -> None:
 
 def total(value: Tensor) -> Tensor:
     """The sum of the ranks' values."""
-    if size() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
+    value = value.clone()
+    dist.all_reduce(value)
     return value
 
 
 def agree(tensors: Iterable[Tensor]) -> None:
     """Give every rank the tensors of rank 0: equal computations may differ in last bits on GPUs."""
-    for tensor in tensors if size() > 1 else ():
+    for tensor in tensors:
         dist.broadcast(tensor.data, 0)
 
 
@@ -217,5 +202,5 @@ def agree(tensors: Iterable[Tensor]) -> None:
 
 def part_ways(seed: int) -> None:
     """Give the ranks other than 0 random numbers of their own: other dropout, other crops."""
-    if rank():
-        torch.manual_seed((1_000_003 * seed + 7919 * rank()) % 2**63)
+    if rank:
+        torch.manual_seed((1_000_003 * seed + 7919 * rank) % 2**63)

@@ -71,7 +71,7 @@ class Run:
     @classmethod
     def start(cls, path: Path, config: dict) -> "Run":
         """A new run; one that stands in its place already is kept, under another name."""
-        if ranks.first():  # who alone writes there
+        if ranks.rank == 0:  # who alone writes there
             if path.exists():
                 _claim(path)
                 remove_half_written(path)
@@ -84,7 +84,8 @@ class Run:
                 raise UserError(why) from None
             _claim(path)
             write_json(path / "config.json", config)
-        ranks.wait()
+        if ranks.size > 1:
+            ranks.wait()
         return cls(path, config)
 
     @classmethod
@@ -107,7 +108,8 @@ class Run:
                     f"--resume: {path} was started with {difference}; "
                     "give the same flags, or start anew without --resume"
                 )
-        _claim(path)
+        if ranks.rank == 0:
+            _claim(path)
         run._go_on()
         run._note_other_bits(config)
         return run
@@ -124,7 +126,7 @@ class Run:
     def _go_on(self) -> None:
         """Clear what a kill left half written, also of the log's last line, and read the log."""
         log = self.path / "log.jsonl"
-        if ranks.first():
+        if ranks.rank == 0:
             remove_half_written(self.path)
             if log.exists() and (half := log.read_bytes().rpartition(b"\n")[2]):
                 os.truncate(log, log.stat().st_size - len(half))
@@ -192,7 +194,7 @@ class Run:
         log, lines = self.path / "log.jsonl", len(self.log)
         while self.log and self.log[-1]["step"] >= entry["step"]:
             self.log.pop()
-        if ranks.first():
+        if ranks.rank == 0:
             self._check_folder()
             if len(self.log) < lines:
                 write_text(log, "".join(json.dumps(line) + "\n" for line in self.log))
@@ -211,7 +213,7 @@ class Run:
                     "not kept; lower --lr, or what else makes them grow"
                 )
         self.learned_last = state
-        if not ranks.first():
+        if ranks.rank:
             return
         self._check_folder()
         if self.config.pop("adapter_sha256", None):  # of an earlier one: for now, none is vouched
@@ -321,7 +323,6 @@ def _read_config(path: Path, kind: dict) -> dict:
     return config
 
 
-@ranks.by_first
 def _claim(path: Path) -> None:
     """Keep other processes out of this folder until this one ends or goes on to another run.
 

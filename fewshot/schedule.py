@@ -1,9 +1,13 @@
 """How long training is, and at which learning rate each of its gradient steps is taken."""
 
 import math
+import time
 from dataclasses import dataclass
 
+import torch
+
 from fewshot.batches import Batches
+from fewshot.metrics import predict
 
 
 @dataclass(frozen=True)
@@ -79,3 +83,23 @@ def learning_rate(s, length: Length, step: int, factor: float = 1.0) -> float:
         return s.warmup_lr + (share * (peak - s.warmup_lr) if s.warmup == "linear" else 0)
     progress = (now - warm) / (end - warm if s.warmup == "linear" else end)
     return s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def seconds_left(
+    method, seen: Batches, val: Batches, length: Length, done: int, step: float
+) -> float:
+    """What the rest takes, if one step takes `step` seconds."""
+    left = length.total - done
+    if not length.chooses:
+        return left * step
+    each = validation_seconds(method, val)
+    return left * step + math.ceil(left / length.round) * (len(seen) + len(val)) * each
+
+
+def validation_seconds(method, val: Batches) -> float:
+    """What a validation image takes; one batch of them is tried."""
+    some = val.part(torch.arange(min(64, len(val))))
+    predict(method, some)  # the first one is slower
+    started = time.perf_counter()
+    predict(method, some)
+    return (time.perf_counter() - started) / len(some)

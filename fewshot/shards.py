@@ -130,7 +130,7 @@ class Shards:
         self.folder, self.size = folder, size
         config = {**config, "shard_size": size}
         kept = folder / "config.json"
-        if ranks.first():
+        if ranks.rank == 0:
             if kept.exists():
                 found = read_json(kept, "")
                 for key, value in config.items():
@@ -165,7 +165,7 @@ class Shards:
                         f"{self.path(shard, '.json')}: names other pictures than there are now; "
                         "put those back, or choose another --out"
                     )
-            elif shard % ranks.size() == ranks.rank():
+            elif shard % ranks.size == ranks.rank:
                 yield from ((shard, item) for _, item in pairs)
 
     def told(self, shard: int) -> dict:

@@ -617,7 +617,7 @@ def test_validation_runs_without_dropout_and_training_with_it(train, val, run):
     method = Toy(settings(epochs=2), dropout=0.5).eval()
     method.dropout.register_forward_hook(lambda module, *_: modes.append(module.training))
     descend(method, train, val, run, seed=1)
-    assert modes == 2 * [True, True, True, True, False]
+    assert modes == 2 * [True, True, True, True, False, False]  # both accuracies
 
 
 def test_what_is_not_learned_does_not_move(train, val, run):
@@ -634,16 +634,19 @@ def test_training_learns_what_can_be_learned(train, val, run):
     assert max(line["val"] for line in run.log) == 100
 
 
-def test_the_log_has_mean_loss_and_validation_accuracy_of_every_epoch(train, val, run):
+def test_the_log_has_mean_loss_and_accuracies_of_every_epoch(train, val, run):
     method = Toy(settings(lr=0.0, epochs=2))  # nothing moves, so all can be computed afterwards
     descend(method, train, val, run, seed=1)
     with torch.no_grad():
         losses = [F.cross_entropy(method(x), y).item() for x, y in method.given]
         right = method(val.images(torch.arange(9))).argmax(dim=1) == val.labels
+        # Of 14 training images 7, which is every second: not more than there are for validation.
+        fitted = method(train.images(torch.arange(0, 14, 2))).argmax(dim=1) == train.labels[::2]
     for i, line in enumerate(run.log):
         assert line["epoch"] == i + 1
         assert line["loss"] == pytest.approx(sum(losses[4 * i : 4 * i + 4]) / 4)
         assert line["val"] == pytest.approx(100 * right.double().mean().item())
+        assert line["train"] == pytest.approx(100 * fitted.double().mean().item())
     assert 0 < run.log[0]["seconds"] < run.log[1]["seconds"]
 
 
@@ -665,7 +668,9 @@ def test_the_best_point_of_a_grid_is_kept_as_if_it_alone_had_been_trained(
     train, val, tmp_path, monkeypatch, capsys
 ):
     ends, found = [], iter([40, 70, 70, 60])  # of equally good points the first
-    monkeypatch.setattr(loop, "accuracy", lambda *_: ends.append(method.weights()) or next(found))
+    monkeypatch.setattr(
+        loop, "accuracy_on", lambda *_: ends.append(method.weights()) or next(found)
+    )
     method, run = Toy(settings(grid=GRID, keep="last"), dropout=0.3), start(tmp_path / "grid")
     descend(method, train, val, run, seed=1)
     alone = Toy(settings(lr=0.1, batch_size=14, keep="last"), dropout=0.3)

@@ -10,6 +10,7 @@ import tracemalloc
 import weakref
 import zlib
 from dataclasses import replace
+from unittest.mock import Mock
 
 import PIL
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from clip_min import UserError, crop
 from clip_min.preprocess import OPENAI
+from fewshot import cache
 from fewshot import pictures as module
 from fewshot.pictures import ENDINGS, Pictures, Reader
 
@@ -455,6 +457,46 @@ def test_checked_are_the_hashes_of_the_pixels_and_nothing_else_is_kept(
         assert readable.source == files
         no_decoder()  # the second time they come from the cache
     assert sorted(folder.name for folder in (tmp_path / "cache").iterdir()) == ["hashes", "odd"]
+
+
+def test_a_test_picture_is_decoded_once_in_a_run(pictures, files, tmp_path, no_decoder):
+    reader = Reader(32, folder=tmp_path / "cache")
+    readable, hashes = reader.check(pictures, [])
+    no_decoder()
+    parts = [torch.tensor([6, 0]), torch.tensor([3, 3])]
+    for pixels, part in zip(reader.stream(readable, hashes, parts), parts, strict=True):
+        assert torch.equal(pixels, pixels_of(files)[part])
+
+
+def test_what_another_run_checked_is_decoded_when_it_is_first_tested(
+    pictures, files, tmp_path, no_decoder
+):
+    Reader(32, folder=tmp_path / "cache").check(pictures, [])
+    reader = Reader(32, folder=tmp_path / "cache")
+    readable, hashes = reader.check(pictures, [])
+    first = list(reader.stream(readable, hashes, [torch.arange(7)]))
+    no_decoder()
+    again = list(reader.stream(readable, hashes, [torch.arange(7)]))
+    assert torch.equal(first[0], pixels_of(files))
+    assert torch.equal(again[0], first[0])
+
+
+@pytest.mark.parametrize("why", ["no folder", "read-only", "no room", "full disk"])
+def test_crops_that_cannot_be_kept_on_disk_are_decoded_again(
+    why, pictures, files, tmp_path, monkeypatch
+):
+    folder = tmp_path / "cache"
+    if why == "read-only":
+        folder.write_text("a file where the folder belongs")
+    if why == "no room":
+        monkeypatch.setattr(cache, "limit", 3.5 * 3 * 32 * 32)  # of seven crops, three
+    if why == "full disk":
+        monkeypatch.setattr(cache.os, "pwrite", Mock(side_effect=OSError(28, "no space")))
+    reader = Reader(32, folder=None if why == "no folder" else folder)
+    readable, hashes = reader.check(pictures, [])
+    assert len(reader.spool.places) == (3 if why == "no room" else 0)
+    found = list(reader.stream(readable, hashes, [torch.arange(7)]))
+    assert torch.equal(found[0], pixels_of(files))
 
 
 @pytest.mark.parametrize("skip", [True, False])

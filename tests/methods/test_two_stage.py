@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min import CLIP, CLIPConfig, UserError, normalize, tokenize
+from fewshot import compare
 from fewshot.batches import Batches
-from fewshot.compare import seconds_of
 from fewshot.loop import descend, shuffled
 from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
+from fewshot.schedule import Length
 from methods.learned_names import rows
 from methods.two_stage import TwoStage
 from methods.zero_shot import ZeroShot
@@ -286,11 +287,22 @@ def test_another_start_is_of_the_layer_norms(clip):
     assert not torch.equal(method.clip.ln_final.weight, clip.ln_final.weight)
 
 
-def test_how_long_training_takes_is_tried_in_the_stage_that_takes_longer(clip, train):
-    method, seen = new(clip), []
-    method.second_stage = lambda: seen.append(method.step)
-    assert seconds_of(method, SimpleNamespace(train=train, val=train, tests={})) > 0
-    assert not seen
+def test_how_long_training_takes_is_tried_in_each_stage(clip, train, monkeypatch):
+    method, now = new(clip), 0.0
+    seconds = {False: 5.0, True: 2.0}  # of a gradient step in the first stage, in the second
+    switch = Length.of(method.settings, train, method.first_stage).switch
+    total = Length.of(method.settings, train).total
+
+    def step(method, train, chosen, state, length, number):
+        nonlocal now
+        now += seconds[number >= length.switch]
+
+    monkeypatch.setattr(compare, "gradient_step", step)
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(compare, "validation_seconds", lambda *_: 0.0)
+    found = compare.seconds_of(method, SimpleNamespace(train=train, val=train, tests={}))
+    assert 0 < switch < total
+    assert found == switch * 5 + (total - switch) * 2
 
 
 def test_a_share_that_is_none_is_an_error_that_names_its_flag():
