@@ -1,18 +1,18 @@
-"""Image features of any number of pictures, for whatever is to be done with them.
+"""Compute image features of any number of pictures.
 
 python embed.py --data photos --model ViT-B/16 --out features
 python embed.py --data shards --model ViT-B/16 --out features    WebDataset's .tar files
 python embed.py --data list.csv --model demo --out features      rows of path,label
-torchrun --nproc-per-node 8 embed.py …                           each makes shards of its own
+torchrun --nproc-per-node 8 embed.py …                           each process makes its own shards
 
-A run that was killed goes on when it is started again.
+After a kill, the same command continues.
 """
 
 import sys
 import time
 from pathlib import Path
 
-# Before torch, which takes from it how threads wait.
+# Before torch: clip_min sets how threads wait.
 from clip_min import UserError, weights  # isort: skip
 
 from fewshot import ranks, shards
@@ -47,7 +47,7 @@ def main() -> None:
         return
     index = made.finish()
     if not index["shards"]:
-        raise UserError(f"--data {source}: holds no pictures")
+        raise UserError(f"--data {source}: holds no pictures; give a folder or list with some")
     before = index["features"] + len(index["unreadable"]) - count
     print(
         f"{count:,} pictures in {seconds:.1f} s, {count / seconds:,.0f} a second, "
@@ -62,10 +62,10 @@ def main() -> None:
 
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=__doc__)
-    parser.add_argument("--data", help="a folder of pictures or of .tar files, a .tar or .csv file")
+    parser.add_argument("--data", help="a folder of pictures or .tar files, or a .tar or .csv file")
     parser.add_argument("--out", help="folder for the features")
-    parser.add_argument("--batch-size", type=int, help="pictures in one pass [64]")
-    parser.add_argument("--shard-size", type=int, help="pictures of one file [4096]")
+    parser.add_argument("--batch-size", type=int, help="pictures in a batch [64]")
+    parser.add_argument("--shard-size", type=int, help="pictures in a file of features [4096]")
     add_flags(parser.add_argument_group("model"), Experiment, only=READ)
     given = parser.parse(argv)
     for name in ("data", "out"):

@@ -1,12 +1,12 @@
-"""Take what was learned elsewhere: write a run in the form that other software loads.
+"""Export a run in a format that other software loads.
 
 python export.py --run DIR --format safetensors OUT.safetensors    CLIP with the new weights, ours
 python export.py --run DIR --format openai OUT.safetensors         … for openai-clip
 python export.py --run DIR --format huggingface OUT                … for transformers, a folder
 python export.py --run DIR --format open_clip OUT                  … for open_clip, a folder
-python export.py --run DIR --format peft OUT                       LoRA alone, for peft, a folder
+python export.py --run DIR --format peft OUT                       only the LoRA, for peft, a folder
 python export.py --run DIR --format classifier OUT.safetensors     a row for each class name
-python export.py … --keep-share 0.5                                half of what was learned
+python export.py … --keep-share 0.5                                halfway from zero-shot CLIP
 """
 
 import json
@@ -36,7 +36,7 @@ MERGED = {
 }
 FILES = ("safetensors", "openai", "classifier")  # the others are folders
 
-# The same weights as OpenAI's, in transformers' naming: what a PEFT adapter stands on.
+# OpenAI's weights with transformers' names, for which a PEFT adapter is made.
 HUGGING_FACE = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
     "ViT-B/16": "openai/clip-vit-base-patch16",
@@ -58,7 +58,7 @@ USE = {
     'names = json.loads(file.metadata()["clip_min"])["classnames"]\n'
     "logits = {logits}",
 }
-# What a classifier's logits are; a linear probe's read the image features as the tower gives them.
+# The logits of a classifier; a linear probe uses image features that are not normalised.
 SCALED = 'file.get_tensor("logit_scale") * normalised_image_features @ file.get_tensor("weight").T'
 PLAIN = 'image_features @ file.get_tensor("weight").T + file.get_tensor("bias")'
 
@@ -67,11 +67,11 @@ def main() -> None:
     given = parse(sys.argv[1:])
     name, out = given["format"], Path(given["out"])
     if out.exists():
-        raise UserError(f"{out}: is there already; choose another place")
+        raise UserError(f"{out}: exists already; choose another place")
     if (out.suffix == ".safetensors") != (name in FILES):
         kind = "a file, NAME.safetensors" if name in FILES else "a folder, without an ending"
         raise UserError(f"{out}: --format {name} writes {kind}")
-    remove_half_written(out.parent, out.name)  # what an export there that was killed has left
+    remove_half_written(out.parent, out.name)  # left by an export that was killed
     run = Run.open(Path(given["run"]))
     model = given.get("model", run.config["experiment"]["model"])
     size = run.config["experiment"].get("image_size", 0)  # none in old ones
@@ -157,7 +157,7 @@ def parse(argv: list[str]) -> dict:
             raise UserError(f"{flag} is missing; see --help")
     nearest("--format", given["format"], USE)
     if "classes" in given and given["format"] != "classifier":
-        raise UserError("--classes: are the rows of a classifier; add --format classifier")
+        raise UserError("--classes: works only with --format classifier; add that, or leave it out")
     return given
 
 

@@ -1,11 +1,11 @@
-"""Make synthetic training images: caption a real picture, repaint another, keep what CLIP knows.
+"""Make synthetic training images: caption a real picture, repaint another, filter with CLIP.
 
 python generate.py --dataset demo                             offline, a minute
 python generate.py --dataset flowers102 --per-class 32        LLaVA and Stable Diffusion, hours
 python generate.py --dataset flowers102 --plan f1 --filter runs/flowers102/ViT-B-16/lora-s10-seed1
 
-Made from the training pictures of the classes to learn, and from no others. May be killed at any
-moment: the same command goes on where it was. `train.py --method disef` learns from the images.
+Only training pictures of the classes to learn are used. The command may be killed at any moment:
+started again, it continues. `train.py --method disef` learns from the images.
 """
 
 import gc

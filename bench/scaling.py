@@ -2,15 +2,15 @@
 
     python bench/scaling.py [--methods coop,lora] [--classes 10,100,1000] [--plot FILE.png]
 
-The demo model, on one thread; everything is drawn, nothing is read. What is timed:
+The demo model on one thread, with generated data. The measurements are:
 
-    classes     a gradient step on 16 images; of methods without steps, what they solve
-    shots       what a method solves or remembers before its steps, of 20 classes
-    images      testing pictures that are in memory, zero-shot CLIP
-    processes   encoding --images pictures' largest number, by 1, 2, … processes under torchrun
+    classes     a gradient step on 16 images; for methods without steps, what they solve
+    shots       what a method solves or stores before its steps, for 20 classes
+    images      testing pictures in memory with zero-shot CLIP
+    processes   encoding the largest number of --images with 1, 2, … processes under torchrun
 
-Memory is the peak above what the process held before. The exponent p is that of the power law
-cost = a · n^p that fits best (least squares of logarithms): 1 is linear, 0 is free.
+Memory is the peak above the memory before. The exponent p is from the best fit of a power law,
+cost = a · n^p (least squares of logarithms): 1 is linear, 0 is constant.
 """
 
 import argparse
@@ -46,14 +46,14 @@ def classnames(count: int) -> list[str]:
 
 
 def drawn(classes: int, shots: int, embed: int) -> SimpleNamespace:
-    """Stands in for the features of `shots` pictures of each class."""
+    """Replaces the features of `shots` pictures of each class."""
     labels = torch.arange(classes).repeat_interleave(shots)
     x = torch.randn(classes, embed)[labels] + torch.randn(len(labels), embed)
     return SimpleNamespace(encoded=lambda method: x, labels=labels, shots=shots)
 
 
 def exponent(points: dict[int, float]) -> float | None:
-    """Size -> cost  =>  the slope of log cost over log size; None of fewer than two."""
+    """Size -> cost  =>  the slope of log cost over log size; None for fewer than two."""
     pairs = [(math.log(n), math.log(cost)) for n, cost in points.items() if cost > 0]
     if len(pairs) < 2:
         return None
@@ -63,7 +63,7 @@ def exponent(points: dict[int, float]) -> float | None:
 
 
 def method_cost(name: str, classes: int, shots: int, rounds: int) -> dict[str, float]:
-    """Seconds and MB of a step, and seconds of what is solved, with the default recipe."""
+    """Seconds and MB of a step, and seconds of solving, with the default recipe."""
     torch.manual_seed(0)
     clip, kind = clip_min.load("demo"), METHODS[name]
     recipe = "default" if "default" in kind.recipes else next(iter(kind.recipes))
@@ -98,7 +98,7 @@ def pictures(count: int) -> Batches:
 
 
 def encode(count: int) -> None:
-    """Print the seconds that all processes take to encode pictures and to have their features."""
+    """Print the seconds in which all processes together encode pictures and gather features."""
     clip, batches = clip_min.load("demo"), pictures(count)
     method = METHODS["zero_shot"].plain(clip, classnames(2), "a photo of a {}.")
     ranks.wait()
@@ -108,7 +108,7 @@ def encode(count: int) -> None:
 
 
 def measure(*flags) -> list[dict]:
-    """What this file prints in a fresh process."""
+    """The output of this file in a fresh process."""
     command = [sys.executable, "-W", "ignore", __file__, *map(str, flags)]
     return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
 
@@ -121,7 +121,7 @@ def by_processes(count: int, processes: int) -> float:
 
 
 def plot(curves: dict[str, dict[str, dict[int, float]]], path: str) -> None:
-    """Axis -> row -> size -> seconds, in a picture of a panel an axis."""
+    """Plot axis -> row -> size -> seconds, with a panel for each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--images", type=several, default=[500, 2000, 8000])
     parser.add_argument("--processes", type=several, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--plot", metavar="FILE", help="draw the curves, too")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the curves")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--encode", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -157,7 +157,7 @@ def main() -> None:
         encode(flags.encode)
         return
     if flags.measure:
-        name, *sizes = flags.measure  # of each, classes and shots as "10x4"
+        name, *sizes = flags.measure  # classes and shots of each, as "10x4"
         tasks = [(name, *map(int, size.split("x")), flags.rounds) for size in sizes]
         with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as fresh:
             print(json.dumps(fresh.starmap(method_cost, tasks, chunksize=1)))
