@@ -177,8 +177,8 @@ def plain(file: Path) -> dict | None:
                     why = why or f"{part}.{key} is {value!r:.100}"
     if why:
         raise UserError(
-            f"{file}: {why}: this architecture is not supported, only CLIP with a ViT; "
-            "python -m clip_min.weights list shows supported models"
+            f"{file}: {why}: another architecture than CLIP with a ViT, which is not supported; "
+            "python -m clip_min.weights list shows models that are"
         )
     return found if "vision_config" in found or "model_cfg" in found else None
 

@@ -35,6 +35,6 @@ class Batcher:
             )
         self.size = tried // 2
         if not self._said:
-            print(f"out of GPU memory with {tried} images at once; continuing with fewer")
+            print(f"out of GPU memory with {tried} pictures at once; continuing with fewer")
             self._said = True
         torch.cuda.empty_cache()

@@ -144,7 +144,7 @@ class Studio:
                 if not waive and rejected[attempt.classname] == self.options.reject_limit:
                     tqdm.write(
                         f"{attempt.classname}: {self.options.reject_limit} images were rejected; "
-                        "from here on all its images are accepted"
+                        "the filter is waived for this class from here on"
                     )
 
     # ------------------------------------------------------------------------------- progress

@@ -326,7 +326,7 @@ def test_what_the_hub_does_not_have_is_one_line(name, parts, fetch):
 
 @pytest.mark.parametrize(
     ("refusal", "said"),
-    [((401, "RepoNotFound"), "private"), ((403, "GatedRepo"), "accept their terms")],
+    [((401, "RepoNotFound"), "private"), ((403, "GatedRepo"), "accept its owners' terms")],
 )
 def test_a_repository_that_is_not_for_everyone_is_one_line(refusal, said, fetch, monkeypatch):
     monkeypatch.setattr(Hub, "refusal", refusal)
@@ -336,7 +336,7 @@ def test_a_repository_that_is_not_for_everyone_is_one_line(refusal, said, fetch,
 
 def test_a_repository_that_is_not_cached_needs_the_hub(fetch):
     result = fetch(OTHER, endpoint="http://127.0.0.1:9")
-    assert_one_line_error(result, f"{OTHER}: there is no such file or folder here", "connect once")
+    assert_one_line_error(result, f"{OTHER}: there is no such file or folder here", "connect to the internet once")
 
 
 def test_a_name_is_seen_to_be_possible_without_asking_anyone(tmp_path):
@@ -351,7 +351,7 @@ def test_a_name_is_seen_to_be_possible_without_asking_anyone(tmp_path):
         "laion/",
         str(tmp_path),
     ):
-        with pytest.raises(UserError, match="models are demo, ViT-B/32"):
+        with pytest.raises(UserError, match="give demo, ViT-B/32"):
             hub.local(name)
 
 

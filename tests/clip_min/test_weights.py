@@ -436,7 +436,7 @@ def test_a_resized_model_is_another_and_is_saved_as_it_is(theirs, tmp_path):
     assert load(tmp_path / "b.safetensors").config == larger.config
     assert_holds(load(tmp_path / "b.safetensors"), larger.state_dict())
     for size in (-8, 30, 33):
-        with pytest.raises(UserError, match=f"pictures of {size} pixels; .* multiple of .* 8"):
+        with pytest.raises(UserError, match=f"images of {size} pixels; .* multiple of .* 8"):
             load(tmp_path / "a.safetensors", image_size=size)
 
 
@@ -880,7 +880,7 @@ def test_the_command_leaves_what_is_there_already(capsys, tmp_path):
     target.write_bytes(b"precious")
     assert weights.main(["convert", "demo", str(target)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {target}: is there already; choose another place, or remove it\n"
+        f"error: {target}: exists already; choose another place, or remove it\n"
     )
     assert target.read_bytes() == b"precious"
 

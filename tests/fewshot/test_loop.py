@@ -703,7 +703,7 @@ def test_a_grid_that_is_killed_and_resumed_ends_in_the_same_bits(
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
-        ("rate=1,2", "'rate=1,2' is not a setting's name"),
+        ("rate=1,2", "'rate=1,2' is not the name of a setting"),
         ("lr=1,x", "'lr=1,x' is not"),
         ("lr", "'lr' is not"),
         ("lr=1 lr=2", "'lr=2' is not"),

@@ -322,7 +322,7 @@ def test_the_adapter_a_run_ended_with_is_vouched_for_by_its_config(run):
     assert Run.open(run.path).load_adapter()["w"].sum() == 3
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + b"\x3e")  # a flipped bit of the last number
-    with pytest.raises(UserError, match="is not the adapter that this training ended with"):
+    with pytest.raises(UserError, match="is not the adapter that this run saved"):
         Run.open(run.path).load_adapter()
     again = Run.resume(run.path, CONFIG)
     again.save_adapter({"w": torch.full((3,), 2)})  # goes on learning: nothing is vouched for

@@ -143,7 +143,7 @@ def test_a_share_that_cannot_be_is_one_line(more, said, trained, script, is_one_
 
 def test_shares_are_of_a_run_and_an_export_has_one(trained, script, is_one_line, tmp_path):
     flags = ("--method", "zero_shot", "--keep-share", "0.5")
-    assert is_one_line(script("eval", *flags), "--keep-share: is for --run DIR")
+    assert is_one_line(script("eval", *flags), "--keep-share: works only with --run DIR")
     out = ("--format", "peft", "--keep-share", "0,1", tmp_path / "out")
     assert is_one_line(script("export", "--run", trained.path, *out), "expected one number")
 
@@ -154,7 +154,7 @@ def test_a_method_that_did_not_start_at_zero_shot_is_refused(
     where = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
     assert script("train", "--method", "vpt", "--epochs", 1, "--n-tokens", 2, *where).code == 0
     (path,) = tmp_path.glob("*/*/vpt-*")
-    said = "VPT's start is not zero-shot CLIP"
+    said = "VPT did not start at zero-shot CLIP"
     for more in ((), ("--image", data / "test/blue-bell/0.png")):
         assert is_one_line(script("eval", "--run", path, "--keep-share", "0.5", *more), said)
     out = ("--format", "classifier", tmp_path / "out.safetensors")

@@ -98,9 +98,9 @@ def test_prompts_without_a_template_name_other_classes_and_classwise_ones_cannot
     [
         (("--dataset", "flower102"), "--dataset flower102: unknown; did you mean flowers102"),
         (("--dataset", "folder"), "say where your pictures are with --data-root"),
-        (("--dataset", "demo", "--shots", "3"), "--shots: a run knows its own; leave it out"),
-        (("--dataset", "demo", "--image", "a.png"), "--dataset: is not read with --image"),
-        (("--split", "coop"), "--split: a run knows its own; leave it out"),
+        (("--dataset", "demo", "--shots", "3"), "--shots: a run has its own; leave it out"),
+        (("--dataset", "demo", "--image", "a.png"), "--dataset: has no effect with --image"),
+        (("--split", "coop"), "--split: a run has its own; leave it out"),
         (("--dataset", "demo", "--template", "flower"), "has no {} for the class name"),
     ],
 )

@@ -112,7 +112,7 @@ def test_zero_shot_is_tested_with_them(script, data, model, file):
 @pytest.mark.parametrize(
     ("method", "content", "more", "said"),
     [
-        ("coop", own(), (), ("--prompts: coop (", "reads no written prompts")),
+        ("coop", own(), (), ("--prompts: coop (", "does not read prompts")),
         ("linear_probe", own(), (), ("--prompts: linear_probe (",)),
         ("lora", {k: v for k, v in own().items() if k != "dark iris"}, (), ("dark iris; every",)),
         ("lora", {"rose": []}, (), ("own.json: rose has no text",)),

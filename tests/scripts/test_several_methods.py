@@ -127,10 +127,10 @@ def test_all_is_every_method_that_can_be_compared():
     ("flags", "said"),
     [
         (("--method", "lora,cop"), ("--method", "cop", "did you mean coop?")),
-        (("--method", "lora,em_dirichlet"), ("em_dirichlet labels a batch", "run it apart")),
+        (("--method", "lora,em_dirichlet"), ("em_dirichlet labels a batch", "run it separately")),
         (("--method", "lora,gda", "--recipe", "notebook"), ("gda: --recipe notebook: unknown",)),
-        (("--method", "lora,gda", "--init-from", "x"), ("--init-from is for one method",)),
-        (("--method", "lora", "--budget", "5m"), ("--budget is for several methods",)),
+        (("--method", "lora,gda", "--init-from", "x"), ("--init-from works with a single method",)),
+        (("--method", "lora", "--budget", "5m"), ("--budget needs several methods",)),
         (("--method", "lora,gda", "--budget", "soon"), ("--budget", "'soon'", "90s, 10m or 2h")),
         (("--method", "lora,gda", "--n-ctx", "4"), ("unknown argument --n-ctx",)),
         (("--method", "gda,lora", "--lr", "-1"), ("--lr -1.0",)),

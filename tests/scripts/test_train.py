@@ -435,7 +435,7 @@ def test_a_mistake_is_one_line_and_costs_no_earlier_run(
         (["--blocks", "0,2"], "--blocks '0,2': expected all, or numbers below 2"),
         (["--method", "vpt", "--first-block", "2"], "--first-block 2: expected 0 to 1"),
         (["--method", "finetune", "--train", "last-3"], "--train last-3: expected both"),
-        (["--method", "coop", "--n-ctx", "5"], "--n-ctx 5: but --ctx-init 'a photo of a' is 4"),
+        (["--method", "coop", "--n-ctx", "5"], "--n-ctx 5: --ctx-init 'a photo of a' has 4"),
         (["--method", "disef", "--blocks", "7"], "--blocks '7': expected all"),
         (["--init-from", "nowhere"], "--init-from nowhere: there is no such folder"),
     ],
