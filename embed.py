@@ -5,7 +5,8 @@ python embed.py --data shards --model ViT-B/16 --out features    WebDataset's .t
 python embed.py --data list.csv --model demo --out features      rows of path,label
 torchrun --nproc-per-node 8 embed.py …                           each process makes its own shards
 
-After a kill, the same command continues.
+After a kill, the same command continues. Methods that learn on features can learn from the result:
+python train.py --method linear_probe --dataset features --data-root features
 """
 
 import sys
@@ -35,6 +36,7 @@ def main() -> None:
         "data": str(source),
         "model": experiment.model,
         "fingerprint": weights.fingerprint(clip),
+        "image_size": experiment.image_size,
         "precision": experiment.precision,
         "batch_size": given.get("batch_size", 64),
     }
@@ -45,6 +47,7 @@ def main() -> None:
     seconds, count = time.perf_counter() - started, sum(ranks.together(count))
     if ranks.rank:
         return
+    made.keep_names(source)
     index = made.finish()
     if not index["shards"]:
         raise UserError(f"--data {source}: holds no pictures; give a folder or list with some")

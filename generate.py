@@ -3,6 +3,7 @@
 python generate.py --dataset demo                             offline, a minute
 python generate.py --dataset flowers102 --per-class 32        LLaVA and Stable Diffusion, hours
 python generate.py --dataset flowers102 --plan f1 --filter runs/flowers102/ViT-B-16/lora-s10-seed1
+torchrun --nproc-per-node 8 generate.py …                     each paints some of the classes
 
 Only training pictures of the classes to learn are used. The command may be killed at any moment:
 started again, it continues. `train.py --method disef` learns from the images.
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clip_min import UserError, weights
-from fewshot import cache
+from fewshot import cache, ranks
 from fewshot.batches import Batches
 from fewshot.experiment import Experiment, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, pick
@@ -51,6 +52,8 @@ def main() -> None:
     folder = Path(given.get("synthetic", default))
     stage = given.get("stage", "all")
     manifest = generate(experiment, task, options, filter, folder, stage)
+    if ranks.rank:
+        return
     if stage in ("all", "filter"):
         print(table(manifest))
         if any(manifest.plan["quotas"].values()):  # none, where no class is weak
@@ -73,6 +76,8 @@ def generate(
     options = options.for_task(experiment.dataset, task.template)
     if options.offload and not experiment.device.startswith("cuda"):  # said before hours of work
         raise UserError("--offload: moves models off the GPU, and there is none; leave it out")
+    if options.offload and ranks.size > 1:
+        raise UserError("--offload: is for one process, which then has all of the memory")
     judge = load_filter(filter, experiment, task)
     f1 = None
     if options.plan != "uniform":
@@ -95,7 +100,8 @@ def generate(
         )
 
     if stage in ("all", "caption") and studio.captions_missing():
-        captioner = load_captioner(options, experiment.device)
+        with ranks.first_alone():  # who downloads what is not there
+            captioner = load_captioner(options, experiment.device)
         studio.caption(captioner)
         del captioner  # before the painter comes: they need not fit in memory together
         gc.collect()
@@ -105,7 +111,8 @@ def generate(
     if stage in ("all", "diffuse") and manifest.missing():
         if studio.captions_missing():
             raise UserError(f"{folder}: captions are missing; run --stage caption first")
-        painter = load_painter(options, experiment.device)
+        with ranks.first_alone():
+            painter = load_painter(options, experiment.device)
         studio.paint(painter, judge if stage == "all" else None)
         print(f"images: {len(manifest.attempts)}, {peak_memory_mb():,.0f} MB at peak")
     return manifest
@@ -181,4 +188,4 @@ def parse(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, resume="run the same command again")
+    run_script(main, resume="run the same command again", shared=True)

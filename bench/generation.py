@@ -5,8 +5,8 @@
 
 The models have random weights, which do not change the speed: tiny models on a CPU, the real sizes
 on a GPU. First each stage is timed alone, then a whole folder of images for 4 classes, with a
-filter that accepts a given share; there the U-Net's passes are counted. A batch is filled from
-several classes, so it stays full while any class lacks images.
+filter that accepts a given share; there the U-Net's passes are counted. A batch is filled from four
+classes, so it stays full while any of them lacks images.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from torchvision.transforms import (
 from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
-from clip_min import normalize
+from clip_min import UserError, normalize
 from clip_min.errors import Note
 from fewshot import cache, ranks
 from fewshot.pictures import READERS, Pictures, Reader, free_memory, pixel_hash
@@ -32,6 +32,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """fp32: changes nothing. bf16, fp16: matrix products run in it, weights and sums stay fp32."""
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+class NeedsPictures(UserError):
+    """A method, or what it is to do, needs more of pictures than their features."""
 
 
 class Batches:
@@ -72,6 +76,9 @@ class Batches:
         if self._hashes is None:
             self._hashes = torch.stack([pixel_hash(pixels) for pixels in self.pixels])
         return self._hashes
+
+    def check(self, method) -> None:
+        """UserError, if the method needs what is not there; of pictures, all is."""
 
     @property
     def shots(self) -> int:
@@ -164,6 +171,10 @@ class Batches:
         """
         if augment == "none" and self.keeps(method):
             return self.encoded(method)[chosen]
+        return self.fresh(method, chosen, augment)
+
+    def fresh(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
+        """The same, encoded now, whatever is kept."""
         return method.encode(self.images(chosen, augment))
 
     def each(self, method, parts: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_min.errors import nearest
-from fewshot import demo, readers
+from fewshot import demo, embedded, readers
 from fewshot.coop_split import DATASETS_MD
 from fewshot.folder import Parts
 from fewshot.readers import ImageNet, Lists
@@ -48,6 +48,10 @@ DATASETS = {
         readers.read_own,
         "your own pictures in --data-root: folders, or a CSV",
         coop_file="split_zhou_*.json",
+    ),
+    "features": Entry(
+        embedded.read_features,
+        "features of your own pictures, which embed.py left in --data-root",
     ),
     "flowers102": Entry(
         readers.read_flowers102,

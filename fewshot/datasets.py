@@ -61,7 +61,7 @@ def load(
         raise UserError(f"{name}: has {len(names)} classes, expected {entry.classes}")
     notes = [*read.notes]
     check_names(str(root or name), names, notes if entry.classes else None)
-    own = name == "folder" and split == "official"
+    own = name in ("folder", "features") and split == "official"
     return Dataset(names, entry.template, *parts, split, own, notes)
 
 

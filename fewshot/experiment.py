@@ -20,6 +20,7 @@ from clip_min.errors import FROM_OUTSIDE, Note, nearest, told
 from clip_min.hub import DEMO, IN_FOLDERS, local
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets, ranks, shots
+from fewshot.embedded import made_by
 from fewshot.folder import read_text, spoken
 from fewshot.pictures import Reader
 from fewshot.predictions import Predictions, predict_task, score
@@ -61,6 +62,8 @@ class Experiment:
     def __post_init__(self):
         expect_fields(self)  # a config that is read back may hold anything
         nearest("--dataset", self.dataset, datasets.DATASETS)
+        if self.dataset == "features" and not self.model:  # the one that made them
+            self.model, self.image_size = made_by(self.data_root)
         self.model = self.model or datasets.DATASETS[self.dataset].model
         if not datasets.DATASETS[self.dataset].read:
             self.split = "coop"  # the only one that it has
@@ -161,7 +164,7 @@ class Experiment:
     def folder(self, method: str) -> Path:
         """Where a run belongs: DATASET/MODEL/METHOD-sSHOTS-seedSEED."""
         data = self.dataset
-        if data == "folder":  # resolved, since "." and ".." are no names
+        if data in ("folder", "features"):  # resolved, since "." and ".." are no names
             data = Path(self.data_root).expanduser().resolve().name
         data += "-coop" if self.split == "coop" else ""
         data += "-all" if self.classes == "all" else ""

@@ -41,14 +41,9 @@ class Parts(NamedTuple):
 def read_folder(root: Path, seed: int) -> Parts:
     """Folders of classes, in parts or (then split by `seed`) in one tree: see above."""
     known, left_out, notes = read_classnames(root), {}, []
-    here = {path.name: path for path in visible(root) if path.is_dir()}
-    parts: dict[str, Path] = {}
-    for name, path in here.items():
-        part = CALLED.get(name.lower(), name.lower())
-        if part in PARTS and parts.setdefault(part, path) is not path:
-            raise UserError(f"{root}: has both {parts[part].name}/ and {name}/; keep one")
+    parts, alone = parts_of(root)
     if "train" not in parts or len(parts) == 1:
-        if parts and (len(parts) == len(here) or len(parts) > 1):  # one may be a class: a train
+        if parts and (alone or len(parts) > 1):  # one may be a class: a train
             raise UserError(
                 f"{root}: has {', '.join(f'{path.name}/' for path in parts.values())} alone; "
                 "expected train/ and test/ (or val/), or one folder a class"
@@ -66,20 +61,41 @@ def read_folder(root: Path, seed: int) -> Parts:
         )
         if test is None:
             test, val = val, None
-            notes.append(
-                f"there is no test/: {parts['val'].name}/ is tested on, and some of "
-                f"{parts['train'].name}/ are for validation"
-            )
+            notes.append(val_is_test(parts["val"].name, parts["train"].name))
         found = train, val, test
-    if not known and all(name.isdecimal() for name in names):
-        notes.append(
-            f"the classes are called {few(names, 3)}, and CLIP reads names; say what they are in "
-            f'{root}/classes.json: {{"{names[0]}": "rose", …}} (or classes.txt, a name a line from '
-            "0 on)"
-        )
+    notes += [] if known else note_numbers(root, names)
     for why, paths in left_out.items():
         notes.append(f"left out {len(paths)} {why}: {few(str(p.relative_to(root)) for p in paths)}")
     return Parts(names, *found, notes)
+
+
+def parts_of(root: Path) -> tuple[dict[str, Path], bool]:
+    """The folders of `root` that are parts, as "train" -> root/training; whether it has no other
+    folders.
+    """
+    here = [path for path in visible(root) if path.is_dir()]
+    parts: dict[str, Path] = {}
+    for path in here:
+        part = CALLED.get(path.name.lower(), path.name.lower())
+        if part in PARTS and parts.setdefault(part, path) is not path:
+            raise UserError(f"{root}: has both {parts[part].name}/ and {path.name}/; keep one")
+    return parts, len(parts) == len(here)
+
+
+def val_is_test(val: str, train: str) -> str:
+    """The note where one's own pictures have no part to test on."""
+    return f"there is no test/: {val}/ is tested on, and some of {train}/ are for validation"
+
+
+def note_numbers(root: Path, names: list[str]) -> list[str]:
+    """A note, if the names of classes are numbers."""
+    if not all(name.isdecimal() for name in names):
+        return []
+    return [
+        f"the classes are called {few(names, 3)}, and CLIP reads names; say what they are in "
+        f'{root}/classes.json: {{"{names[0]}": "rose", …}} (or classes.txt, a name a line from '
+        "0 on)"
+    ]
 
 
 def readable(label: str) -> str:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from clip_min import CLIPConfig, UserError, crop
 from clip_min.preprocess import OPENAI
 from fewshot import cache, ranks
+from fewshot.mapped import Mapped
 
 with contextlib.suppress(ImportError):  # phones' HEIC, which Pillow reads with this alone
     from pillow_heif import register_heif_opener
@@ -57,6 +58,7 @@ class Pictures:
     source: list[Path | Tensor] | Tensor
     labels: Tensor  # (N,) int64
     digests: list[str] | None = None  # sha256 of what each holds; None: they are not yet read
+    features: Mapped | None = None  # of each, where embed.py made them and the files may be gone
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,7 +69,18 @@ class Pictures:
         digests = self.digests and [self.digests[i] for i in numbers]
         if isinstance(self.source, Tensor):
             return Pictures(self.source[chosen], self.labels[chosen], digests)
-        return Pictures([self.source[i] for i in numbers], self.labels[chosen], digests)
+        source, features = [self.source[i] for i in numbers], self.features
+        features = None if features is None else features[chosen]
+        return Pictures(source, self.labels[chosen], digests, features)
+
+    def joined(self, other: "Pictures") -> "Pictures":
+        """These pictures, and then others; of both the digests are known."""
+        features = None
+        if self.features is not None and other.features is not None:
+            features = self.features.joined(other.features)
+        labels = torch.cat([self.labels, other.labels])
+        source, made = [*self.source, *other.source], [*self.digests, *other.digests]
+        return Pictures(source, labels, made, features)
 
     @property
     def in_memory(self) -> bool:

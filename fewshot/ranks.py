@@ -51,10 +51,11 @@ def joined() -> Iterator[None]:
     What ranks other than 0 print is dropped, but not what they raise.
     """
     global size, rank
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    check_environment()
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(local % gpus)  # what "cuda" means from now on
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=WAIT)
@@ -68,6 +69,18 @@ def joined() -> Iterator[None]:
         wait()  # a rank that is done, and ended, would break off what others still ask it for
     size, rank = 1, 0
     dist.destroy_process_group()
+
+
+def check_environment() -> None:
+    """UserError, if not all is there that torchrun tells the processes it starts."""
+    count = os.environ["WORLD_SIZE"]
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        told = os.environ.get(name, "")
+        if not told or (name != "MASTER_ADDR" and not told.isdecimal()):
+            raise UserError(
+                f"WORLD_SIZE is {count!r} in the environment, as where torchrun starts processes, "
+                f"but {name} is {told!r}; start with torchrun, or unset WORLD_SIZE"
+            )
 
 
 def check_device(device: str) -> None:
@@ -194,7 +207,9 @@ def total(value: Tensor) -> Tensor:
 def agree(tensors: Iterable[Tensor]) -> None:
     """Give every rank the tensors of rank 0: equal computations may differ in last bits on GPUs."""
     for tensor in tensors:
-        dist.broadcast(tensor.data, 0)
+        whole = tensor.data.contiguous()  # which NCCL asks for
+        dist.broadcast(whole, 0)
+        tensor.data.copy_(whole)
 
 
 # --------------------------------------------------------------------------------- random numbers

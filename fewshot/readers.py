@@ -38,6 +38,8 @@ def own(root: Path | None) -> Path:
         raise UserError("--dataset folder: say where your pictures are with --data-root FOLDER")
     if not root.is_dir():
         raise UserError(f"--data-root {root}: expected a folder of pictures; there is none")
+    if (root / "index.json").is_file() and (root / "config.json").is_file():
+        raise UserError(f"--data-root {root}: holds features; add --dataset features")
     return root
 
 

@@ -57,7 +57,7 @@ def kept(path: Path, config: dict) -> Record | None:
 def unseen(dataset: Dataset, record: Record, again: bool) -> tuple[Pictures, list[str]]:
     """Pictures to test a run on, and notes on them; see `make_test`."""
     test, names = dataset.test, dataset.classnames
-    test = replace(test, digests=digests(test))
+    test = replace(test, digests=test.digests or digests(test))
     seen = {made for part in ("train", "val") for *_, made in record[part]}
     if again:
         # By class and content, since files may have moved: to another part, if a tree that is
@@ -66,9 +66,7 @@ def unseen(dataset: Dataset, record: Record, again: bool) -> tuple[Pictures, lis
         for others in ([], [part for part in (dataset.val, dataset.train) if part]):
             pool = test
             for part in others:
-                labels = torch.cat([pool.labels, part.labels])
-                both = pool.digests + digests(part)
-                pool = Pictures([*pool.source, *part.source], labels, both)
+                pool = pool.joined(replace(part, digests=part.digests or digests(part)))
             there = defaultdict(list)
             for i, (_, name, made) in enumerate(rows(pool, names)):
                 there[name, made].append(i)

@@ -1,8 +1,11 @@
 """Image features of any number of pictures, in files of a few thousand each, made once.
 
     DIR/config.json            of what data and by what model the features are
-    DIR/00000.safetensors …    "features" (n, E) float32, as the image tower gives them
-    DIR/00000.json …           what they are of: n names and labels, and what could not be read
+    DIR/classes.txt, .json     what the classes are called, if the data came with such a file
+    DIR/00000.safetensors …    "features" (n, E) float32, as the image tower gives them; "sha256"
+                               (n, 32) uint8, of what each picture's file holds
+    DIR/00000.json …           what they are of: n names, labels and parts (train, val, test or ""),
+                               and what could not be read
     DIR/index.json             once all are there: each shard with its number of features; totals
 
 A picture belongs to the shard that its place among all pictures says. A shard is written whole or
@@ -21,7 +24,9 @@ import itertools
 import json
 import os
 import tarfile
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +36,7 @@ from tqdm import tqdm
 
 from clip_min import CLIP, UserError, normalize
 from clip_min.files import (
+    HALF_WRITTEN,
     read_json,
     read_safetensors,
     remove_half_written,
@@ -40,10 +46,13 @@ from clip_min.files import (
 )
 from fewshot import ranks
 from fewshot.batches import autocast
-from fewshot.pictures import ENDINGS, ahead, cut, open_image
+from fewshot.folder import PARTS, parts_of, read_text
+from fewshot.manifest import is_manifest
+from fewshot.pictures import ENDINGS, ahead, cut, digest, open_image
 
 LABELS = (".cls", ".txt")  # beside a picture in a tar file: its class, by number or name
-SHARD = {"names": list[str], "labels": list[str], "unreadable": list, "digest": str}
+SHARD = {"names": list[str], "labels": list[str], "parts": list[str], "unreadable": list}
+SHARD["digest"] = str  # of all names that there were
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Item:
     label: str  # "" where the source has none
     file: Path
     content: bytes | None = None  # what it holds, where it is no file of its own
+    part: str = ""  # train, val or test, where the source says so
 
 
 def items(source: Path) -> Iterator[Item]:
@@ -67,32 +77,52 @@ def items(source: Path) -> Iterator[Item]:
     elif tars := sorted(source.glob("*.tar")):
         for tar in tars:
             yield from _in_tar(tar)
+    elif is_manifest(source):
+        for part in ("data", *PARTS):
+            if (file := source / f"{part}.csv").is_file():
+                yield from _in_csv(file, "" if part == "data" else part)
     else:
-        yield from _in_folder(source, source)
+        parts, alone = parts_of(source)
+        split = alone or "train" in parts and len(parts) > 1  # one may be a class: a train
+        parts = {path.name: part for part, path in parts.items()} if split else {}
+        yield from _in_folder(source, source, parts)
 
 
-def _in_folder(root: Path, folder: Path) -> Iterator[Item]:
-    """Pictures below a folder; the label is the name of the folder in `root`."""
+def _in_folder(root: Path, folder: Path, parts: dict[str, str], depth: int = 0) -> Iterator[Item]:
+    """Pictures below a folder. The label is the name of the folder in `root`, or, where that has
+    `parts` (folder -> train, val, test), in the part; none of a picture beside them.
+    """
     with os.scandir(folder) as found:
         entries = sorted((e.name, e.is_dir()) for e in found if not e.name.startswith("."))
     for name, is_dir in entries:
         path = folder / name
+        if is_dir and depth > bool(parts) and path.is_symlink():
+            continue  # as fewshot/folder.py: a class may be a link, but none below it, in a circle
         if is_dir:
-            yield from _in_folder(root, path)
+            yield from _in_folder(root, path, parts, depth + 1)
         elif path.suffix.lower() in ENDINGS:
-            inside = path.relative_to(root)
-            yield Item(inside.as_posix(), inside.parts[0] if len(inside.parts) > 1 else "", path)
+            *folders, _ = (inside := path.relative_to(root)).parts
+            part = parts.get(folders.pop(0)) if parts and folders else ""
+            label = folders[0] if folders and part is not None else ""
+            yield Item(inside.as_posix(), label, path, part=part or "")
 
 
-def _in_csv(file: Path) -> Iterator[Item]:
-    """Rows of path and, if there is one, label; a path is absolute, or relative to the file."""
+def _in_csv(file: Path, part: str = "") -> Iterator[Item]:
+    """Rows of path and, if there are, label and split; a path is absolute, or relative to the file.
+    `part`: the split of them all.
+    """
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines)
             if "path" not in (rows.fieldnames or ()):
                 raise UserError(f"{file}: has no column path in its first line")
             for row in rows:
-                yield Item(row["path"], row.get("label") or "", file.parent / row["path"])
+                split = part or (row.get("split") or "").strip()
+                if split not in ("", *PARTS):
+                    where = f"{file}, line {rows.line_num}"
+                    raise UserError(f"{where}: split is {split!r}; expected train, val or test")
+                label = (row.get("label") or "").strip()
+                yield Item(row["path"], label, file.parent / row["path"], part=split)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read as CSV ({error})") from None
 
@@ -114,10 +144,21 @@ def _in_tar(file: Path) -> Iterator[Item]:
                     name, picture = member.name, tar.extractfile(member).read()
                 elif ending in LABELS:
                     label = tar.extractfile(member).read().decode(errors="replace").strip()
+                elif ending == ".json":
+                    label = label or _label_in(tar.extractfile(member).read())
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UserError(f"{file}: cannot be read as a tar file ({error})") from None
     if picture is not None:
         yield Item(f"{file.name}/{name}", label, file / name, picture)
+
+
+def _label_in(text: bytes) -> str:
+    """The "label" of a JSON object, a number or a name; "" if there is none."""
+    try:
+        label = json.loads(text).get("label")
+    except (ValueError, AttributeError, RecursionError):  # whatever else lies beside a picture
+        return ""
+    return str(label).strip() if isinstance(label, str | int) else ""
 
 
 class Shards:
@@ -139,7 +180,7 @@ class Shards:
                             f"{folder}: was begun with {key} {found.get(key)}, not {value}; give "
                             "the same, or another --out"
                         )
-            elif folder.exists() and any(folder.iterdir()):
+            elif folder.exists() and not all(_early(path) for path in folder.iterdir()):
                 raise UserError(f"{folder}: holds other files; choose another --out")
             else:
                 write_json(kept, config)
@@ -174,18 +215,32 @@ class Shards:
 
     def features(self, shard: int) -> Tensor:
         """The features of a shard (n, E), mapped into memory."""
-        return read_safetensors(self.path(shard, ".safetensors"), "features")[0]["features"]
+        return read_safetensors(self.path(shard, ".safetensors"))[0]["features"]
 
-    def write(self, shard: int, features: Tensor, rows: list[tuple[Item, str]]) -> None:
-        """Features (n, E) of those rows that have no reason why they cannot be read."""
+    def write(
+        self, shard: int, features: Tensor, made: list[str], rows: list[tuple[Item, str]]
+    ) -> None:
+        """Features (n, E), and the sha256 `made` of each picture's file, of those rows that have no
+        reason why they cannot be read.
+        """
         told = {
             "names": [item.name for item, why in rows if not why],
             "labels": [item.label for item, why in rows if not why],
+            "parts": [item.part for item, why in rows if not why],
             "unreadable": [[item.name, why] for item, why in rows if why],
             "digest": digest_of(item.name for item, _ in rows),
         }
         write_text(self.path(shard, ".json"), json.dumps(told, ensure_ascii=False) + "\n")
-        write_safetensors(self.path(shard, ".safetensors"), {"features": features})
+        sha256 = torch.tensor(list(bytes.fromhex("".join(made))), dtype=torch.uint8).view(-1, 32)
+        tensors = {"features": features, "sha256": sha256}
+        write_safetensors(self.path(shard, ".safetensors"), tensors)
+
+    def keep_names(self, source: Path) -> None:
+        """Copy the file that says what classes are called, if there is one beside the pictures."""
+        for name in ("classes.txt", "classes.json"):
+            file = (source if source.is_dir() else source.parent) / name
+            if file.is_file() and not (self.folder / name).exists():
+                write_text(self.folder / name, read_text(file))
 
     def finish(self) -> dict:
         """Write index.json, of all shards -> what it says."""
@@ -200,6 +255,11 @@ class Shards:
         return index
 
 
+def _early(path: Path) -> bool:
+    """Can it have been left by a process killed before it had written config.json?"""
+    return HALF_WRITTEN.fullmatch(path.name) is not None
+
+
 def digest_of(names: Iterable[str]) -> str:
     """sha256 of names, each with its end."""
     made = hashlib.sha256()
@@ -211,36 +271,63 @@ def digest_of(names: Iterable[str]) -> str:
 def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precision: str) -> int:
     """Make the shards that are missing -> how many pictures that took.
 
-    Threads decode pictures while others are encoded.
+    While pictures are encoded, threads take others from their source, decode them, and write the
+    shard before.
     """
     config, device, count = clip.config, clip.device, 0
 
-    def decode(pair: tuple[int, Item]) -> tuple[int, Item, Tensor | None, str]:
+    def decode(pair: tuple[int, Item]) -> tuple[int, Item, tuple[Tensor, str] | None, str]:
         shard, item = pair
         bare = replace(item, content=None)  # which is not needed any more
         try:
-            return shard, bare, cut(open_image(item.file, item.content), config), ""
+            pixels = cut(open_image(item.file, item.content), config)
         except UserError as error:
             return shard, bare, None, str(error)
+        content = item.content
+        made = digest(item.file) if content is None else hashlib.sha256(content).hexdigest()
+        return shard, bare, (pixels, made), ""
 
     @torch.no_grad()
-    def encode(pixels: list[Tensor]) -> Tensor:  # (B, E)
+    def encode(pixels: list[Tensor]) -> Tensor:  # (B, E); on a GPU, as soon as it is done
         images = normalize(torch.stack(pixels).to(device), config=config)  # (B, 3, n, n)
         with autocast(device, precision):
-            return clip.encode_image(images).float().cpu()
+            return clip.encode_image(images).float()
 
-    decoded = ahead(decode, shards.missing(source))
+    decoded = ahead(decode, fed(shards.missing(source)))
     decoded = tqdm(decoded, unit=" pictures", disable=None)
-    for shard, group in itertools.groupby(decoded, key=lambda one: one[0]):
-        rows, features, pixels = [], [torch.empty(0, config.embed_dim)], []
-        for _, item, picture, why in group:
-            rows.append((item, why))
-            pixels += [] if why else [picture]
-            if len(pixels) == batch:
+    with ThreadPoolExecutor(1) as writer:
+        written = None  # the shard that is being written
+        for shard, group in itertools.groupby(decoded, key=lambda one: one[0]):
+            rows, made, pixels = [], [], []
+            features = [torch.empty(0, config.embed_dim, device=device)]
+            for _, item, read, why in group:
+                rows.append((item, why))
+                if read is not None:
+                    pixels.append(read[0])
+                    made.append(read[1])
+                if len(pixels) == batch:
+                    features.append(encode(pixels))
+                    pixels = []
+            if pixels:
                 features.append(encode(pixels))
-                pixels = []
-        if pixels:
-            features.append(encode(pixels))
-        shards.write(shard, torch.cat(features), rows)
-        count += len(rows)
+            if written is not None:
+                written.result()  # or its error
+            written = writer.submit(shards.write, shard, torch.cat(features).cpu(), made, rows)
+            count += len(rows)
+        if written is not None:
+            written.result()
     return count
+
+
+def fed(items: Iterable, most: int = 64) -> Iterator:
+    """The same items; a thread takes up to `most` of them from their source, before they are asked
+    for.
+    """
+    source, end, pool = iter(items), object(), ThreadPoolExecutor(1)
+    try:
+        taken = deque(pool.submit(next, source, end) for _ in range(most))
+        while (item := taken.popleft().result()) is not end:
+            taken.append(pool.submit(next, source, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)

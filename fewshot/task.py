@@ -22,6 +22,7 @@ from fewshot import coop_split
 from fewshot.batches import Batches, room
 from fewshot.coop_split import FEW_VAL  # validation pictures a class, where they have to be few
 from fewshot.datasets import Dataset
+from fewshot.embedded import read
 from fewshot.pictures import Pictures, Reader, check_memory, few
 from fewshot.record import Record, rows, unseen
 
@@ -77,12 +78,13 @@ def make_task(
     learned, parts = halves(dataset, classes, base)
     train, val, notes = draw(dataset, learned, shots, seed)
     notes = [*dataset.notes, *notes]
-    check_memory(len(train) + len(val), reader.size)
+    if train.features is None:
+        check_memory(len(train) + len(val), reader.size)
     task = Task(
         classnames=[dataset.classnames[i] for i in learned],
         template=dataset.template,
-        train=Batches(*reader.read(train, notes), reader),
-        val=Batches(*reader.read(val, notes), reader),
+        train=read(train, reader, notes, keep=True),
+        val=read(val, reader, notes, keep=True),
         tests=_tests(dataset, parts, reader, notes),
         notes=notes,
     )
@@ -170,12 +172,7 @@ def _tests(
     """The test pictures of each part's classes: files are checked, to be read when needed."""
     tests = {}
     for part, ids in parts.items():
-        pictures = _of_classes(dataset.test, ids)
-        if pictures.in_memory:  # the demo's, which are drawn
-            batches = Batches(*reader.read(pictures, notes), reader)
-        else:
-            pictures, hashes = reader.check(pictures, notes)
-            batches = Batches(pictures, None, reader, hashes)
+        batches = read(_of_classes(dataset.test, ids), reader, notes, keep=False)
         tests[part] = Test([dataset.classnames[i] for i in ids], batches)
     return tests
 

@@ -5,6 +5,8 @@
     captions.jsonl    one caption on each line
     manifest.jsonl    one attempt on each line, in order of class and attempt
     seconds.json      time spent so far
+    processes/1/…     the same three books of process 1, where several share the work, until they
+                      are put together: at the end of a stage, or when the next command begins
     kept/CLASS/00007.png, rejected/CLASS/predicted_CLASS/00007.png, undecided/CLASS/00007.png
 
 An image is written before the line that lists it, and each of them whole or not at all. If a
@@ -12,6 +14,7 @@ process is killed, the records stay correct, and at most one batch is made again
 bits. An image's line determines its place; no other file is ever read, moved or removed.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -34,10 +37,11 @@ from clip_min.files import (
     write_json,
     write_text,
 )
-from fewshot import cache
+from fewshot import cache, ranks
 from fewshot.pictures import Pictures, digests
 
 DONE = ("kept", "waived")  # states of an image that is used in training
+BOOKS = ("captions.jsonl", "manifest.jsonl", "seconds.json")  # files that processes write
 SETTINGS = {"classnames": list[str]}  # keys that are read from settings.json and plan.json
 PLAN = {"quotas": dict[str, int]}
 
@@ -52,6 +56,11 @@ class Caption:
     text: str
     captioner: str
     revision: str
+
+    @property
+    def place(self) -> tuple:
+        """Where it stands among those of its class."""
+        return self.number, self.member
 
 
 @dataclass
@@ -75,6 +84,11 @@ class Attempt:
     filter: str | None = None
     filter_revision: str | None = None
 
+    @property
+    def place(self) -> tuple:
+        """Where it stands among those of its class."""
+        return (self.attempt,)
+
 
 class Manifest:
     """Reads settings["classnames"] and plan["quotas"]; the rest of both is for people."""
@@ -83,9 +97,14 @@ class Manifest:
         self.folder, self.settings, self.plan = folder, settings, plan
         self.classnames = settings["classnames"]
         self.slugs = dict(zip(self.classnames, slugs(self.classnames), strict=True))
+        self.number = {name: k for k, name in enumerate(self.classnames)}
+        self._read_books()
+
+    def _read_books(self) -> None:
+        folder, count = self.folder, Counter()
+        self.own, self.own_seconds = set(), Counter()  # classes this process worked at; its time
         self.captions = self._read("captions.jsonl", Caption)
         self.attempts = self._read("manifest.jsonl", Attempt)
-        count = Counter()
         for row in self.attempts:
             place = self._place(replace(row, attempt=count[row.classname]))
             count[row.classname] += 1
@@ -94,12 +113,21 @@ class Manifest:
                     f"{folder}/manifest.jsonl: image is {row.image!r:.200}, expected {place!r}, "
                     "the next place of its class and state; restore the file"
                 )
-        seconds = folder / "seconds.json"
-        self.seconds = Counter(read_json(seconds, "", dict[str, float]) if seconds.exists() else {})
+        self.seconds = Counter()
+        for file in (place / "seconds.json" for place in (folder, *self._parts())):
+            self.seconds.update(read_json(file, "", dict[str, float]) if file.exists() else {})
 
     @classmethod
     def start(cls, folder: Path, settings: dict, plan: dict) -> "Manifest":
         """Start a new folder, or continue one with these settings."""
+        if ranks.rank == 0:
+            with ranks.apart():
+                cls._begin(folder, settings, plan)
+        ranks.wait()
+        return cls(folder, settings, plan)
+
+    @classmethod
+    def _begin(cls, folder: Path, settings: dict, plan: dict) -> None:
         here = folder / "settings.json"
         if here.exists():
             old = cls.open(folder)
@@ -117,7 +145,7 @@ class Manifest:
         write_json(here, settings)
         manifest = cls(folder, settings, plan)
         manifest._sweep()
-        return manifest
+        manifest._put_together()
 
     @classmethod
     def open(cls, folder: Path) -> "Manifest":
@@ -162,7 +190,8 @@ class Manifest:
         return sum(max(0, n - done[name]) for name, n in self.plan["quotas"].items())
 
     def add_captions(self, captions: list[Caption]) -> None:
-        self.captions += captions
+        self.captions = self._sorted(self.captions + captions)
+        self.own.update(caption.classname for caption in captions)
         self._write("captions.jsonl", self.captions)
 
     def add(self, attempts: list[Attempt], images: list[Image.Image]) -> None:
@@ -177,8 +206,8 @@ class Manifest:
             attempt.image = self._place(attempt)
             with replacing(self.folder / attempt.image) as temporary:
                 image.save(temporary)
-        order = {name: k for k, name in enumerate(self.classnames)}
-        self.attempts.sort(key=lambda a: (order[a.classname], a.attempt))
+        self.attempts = self._sorted(self.attempts)
+        self.own.update(attempt.classname for attempt in attempts)
         self._write("manifest.jsonl", self.attempts)
         for place, attempt in zip(old, attempts, strict=True):
             if place and place != attempt.image:
@@ -186,7 +215,41 @@ class Manifest:
 
     def spent(self, stage: str, seconds: float) -> None:
         self.seconds[stage] += seconds
-        write_json(self.folder / "seconds.json", {k: round(s, 3) for k, s in self.seconds.items()})
+        self.own_seconds[stage] += seconds
+        self._write_seconds(self.seconds if ranks.size == 1 else self.own_seconds)
+
+    def share(self) -> None:
+        """All that the processes wrote, to the books of all, which each process then reads."""
+        if ranks.size == 1:
+            return
+        ranks.wait()
+        if ranks.rank == 0:
+            with ranks.apart():
+                Manifest(self.folder, self.settings, self.plan)._put_together()
+        ranks.wait()
+        self._read_books()
+
+    def _put_together(self) -> None:
+        """Write the books of all; then those of single processes, which are read here, may go."""
+        if not (parts := self._parts()):
+            return
+        self._write("captions.jsonl", self.captions)
+        self._write("manifest.jsonl", self.attempts)
+        self._write_seconds(self.seconds)
+        for part in parts:
+            for name in BOOKS:
+                (part / name).unlink(missing_ok=True)
+        for place in (*parts, self.folder / "processes"):
+            with contextlib.suppress(OSError):  # it holds something else
+                place.rmdir()
+
+    def _parts(self) -> list[Path]:
+        """The folders of books of single processes."""
+        return sorted(p for p in self.folder.glob("processes/*") if p.name.isdecimal())
+
+    def _book(self, name: str) -> Path:
+        """Where this process writes a book: for itself, where others share the work."""
+        return self.folder / (name if ranks.size == 1 else f"processes/{ranks.rank}/{name}")
 
     def _place(self, attempt: Attempt) -> str:
         state = "kept" if attempt.state == "waived" else attempt.state
@@ -196,15 +259,30 @@ class Manifest:
         return f"{folder}/{attempt.attempt:05d}.png"
 
     def _write(self, name: str, lines: list) -> None:
+        if ranks.size > 1:
+            lines = [line for line in lines if line.classname in self.own]
         texts = (json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines)
-        write_text(self.folder / name, "".join(texts))
+        write_text(self._book(name), "".join(texts))
+
+    def _write_seconds(self, seconds: Counter) -> None:
+        write_json(self._book("seconds.json"), {k: round(s, 3) for k, s in seconds.items()})
+
+    def _sorted(self, lines: list) -> list:
+        return sorted(lines, key=lambda line: (self.number[line.classname], line.place))
 
     def _read(self, name: str, kind: type) -> list:
-        """The lines of a record as `kind`; UserError for a class that is not the folder's."""
-        hints = typing.get_type_hints(kind)
-        rows = read_json_lines(self.folder / name, hints)
-        for number, row in enumerate(rows, 1):
-            where = f"{self.folder / name}, line {number}"
+        """The lines of a record as `kind`; a process's own line is newer than the common one."""
+        found = {}
+        for place in (self.folder, *self._parts()):
+            lines = self._read_lines(place / name, kind)
+            found.update(((line.classname, line.place), line) for line in lines)
+        return self._sorted(found.values()) if self._parts() else list(found.values())
+
+    def _read_lines(self, file: Path, kind: type) -> list:
+        """The lines of a file as `kind`; UserError for a class that is not the folder's."""
+        hints, lines, seen = typing.get_type_hints(kind), [], set()
+        for number, row in enumerate(read_json_lines(file, hints), 1):
+            where = f"{file}, line {number}"
             if odd := [key for key in row if key not in hints]:
                 raise UserError(f"{where}: {odd[0]} is not a key of such a line; remove it")
             known = [row["classname"], *filter(None, [row.get("predicted")])]
@@ -212,13 +290,18 @@ class Manifest:
                 raise UserError(f"{where}: {odd[0]!r:.200} is not a class of settings.json")
             if row.get("state") == "rejected" and row["predicted"] is None:
                 raise UserError(f"{where}: predicted is null, expected a class")
-        return [kind(**row) for row in rows]
+            lines.append(line := kind(**row))
+            if (key := (line.classname, line.place)) in seen:
+                raise UserError(f"{where}: repeats an earlier line; remove one of the two")
+            seen.add(key)
+        return lines
 
     def _sweep(self) -> None:
         """Remove what killed processes left: temporary files, and images not yet removed."""
         listed = [self.folder / attempt.image for attempt in self.attempts]
         states = [self.folder / state for state in ("kept", "rejected", "undecided")]
         folders = states + [state / slug for state in states for slug in self.slugs.values()]
+        folders += [self.folder / "processes", *self._parts()]
         if linked := [f for f in {*folders, *(p.parent for p in listed)} if f.is_symlink()]:
             raise UserError(
                 f"{min(linked)}: is a link, but images must be in the folder itself; replace it "

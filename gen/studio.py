@@ -3,6 +3,10 @@
 (seed, class, a) determine the sources of attempt number a of a class, and attempts are judged in
 order. The kept images therefore do not depend on the batch size, on when a process was killed, or
 on whether the stages ran together or one by one.
+
+Four classes at a time share batches: a batch stays full while one of the four lacks images. With
+several processes (fewshot/ranks.py), each takes every N-th group of four. The content of a batch,
+and with it the last bit of an image, therefore does not depend on the number of processes.
 """
 
 import time
@@ -14,12 +18,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from clip_min import UserError
+from fewshot import ranks
 from fewshot.pictures import Pictures, open_image
 from gen.batching import Batcher
 from gen.books import DONE, Attempt, Caption, Manifest
 from gen.filter import Filter
 from gen.plan import draw, seed_of
 from gen.settings import Generation
+
+TOGETHER = 4  # classes that share batches
 
 
 class Studio:
@@ -32,6 +39,10 @@ class Studio:
             name: (labels == k).nonzero().flatten().tolist()
             for k, name in enumerate(manifest.classnames)
         }
+        quotas = manifest.plan["quotas"]
+        names = sorted(quotas, key=lambda name: not quotas[name])  # first those with work
+        fours = [names[k : k + TOGETHER] for k in range(0, len(names), TOGETHER)]
+        self.fours = ranks.mine(fours)  # this process's
 
     # ------------------------------------------------------------------------------- captions
 
@@ -50,9 +61,11 @@ class Studio:
         """Make all missing captions."""
         check_revision(captioner, {c.revision for c in self.manifest.captions})
         missing, batcher = self.captions_missing(), Batcher(self.options.batch_size)
-        bar = tqdm(total=len(missing), unit="caption", desc="captions", disable=None)
-        while missing:
-            started, batch = time.perf_counter(), missing[: batcher.size]
+        fours = [[one for one in missing if one[0] in names] for names in self.fours]
+        total = sum(map(len, fours))
+        bar = tqdm(total=total, unit="caption", desc="captions", disable=None)
+        while fours := [missing for missing in fours if missing]:
+            started, batch = time.perf_counter(), fours[0][: batcher.size]
             pictures = [self.members[name][member] for name, member, _ in batch]
             names, seeds = [name for name, _, _ in batch], [seed_of(self.seed, *b) for b in batch]
             texts = batcher(captioner, [self.pictures.open(i) for i in pictures], names, seeds)
@@ -66,18 +79,20 @@ class Studio:
                 ]
             )
             self.manifest.spent("caption", time.perf_counter() - started)
-            missing = missing[len(batch) :]
+            del fours[0][: len(batch)]
             bar.update(len(batch))
         bar.close()
+        self.manifest.share()
 
     # -------------------------------------------------------------------------------- images
 
-    def attempts_missing(self, painter) -> Iterator[Attempt]:
-        """The next attempts: for each class as many as it lacks images, as if all were kept."""
+    def attempts_missing(self, painter, names: list[str]) -> Iterator[Attempt]:
+        """The next attempts at these classes: as many as each lacks images, as if all were kept."""
         captions = {(c.classname, c.member, c.number): c for c in self.manifest.captions}
         made = Counter(attempt.classname for attempt in self.manifest.attempts)
         have = self.manifest.count(*DONE, "undecided")
-        for name, quota in self.manifest.plan["quotas"].items():
+        for name in names:
+            quota = self.manifest.plan["quotas"][name]
             for attempt in range(made[name], made[name] + quota - have[name]):
                 members, seed = self.members[name], seed_of(self.seed, name, attempt)
                 i, number, j = draw(seed, len(members), self.options.captions)
@@ -106,28 +121,32 @@ class Studio:
         check_revision(painter, {a.painter_revision for a in self.manifest.attempts})
         picture = {self.pictures.name(i): i for members in self.members.values() for i in members}
         batcher, bar = Batcher(self.options.batch_size), self._bar(judge)
-        while batch := list(islice(self.attempts_missing(painter), batcher.size)):
-            started = time.perf_counter()
-            sources = [self.pictures.open(picture[attempt.repainted]) for attempt in batch]
-            columns = [attempt.prompt for attempt in batch], [attempt.seed for attempt in batch]
-            images = batcher(painter, sources, *columns)
-            if judge:
-                self._decide(batch, images, judge)
-            self.manifest.add(batch, images)
-            self.manifest.spent("diffuse", time.perf_counter() - started)
-            self._show(bar, batch)
+        for names in self.fours:
+            while batch := list(islice(self.attempts_missing(painter, names), batcher.size)):
+                started = time.perf_counter()
+                sources = [self.pictures.open(picture[attempt.repainted]) for attempt in batch]
+                columns = [attempt.prompt for attempt in batch], [attempt.seed for attempt in batch]
+                images = batcher(painter, sources, *columns)
+                if judge:
+                    self._decide(batch, images, judge)
+                self.manifest.add(batch, images)
+                self.manifest.spent("diffuse", time.perf_counter() - started)
+                self._show(bar, batch)
         bar.close()
+        self.manifest.share()
 
     def filter(self, judge: Filter) -> None:
         """Judge the undecided images."""
         undecided = [a for a in self.manifest.attempts if a.state == "undecided"]
+        fours = [[a for a in undecided if a.classname in names] for names in self.fours]
         size = self.options.batch_size
-        for batch in (undecided[i : i + size] for i in range(0, len(undecided), size)):
+        for batch in (rows[i : i + size] for rows in fours for i in range(0, len(rows), size)):
             started = time.perf_counter()
             images = [open_image(self.manifest.folder / attempt.image) for attempt in batch]
             self._decide(batch, images, judge)
             self.manifest.file(batch, images)
             self.manifest.spent("filter", time.perf_counter() - started)
+        self.manifest.share()
 
     def _decide(self, batch: list[Attempt], images: list[Image.Image], judge: Filter) -> None:
         names = self.manifest.classnames
@@ -151,8 +170,10 @@ class Studio:
 
     def _bar(self, judge: Filter | None) -> tqdm:
         done = self.manifest.count(*DONE, *(() if judge else ("undecided",)))
-        total = sum(self.manifest.plan["quotas"].values())
-        return tqdm(total=total, initial=sum(done.values()), unit="image", disable=None)
+        own = [name for names in self.fours for name in names]
+        total = sum(self.manifest.plan["quotas"][name] for name in own)
+        done = sum(done[name] for name in own)
+        return tqdm(total=total, initial=done, unit="image", disable=None)
 
     def _show(self, bar: tqdm, batch: list[Attempt]) -> None:
         """Show the current class, its images, and the seconds left at its own rate."""

@@ -48,7 +48,7 @@ def compared(method, batches, chosen: Tensor) -> tuple[Tensor, Tensor]:
     clip.logits = lambda f, w: seen.append((f, w)) or type(clip).logits(clip, f, w)
     try:
         with method.inference(), batches.autocast():
-            method.classify(method.encode(batches.images(chosen)))
+            method.classify(batches.fresh(method, chosen))
     finally:
         del clip.logits
     if not seen:

@@ -50,7 +50,7 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     There are two passes, since --method decides which other flags exist.
     """
     first = Parser(add_help=False)
-    for flag in ("--method", "--model", "--dataset", "--recipe", "--prompts"):
+    for flag in ("--method", "--model", "--dataset", "--data-root", "--recipe", "--prompts"):
         first.add_argument(flag)
     known, _ = first.parse_known_args(argv)
     listed = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())

@@ -116,8 +116,16 @@ def test_what_a_description_tells(files, changed, beside):
         (HF, BARE | {"vision_config": {"num_attention_heads": True}}, "is True, exp"),
         (HF, {"vision_config": {}}, "text_config is missing"),
         (HF, {"vision_config": None, "text_config": None}, "vision_config is None, expected an"),
-        (HF, BARE | {"vision_config": {"hidden_act": "gelu"}}, "the activation is 'gelu and quick_gelu'"),
-        (HF, BARE | {"text_config": {"hidden_act": "relu"}}, "the activation is 'quick_gelu and relu'"),
+        (
+            HF,
+            BARE | {"vision_config": {"hidden_act": "gelu"}},
+            "the activation is 'gelu and quick_gelu'",
+        ),
+        (
+            HF,
+            BARE | {"text_config": {"hidden_act": "relu"}},
+            "the activation is 'quick_gelu and relu'",
+        ),
         (HF, BARE | {"text_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps is 1e-06, but"),
         (OPEN, {"model_cfg": GELU | {"vision_cfg": {"head_width": 0}}}, "heads, 0 and 1"),
         (OPEN, {"model_cfg": GELU | {"vision_cfg": {"head_width": 60}}}, "heads, 0 and 1"),
@@ -188,7 +196,10 @@ def test_tensors_of_a_tower_with_wider_mlps_are_refused(model):
 def test_what_nothing_tells_is_said(beside):
     (note,) = beside({HF: {"method": "lora", "settings": {}}})[1]  # a config of something else
     assert "no config.json or open_clip_config.json beside it describes the model" in note
-    assert "QuickGELU and heads 64 wide are assumed; OpenAI's preprocessing of images is assumed" in note
+    assert (
+        "QuickGELU and heads 64 wide are assumed; OpenAI's preprocessing of images is assumed"
+        in note
+    )
     (note,) = beside({PROCESSOR: {}})[1]
     assert "heads 64 wide are assumed;" in note
     assert beside({HF: BARE})[1] == []
@@ -205,7 +216,9 @@ def test_of_two_descriptions_the_one_that_belongs_to_the_file_is_followed(beside
     files = {OPEN: {"model_cfg": GELU}, HF: BARE, PROCESSOR: {"image_mean": 0.5}}
     config, (note, _) = beside(files, "open_clip_model.safetensors")
     assert config == dataclasses.replace(SMALL, activation="gelu")
-    assert "config.json beside it differ in activation; open_clip_config.json is used, which" in note
+    assert (
+        "config.json beside it differ in activation; open_clip_config.json is used, which" in note
+    )
     config, (note,) = beside(files | {OPEN: {"model_cfg": GELU, "preprocess_cfg": {}}})
     assert config == dataclasses.replace(SMALL, mean=(0.5, 0.5, 0.5))
     assert "differ in activation, mean; config.json is used, which belongs to this file" in note

@@ -336,7 +336,9 @@ def test_a_repository_that_is_not_for_everyone_is_one_line(refusal, said, fetch,
 
 def test_a_repository_that_is_not_cached_needs_the_hub(fetch):
     result = fetch(OTHER, endpoint="http://127.0.0.1:9")
-    assert_one_line_error(result, f"{OTHER}: there is no such file or folder here", "connect to the internet once")
+    assert_one_line_error(
+        result, f"{OTHER}: there is no such file or folder here", "connect to the internet once"
+    )
 
 
 def test_a_name_is_seen_to_be_possible_without_asking_anyone(tmp_path):

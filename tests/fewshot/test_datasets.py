@@ -194,7 +194,7 @@ def test_without_a_folder_of_pictures_the_flag_is_named(tmp_path, kind):
 def test_an_unknown_data_set_is_an_error_with_the_nearest_name():
     with pytest.raises(UserError, match="--dataset flower102: unknown; did you mean flowers102"):
         datasets.load("flower102", None, 1)
-    with pytest.raises(UserError, match="demo, folder, flowers102"):
+    with pytest.raises(UserError, match="demo, folder, features, flowers102"):
         datasets.load("zzz", None, 1)
 
 

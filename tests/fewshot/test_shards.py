@@ -135,6 +135,15 @@ def test_a_damaged_tar_file_is_one_line(tmp_path):
         list(items(file))
 
 
+def test_a_source_that_breaks_ends_the_work_after_what_it_gave(clip, tar, tmp_path, monkeypatch):
+    monkeypatch.setattr("fewshot.pictures.AHEAD", 2)
+    (tar / "2.tar").write_bytes(b"no tar" * 1000)
+    with pytest.raises(UserError, match=r"2\.tar: cannot be read as a tar file"):
+        make(clip, tar, tmp_path / "out")
+    made = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert made[:3] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+
+
 def test_a_list_without_paths_is_one_line(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("file,label\na.png,a\n")

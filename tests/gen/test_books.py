@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from clip_min import UserError
+from fewshot import ranks
 from gen.books import Attempt, Caption, Manifest
 
 NAMES = ["rose\u2028/ red?", "rose red", "ROSE  red"]
@@ -41,6 +42,56 @@ def test_what_was_written_is_read_in_order_of_class_and_attempt(manifest):
     ]
     assert again.missing() == 2
     assert again.count("rejected", "undecided") == {NAMES[0]: 2}
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """(number, work) -> does the work as that one of two processes."""
+
+    def call(number: int, work) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(ranks, "size", 2)
+            patch.setattr(ranks, "rank", number)
+            work()
+
+    return call
+
+
+def test_what_processes_wrote_is_read_and_in_the_end_is_in_one_book(manifest, as_process):
+    folder, before = manifest.folder, [a.image for a in manifest.attempts]
+    views = [Manifest(folder, SETTINGS, PLAN) for _ in range(2)]
+    decided = [a for a in views[0].attempts if a.state == "undecided"]
+    decided[0].state = "kept"
+    caption = Caption(NAMES[1], 0, "y.png", 0, 5, "new", "e", "f")
+    new = [attempt(NAMES[1], 0, "rejected"), attempt(NAMES[1], 1, "kept")]
+    as_process(0, lambda: views[0].file(decided, [picture(3)]))
+    as_process(0, lambda: views[0].spent("diffuse", 2))
+    as_process(1, lambda: views[1].add_captions([caption]))
+    as_process(1, lambda: views[1].add(new, [picture(4), picture(5)]))
+    as_process(1, lambda: views[1].spent("diffuse", 3))
+    (folder / "processes/1/mine.txt").write_text("mine")
+    assert [a.image for a in manifest.attempts] == before  # the book of all is as it was
+    seen = Manifest.open(folder)
+    for again in (seen, Manifest.start(folder, SETTINGS, PLAN), Manifest.open(folder)):
+        assert [(a.classname, a.attempt, a.state) for a in again.attempts] == [
+            (NAMES[0], 0, "kept"),
+            (NAMES[0], 1, "rejected"),
+            (NAMES[1], 0, "rejected"),
+            (NAMES[1], 1, "kept"),
+            (NAMES[2], 0, "kept"),
+        ]
+        assert [c.classname for c in again.captions] == NAMES[:2]
+        assert again.seconds == {"diffuse": 5}
+        assert all((folder / a.image).exists() for a in again.attempts)
+    left = [path.name for path in (folder / "processes").rglob("*")]
+    assert sorted(left) == ["1", "mine.txt"]
+
+
+def test_a_line_that_is_there_twice_is_named(manifest):
+    with open(manifest.folder / "captions.jsonl", "a") as file:
+        file.write((manifest.folder / "captions.jsonl").read_text())
+    with pytest.raises(UserError, match=r"captions.jsonl, line 2: repeats an earlier line"):
+        Manifest.open(manifest.folder)
 
 
 def test_a_decided_image_moves(manifest):

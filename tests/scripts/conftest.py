@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import io
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +126,24 @@ def script():
         return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def torchrun(root):
+    """(N, script, *flags) -> the N processes, started; their output is read as text."""
+
+    def start(count: int, script: str | Path, *flags) -> subprocess.Popen:
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        return subprocess.Popen(
+            [sys.executable, *many, "--", str(root / script), *map(str, flags)],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
 
 
 @pytest.fixture(scope="session")

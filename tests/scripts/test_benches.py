@@ -10,6 +10,7 @@ SMALLEST = {
     "busy_core.py": "--rounds 1",
     "cocoop_step.py": "--classes 10 --batch 1 --rounds 1",
     "demo_table.py": "--rows zero_shot,gda --seeds 1",
+    "embedding.py": "--model demo --images 8 --rounds 1",
     "encode_image.py": "--batch 1 --rounds 1",
     "frozen_blocks.py": "--images 1 --classes 2 --rounds 1",
     "generation.py": "--images 8 --batch 2 --rounds 1",

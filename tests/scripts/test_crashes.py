@@ -87,6 +87,24 @@ GENERATE = [
     "after manifest.jsonl 2",
     "before seconds.json 1",
 ]
+# One folder of features, of 20 pictures in shards of 8, in the same way.
+EMBED = [
+    "amid config.json 1",
+    "before config.json 1",
+    "after config.json 1",
+    "amid 00000.json 1",
+    "after 00000.json 1",
+    "amid 00000.safetensors 1",
+    "before 00000.safetensors 1",
+    "after 00000.safetensors 1",
+    "before 00001.json 1",
+    "after 00002.json 1",
+    "before 00002.safetensors 1",
+    "after 00002.safetensors 1",
+    "amid index.json 1",
+    "before index.json 1",
+    "after index.json 1",
+]
 EXPORT = {
     "huggingface": ["amid model.safetensors 1", "after merges.txt 1", "before out 1"],
     "classifier": ["amid out.safetensors 1", "before out.safetensors 1"],
@@ -299,6 +317,22 @@ def test_killed_at_each_moment_one_after_the_other_images_are_the_same(
     assert not half_written(tmp_path)
 
 
+def test_killed_at_each_moment_one_after_the_other_features_are_the_same(
+    ends, model, data, tmp_path
+):
+    flags = ["--data", data / "test", "--model", model, "--shard-size", 8, "--batch-size", 4]
+    for folder, moments in (("whole", []), ("killed", EMBED)):
+        for moment in [*moments, ""]:
+            result = ends("embed", [*flags, "--out", tmp_path / folder], moment)
+            assert result.code == (-signal.SIGKILL if moment else 0), (moment, result.err)
+            assert is_whole(tmp_path)
+            ended = not moment or moment == "after index.json 1"
+            assert (tmp_path / folder / "index.json").exists() == ended
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert len(content(tmp_path / "whole")) == 8
+    assert not half_written(tmp_path)
+
+
 @pytest.mark.parametrize("form", EXPORT)
 def test_an_export_that_is_killed_is_there_whole_or_not_at_all(
     form, ends, trained, script, tmp_path
@@ -321,6 +355,8 @@ def test_an_export_that_is_killed_is_there_whole_or_not_at_all(
     [
         ("eval", "--image", "{data}", "--csv", "{out}/answers.csv"),
         ("eval", "--image", "{data}", "--csv", "{out}/answers.json"),
+        ("report", "{run}", "--quick", "--out", "{out}/page.html"),
+        ("report", "{run}", "--quick", "--format", "json", "--out", "{out}/numbers.json"),
     ],
 )
 def test_a_table_or_page_that_is_killed_leaves_the_earlier_one(

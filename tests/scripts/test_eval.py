@@ -455,8 +455,14 @@ def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_o
         ),
         (["--method", "zero_shot", "--image", "a.png", "--shots", "3"], "--shots: has no effect"),
         (["--method", "zero_shot", "--image", "a.png", "--seed", "3"], "--seed: has no effect"),
-        (["--method", "zero_shot", "--image", "a.png", "--split", "coop"], "--split: has no effect"),
-        (["--method", "zero_shot", "--image", "a", "--dataset", "demo"], "--dataset: has no effect"),
+        (
+            ["--method", "zero_shot", "--image", "a.png", "--split", "coop"],
+            "--split: has no effect",
+        ),
+        (
+            ["--method", "zero_shot", "--image", "a", "--dataset", "demo"],
+            "--dataset: has no effect",
+        ),
         (["--run", "x", "--imgae", "a.png"], "unknown argument --imgae; did you mean --image"),
         (["--run", "x", "--lr", "3"], "unknown argument --lr"),
         (["--method", "lora"], "--method lora: unknown; known are zero_shot"),

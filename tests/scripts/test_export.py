@@ -349,7 +349,10 @@ def test_heads_that_openai_clip_does_not_compute_are_one_line(
         (["--run", "x", "--format", "onnx", "out"], "--format onnx: unknown"),
         (["--run", "x", "--format", "peft", "out.safetensors"], "peft writes a folder"),
         (["--run", "x", "--format", "openai", "out.pt"], "openai writes a file, NAME.safetensors"),
-        (["--run", "x", "--format", "peft", "--classes", "a", "out"], "works only with --format classifier"),
+        (
+            ["--run", "x", "--format", "peft", "--classes", "a", "out"],
+            "works only with --format classifier",
+        ),
         (["--run", "nowhere", "--format", "peft", "out"], "nowhere/config.json: there is no such"),
         (["--rum", "x"], "unknown argument --rum; did you mean --run"),
     ],

@@ -38,7 +38,7 @@ import report
 from clip_min import CLIP, CLIPConfig, UserError, formats, tokenize, weights
 from clip_min.errors import told
 from clip_min.tokenizer import END, START, tokenizer
-from fewshot import cache, datasets, grid, predictions, record, shots
+from fewshot import cache, datasets, embedded, grid, predictions, record, shards, shots
 from fewshot.experiment import Experiment, named
 from fewshot.pictures import Pictures, Reader, open_image
 from fewshot.run import Run
@@ -364,6 +364,10 @@ def world(tmp_path_factory, trained, data, synthetic, script) -> Path:
     for ending in ("png", "jpg", "gif", "webp", "tiff", "bmp", "ppm"):
         Image.open(data / "test" / names[0] / "0.png").save(folder / f"picture.{ending}")
     cache.save(folder / "cache", "features", "0" * 32, torch.arange(60.0).reshape(3, 20))
+    told = {"model": "tiny", "fingerprint": "0" * 16, "precision": "fp32", "image_size": 0}
+    made = shards.Shards(folder / "features", told | {"data": str(data)}, 100)
+    shards.embed(small, shards.items(data), made, 50, "fp32")
+    made.finish()
     return folder
 
 
@@ -407,6 +411,10 @@ def targets(world, model) -> dict[str, Target]:
     def reported():
         figures_of_run.numbers(gather.read(run))
         several.numbers(gather.find([run]))
+
+    def learned_from():
+        embedded.made_by(str(world / "features"))
+        datasets.load("features", world / "features", 1).train.features.read()
 
     labels = config["classnames"]
     many = {
@@ -479,6 +487,10 @@ def targets(world, model) -> dict[str, Target]:
         "report of predictions": Target(run / "predictions.safetensors", reported),
         "report of a record": Target(run / "data.json", reported),
         "report of shares": Target(run / "keep_share.json", reported),
+        "features": Target(world / "features/00000.safetensors", learned_from),
+        "names of features": Target(world / "features/00000.json", learned_from),
+        "index of features": Target(world / "features/index.json", learned_from),
+        "config of features": Target(world / "features/config.json", learned_from),
         "cached features": Target(world / "cache/features" / f"{'0' * 32}.safetensors", feature),
         "cached pixels": Target(next((world / "pixels/pixels").iterdir()), cached),
         "cached oddities": Target(next((world / "pixels/odd").iterdir()), cached),
@@ -499,6 +511,7 @@ NAMES += ["shots file", "prompts", "base classes", "names", "run's config", "run
 NAMES += ["run's adapter", "log", "resume", "record", "results", "predictions"]
 NAMES += [f"report of {what}" for what in ("a config", "results", "a log", "predictions")]
 NAMES += ["report of a record", "report of shares"]
+NAMES += ["features", "names of features", "index of features", "config of features"]
 NAMES += ["cached features", "cached pixels", "cached oddities"]
 NAMES += [f"books, {n}" for n in ("settings.json", "plan.json", "captions.jsonl", "manifest.jsonl")]
 NAMES += ["books, seconds.json"]

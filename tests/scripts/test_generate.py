@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def test_photographs_are_captioned_repainted_filtered_and_booked(
         assert row["margin"] > 0 or row["state"] != "kept"
     assert Image.open(folder / "contact_sheet.png").size[0] > 100
     assert "MB at peak" in out
+
+
+def test_two_processes_make_what_one_does_to_the_byte(painted, torchrun, photographs, tmp_path):
+    folder, _ = painted
+    with torchrun(2, "generate.py", *photographs, "--synthetic", tmp_path / "a") as processes:
+        out, err = processes.communicate(timeout=500)
+    assert processes.returncode == 0, err[:4000]
+    assert tree(tmp_path / "a") == tree(folder)
+    assert not (tmp_path / "a/processes").exists()
+    assert out.count("contact sheet: ") == 1  # one process prints
 
 
 def test_the_same_seed_makes_the_same_images_and_another_seed_others(
@@ -290,6 +301,29 @@ def test_killed_at_ten_random_points_it_ends_in_the_same_bytes(whole, tmp_path):
     assert 0 < done[5] < done[9] < len(books(whole[0]))
     assert run(-1, False) == 0
     assert tree(folder) == tree(whole[0])
+
+
+def test_where_one_of_two_processes_dies_one_alone_goes_on_to_the_same_bytes(
+    whole, torchrun, script, tmp_path
+):
+    folder = tmp_path / "images"
+    flags = [*SMALL, "--synthetic", folder]
+    with torchrun(2, "generate.py", *flags) as processes:
+        deadline = time.monotonic() + 300
+        while not books(folder / "processes/1") and time.monotonic() < deadline:
+            time.sleep(0.002)
+        children = f"/proc/{processes.pid}/task/{processes.pid}/children"
+        os.kill(max(map(int, Path(children).read_text().split())), signal.SIGKILL)
+        processes.communicate(timeout=300)
+    assert processes.returncode != 0
+    begun = [attempt.image for attempt in Manifest.open(folder).attempts]
+    assert 0 < len(begun) < len(books(whole[0]))
+    made = {image: (folder / image).stat().st_mtime_ns for image in begun}
+    result = script("generate", *flags)
+    assert result.code == 0, result.err
+    assert tree(folder) == tree(whole[0])
+    assert not (folder / "processes").exists()
+    assert all((folder / image).stat().st_mtime_ns == time for image, time in made.items())
 
 
 def test_killed_before_the_settings_were_written_it_starts_anew(script, tmp_path):

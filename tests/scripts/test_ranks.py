@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewshot import ranks
 from methods import METHODS, TrainingSettings
 
 TRAININGS = Path(__file__).with_name("several_trainings.py")
@@ -25,24 +24,6 @@ MORE = {  # losses that are not a mean over images
     "coop, balance": ("--balance",),
 }
 CLOSED = dict.fromkeys(("zero_shot", "linear_probe", "gda", "tip_adapter"), ())
-
-
-@pytest.fixture(scope="module")
-def torchrun(root):
-    """(N, script, *flags) -> the N processes, started; their output is read as text."""
-
-    def start(count: int, script: str | Path, *flags) -> subprocess.Popen:
-        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        return subprocess.Popen(
-            [sys.executable, *many, "--", str(root / script), *map(str, flags)],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +131,19 @@ def test_whole_runs_are_spread_and_are_those_of_one_process(script, many, flags_
         assert json.loads(table.read_text()) == json.loads(other.read_text())
 
 
+def test_images_that_a_training_lacks_are_made_by_both(script, many, tmp_path):
+    flags = ["--method", "disef", "--shots", 1, "--epochs", 1, "--per-class", 1, "--cache", "none"]
+    assert (result := script("train", *flags, "--out", tmp_path / "one")).code == 0, result.err
+    many(2, [[*flags, "--out", tmp_path / "two"]])
+    found = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        (books,) = out.rglob("manifest.jsonl")
+        files = {*books.parent.rglob("0*.png"), books}
+        found.append({str(path.relative_to(out)): path.read_bytes() for path in files})
+    assert len(found[0]) > 51
+    assert found[0] == found[1]
+
+
 def test_a_process_dies_and_one_alone_goes_on(torchrun, script, flags_for, tmp_path):
     flags = flags_for("lora", "--epochs", 40, "--patience", 0, "--keep", "last")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -171,6 +165,45 @@ def test_a_process_dies_and_one_alone_goes_on(torchrun, script, flags_for, tmp_p
     one, two = adapter(whole), adapter(killed)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({}, "WORLD_SIZE is '4' in the environment, as where torchrun starts processes, but RANK"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}, "but MASTER_ADDR is ''"),
+        ({"RANK": "first"}, "but RANK is 'first'"),
+        ({"WORLD_SIZE": "four", "RANK": "0"}, "but WORLD_SIZE is 'four'"),
+    ],
+)
+def test_an_environment_that_is_half_torchruns_is_one_line(
+    told, said, script, is_one_line, monkeypatch
+):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "4", **told}.items():
+        monkeypatch.setenv(name, value)
+    assert is_one_line(script("train"), said, "start with torchrun, or unset WORLD_SIZE")
+
+
+def test_an_environment_of_one_process_is_no_matter(script, is_one_line, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert is_one_line(script("eval", "--run", "none"), "none")
+
+
+def test_what_is_sent_is_contiguous_as_nccl_wants_it(monkeypatch):
+    """Gloo, which is all that a CPU has, takes any."""
+    learned = torch.nn.Parameter(torch.zeros(2, 3).T)
+    first = torch.arange(6.0).reshape(3, 2)  # what rank 0 has
+
+    def broadcast(tensor, source):
+        assert tensor.is_contiguous()
+        assert source == 0
+        tensor.copy_(first)
+
+    monkeypatch.setattr(ranks.dist, "broadcast", broadcast)
+    ranks.agree([learned])
+    assert torch.equal(learned, first)
 
 
 def test_a_script_for_one_process_says_so(torchrun, tmp_path):
