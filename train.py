@@ -1,13 +1,13 @@
-"""Adapt CLIP to a few labelled images and test it on classes it has and has not seen.
+"""Adapt CLIP to a few labelled images, and test it on seen and unseen classes.
 
 python train.py --method lora                                 the demo task, offline, a minute
 python train.py --method lora --dataset folder --data-root DIR
 python train.py --method lora --dataset flowers102            downloads data and model
-python train.py --method lora --shots 1,2,4 --seeds 1,2,3     nine runs, and their mean ± std
-python train.py --method lora,coop,gda                        three methods, and which to take
-python train.py --method all --budget 10m                     those that fit in ten minutes
-python train.py --method lora --dataset coop-11               eleven data sets, and their mean
-python train.py --method lora --help                          that method's settings
+python train.py --method lora --shots 1,2,4 --seeds 1,2,3     nine runs and their mean ± std
+python train.py --method lora,coop,gda                        compare three methods
+python train.py --method all --budget 10m                     the methods that fit in ten minutes
+python train.py --method lora --dataset coop-11               eleven data sets and their mean
+python train.py --method lora --help                          a method's settings
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# Before torch, which takes from it how threads wait.
+# Before torch: clip_min sets how threads wait.
 from clip_min import CLIP, UserError, weights  # isort: skip
 import torch
 

@@ -1,7 +1,7 @@
-"""What is known of each data set before it is read. A row of DATASETS is one of them.
+"""Facts about each data set: a row of DATASETS is one of them.
 
-Among them are the 11 that CoOp is measured on, and ImageNet's variants, with CoOp's templates.
---data-root names the folder that holds all their folders, as CoOp's DATASETS.md lays them out.
+Among them are CoOp's 11 data sets and ImageNet's variants, with CoOp's templates. --data-root is
+the parent of all their folders, laid out as in CoOp's DATASETS.md.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from fewshot.readers import ImageNet, Lists
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a data set before it is read; 0 or empty: not known, or none."""
+    """Facts about a data set; 0 or empty: unknown, or none."""
 
     read: Callable[[Path | None, int], Parts] | None  # None: CoOp's split is the only one
     about: str
-    model: str = "ViT-B/16"  # what is tuned if --model is not given
+    model: str = "ViT-B/16"  # the model, if --model is not given
     template: str = "a photo of a {}."
     classes: int = 0
     images: tuple[int, int, int] | None = None  # train, val, test
     coop_images: tuple[int, int, int] | None = None  # the same three of CoOp's split
-    coop_file: str = ""  # that split; "" though it has images: it is the official one
-    folders: tuple[str, ...] = ()  # where it lies below --data-root: for CoOp, for torchvision
-    fetch: str = ""  # what nothing downloads, and is to be put there
+    coop_file: str = ""  # CoOp's split; "" with images: CoOp uses the official one
+    folders: tuple[str, ...] = ()  # below --data-root: CoOp's, torchvision's
+    fetch: str = ""  # files to download by hand
     url: str = ""
     paper: str = ""
     licence: str = ""
@@ -51,7 +51,7 @@ DATASETS = {
     ),
     "features": Entry(
         embedded.read_features,
-        "features of your own pictures, which embed.py left in --data-root",
+        "features of your own pictures, made by embed.py, in --data-root",
     ),
     "flowers102": Entry(
         readers.read_flowers102,
@@ -290,14 +290,14 @@ DATASETS = {
     ),
 }
 
-GROUPS = {  # what --dataset takes besides: all of these, one after another
+GROUPS = {  # other values of --dataset: all of these, one after another
     "coop-11": (
         *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "flowers102", "food101"),
         *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
     ),
     "imagenet-variants": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
 }
-IMPLIED = {"coop-11": {"split": "coop"}}  # the flags that a group stands for besides
+IMPLIED = {"coop-11": {"split": "coop"}}  # flags that a group implies
 
 
 def chosen(text: str) -> list[str]:

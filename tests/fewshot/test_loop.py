@@ -881,7 +881,7 @@ def test_tensors_of_another_run_to_go_on_from_are_named(name, tensor, run, train
     descend(Toy(settings(epochs=1)), train, val, run, seed=1)
     tensors, position = run.load_resume()
     run.save_resume(tensors | {name: tensor}, position)
-    with pytest.raises(UserError, match=r"resume\.safetensors: holds other tensors than this run"):
+    with pytest.raises(UserError, match=r"resume\.safetensors: its tensors do not fit this run"):
         descend(Toy(settings(epochs=1)), train, val, run, seed=1, resume=True)
 
 

@@ -362,7 +362,7 @@ def test_an_official_split_is_read_from_coops_folder_too(name, request, tmp_path
 def test_without_data_or_network_it_is_one_line_that_says_what_to_do(name, tmp_path):
     with pytest.raises(UserError) as error:
         load(name, tmp_path)
-    assert str(error.value).startswith(f"--dataset {name}: could not be had in {tmp_path} (")
+    assert str(error.value).startswith(f"--dataset {name}: is not found in {tmp_path} (")
     assert "\n" not in str(error.value)
     fetched = DATASETS[name].fetch
     assert bool(fetched) == ("put into" in str(error.value))

@@ -106,7 +106,7 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path):
 
 def test_where_no_folder_can_be_made_a_line_says_so(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not be made .*; choose another place with --out"):
+    with pytest.raises(UserError, match="could not be created .*; choose another place with --out"):
         Run.start(tmp_path / "file" / "run", CONFIG)
 
 
@@ -341,7 +341,7 @@ def test_the_adapter_of_another_run_is_refused_by_its_header(run, key, tmp_path)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_numbers_that_are_not_finite_are_not_kept(run, value):
     run.save_adapter({"w": torch.zeros(3)})
-    with pytest.raises(UserError, match=r"not finite \(w\), which are not kept; lower --lr"):
+    with pytest.raises(UserError, match=r"not finite \(w\), which are not saved; lower --lr"):
         run.save_adapter({"w": torch.tensor([1.0, value])})
     assert run.load_adapter()["w"].sum() == 0
 
@@ -357,7 +357,7 @@ def test_a_folder_that_is_gone_is_said_and_what_was_learned_is_kept(run, how, wr
         "resume": lambda: run.save_resume({"w": torch.arange(3)}, {"epoch": 1}),
         "results": lambda: run.write_json("results.json", {}),
     }
-    with pytest.raises(UserError, match=r"is no longer there.*is kept as") as error:
+    with pytest.raises(UserError, match=r"was deleted or moved.*are saved as") as error:
         writes[write]()
     beside = Path(str(error.value).split("is kept as ")[1])
     assert torch.equal(read_safetensors(beside)[0]["w"], torch.arange(3))

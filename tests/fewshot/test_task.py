@@ -259,7 +259,7 @@ def test_a_test_picture_that_is_learned_from_is_noted_whatever_its_name(noise, t
 
     assert notes([9, 10, 11, 12]) == []
     assert notes([9, 10, 4, 5]) == [
-        "2 test images are also learned from or validated on, pixel for pixel"
+        "2 test images are also training or validation images, pixel for pixel"
     ]
 
 

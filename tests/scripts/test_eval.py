@@ -293,7 +293,7 @@ def test_after_pictures_have_come_the_run_is_tested_on_the_same(
     result = script("eval", "--run", path)
     assert result.code == 0, result.err
     assert table_lines(result.out) == table
-    assert "test images are not those of the run, and are not tested on" in result.out
+    assert "test images are not the run's, and are left out" in result.out
     seen = json.loads((path / "data.json").read_text())
     assert all((tree / file).is_file() for part in seen.values() for file, *_ in part)
 
@@ -304,7 +304,7 @@ def test_as_another_data_set_the_runs_own_pictures_are_left_out(script, train, t
     )  # where --dataset draws by seed 1
     result = script("eval", "--run", path, "--dataset", "folder", "--data-root", tree)
     assert result.code == 0, result.err
-    assert "test images are left out: the run learned from them or validated on them" in result.out
+    assert "test images are left out: they are training or validation images" in result.out
     learned = {
         file
         for part in ("train", "val")

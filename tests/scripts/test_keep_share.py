@@ -54,7 +54,7 @@ def test_the_curve_goes_from_zero_shot_to_the_run(run, script, data):
     assert rows["lora, 0 kept"] == rows["zero-shot"]
     numbers = [*(results[k] for k in ("base", "novel", "hm")), results["joint"]["hm"]]
     assert rows["lora, 1 kept"] == [f"{number:.2f}" for number in numbers]
-    assert "these accuracies are of test images: a share that is chosen by them is no" in result.out
+    assert "these accuracies are on test images: do not report a share" in result.out
 
     saved = json.loads((run / "keep_share.json").read_text())
     assert (saved["method"], saved["accuracies_of"]) == ("lora", "test images")

@@ -61,7 +61,7 @@ def test_it_tells_how_long_it_takes_and_ends_with_a_table_and_advice(together):
     assert rows.keys() == {*NAMES, "zero-shot"}
     val = [row["val"]["mean"] for row in rows.values()]
     assert val == sorted(val, reverse=True)
-    assert advice.startswith(f"Take {next(iter(rows)).replace('zero-shot', 'CLIP as it is')}: ")
+    assert advice.startswith(f"Take {next(iter(rows)).replace('zero-shot', 'zero-shot CLIP')}: ")
     for name in NAMES:
         run = json.loads((out / BASE / f"{name}-s4-seed1/results.json").read_text())
         assert rows[name]["base"]["mean"] == run["base"]

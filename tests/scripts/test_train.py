@@ -700,6 +700,6 @@ def test_a_run_whose_folder_is_removed_ends_with_a_line_and_keeps_what_was_learn
     monkeypatch.setattr(Run, "save_resume", remove)
     result = script("train", *flags, "--out", tmp_path)
     beside = tmp_path / f"{HERE}.rescued.safetensors"
-    assert is_one_line(result, "is no longer there", str(beside))
+    assert is_one_line(result, "was deleted or moved", str(beside))
     assert load_file(beside)
     assert list(beside.parent.iterdir()) == [beside]

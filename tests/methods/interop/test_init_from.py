@@ -437,7 +437,7 @@ def test_a_run_that_does_not_fit_is_one_line(new_clip, tmp_path):
     here, there = weights.fingerprint(other), weights.fingerprint(new_clip())
     coop = METHODS["coop"](new_clip(), NAMES, TEMPLATE, METHODS["coop"].Settings())
     for method, said in (
-        (new_lora(other), f"fingerprint {there}, but the model here has {here}"),
+        (new_lora(other), f"fingerprint {there}, but this model has {here}"),
         (new_lora(new_clip(), parts="qk"), "give --parts qv"),
         (coop, "context is missing"),
     ):
