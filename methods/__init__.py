@@ -12,6 +12,7 @@ from methods.gda import GDA
 from methods.kgcoop import KgCoOp
 from methods.linear_probe import LinearProbe
 from methods.lora import LoRA
+from methods.lp_plus_plus import LPPlusPlus
 from methods.projection import Projection
 from methods.prolip import ProLIP
 from methods.promptsrc import PromptSRC
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "tip_adapter_f": TipAdapterF,
     "gda": GDA,
     "cross_modal": CrossModal,
+    "lp_plus_plus": LPPlusPlus,
     "coop": CoOp,
     "cocoop": CoCoOp,
     "kgcoop": KgCoOp,

@@ -54,6 +54,7 @@ PLACES = {
         "gda": "a Gaussian a class",
         "linear_probe": "rows from images alone",
         "cross_modal": "rows from names and images",
+        "lp_plus_plus": "images' rows plus names'",
         "two_stage": "rows, in the end",
     },
     "the loss": {

@@ -25,6 +25,7 @@ from methods.interop.load import described
 from methods.interop.peft import read_peft
 from methods.linear_probe import LinearProbe
 from methods.lora import LoRA, block_numbers
+from methods.lp_plus_plus import LPPlusPlus
 from methods.support import WithSupport
 
 # Settings that change what tensors mean, beyond their shapes.
@@ -35,7 +36,7 @@ MEANING += ["scaling", "n_ctx", "position", "class_specific", "first_block", "ra
 def load_into(method: Method, path: Path) -> None:
     """Load the adapter at `path` into `method`."""
     try:
-        if isinstance(method, LinearProbe | WithSupport):
+        if isinstance(method, LinearProbe | LPPlusPlus | WithSupport):
             raise UserError(
                 f"{path}: {type(method).__name__} learns only from the training images, wherever "
                 "it starts; leave the flag out, or test that run with eval.py"

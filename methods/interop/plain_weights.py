@@ -18,6 +18,7 @@ from methods.base import Method
 from methods.cross_modal import CrossModal
 from methods.linear_probe import LinearProbe
 from methods.lora import GroupedLoRA
+from methods.lp_plus_plus import LPPlusPlus
 from methods.two_stage import TwoStage
 
 
@@ -59,6 +60,8 @@ def classifier(method: Method) -> dict[str, Tensor]:
     with method.inference():
         if isinstance(method, LinearProbe):
             tensors: dict[str, Tensor] = {"weight": method.head.weight, "bias": method.head.bias}
+        elif isinstance(method, LPPlusPlus):  # α stands where others have a temperature
+            tensors = {"weight": method.rows(), "logit_scale": torch.ones(())}
         else:
             if isinstance(method, CrossModal):
                 rows: Tensor = method.head

@@ -30,6 +30,7 @@ REFUSED = [
     ("linear_probe", {}),
     ("clip_adapter", {}),
     ("projection", {"activation": "relu"}),
+    ("lp_plus_plus", {}),
     ("tip_adapter", {}),
     ("tip_adapter_f", {}),
     ("gda", {}),

@@ -60,6 +60,7 @@ RUNS = {
     "templates": ("--method", "zero_shot", "--templates", "ensemble"),
     "linear_probe": ("--method", "linear_probe"),
     "cross_modal": ("--method", "cross_modal"),
+    "lp_plus_plus": ("--method", "lp_plus_plus"),
     "two_stage": ("--method", "two_stage", "--keep", "last"),
 }
 
@@ -71,8 +72,8 @@ def runs(script, data, model64, tmp_path_factory) -> dict[str, Path]:
     for name, flags in RUNS.items():
         out = tmp_path_factory.mktemp("runs")
         common = ("--dataset", "folder", "--data-root", data, "--model", model64, "--shots", 2)
-        closed = name in ("zero_shot", "templates", "linear_probe")  # forms, without epochs
-        short = () if closed else ("--epochs", 2, "--lr", 0.02)
+        closed = ("zero_shot", "templates", "linear_probe", "lp_plus_plus")  # without epochs
+        short = () if name in closed else ("--epochs", 2, "--lr", 0.02)
         tuned = name.startswith("lora") or name == "whole"
         ranks = ("--image-rank", 4, "--text-rank", 3, "--dropout", 0) if tuned else ()
         method = ("--method", "lora") if name.startswith("lora") else ()
@@ -230,6 +231,7 @@ def test_a_peft_adapter_gives_our_logits_on_the_untuned_clip(name, script, runs,
         ("coop", "a file", ["sea, or lake", "rose"]),
         ("coop of its classes", None, BASE),
         ("cross_modal", None, BASE),
+        ("lp_plus_plus", None, BASE),
         ("zero_shot", None, BASE + NOVEL),
         ("lora", "egg flower,rose", ["egg flower", "rose"]),
         ("whole", None, BASE + NOVEL),

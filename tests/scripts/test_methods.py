@@ -32,6 +32,7 @@ VARIANTS = {  # what a method can do beside its defaults, and whether it then na
     "gda": [((), True), (("--recipe", "paper", "--views", 2), True)],
     "prolip": [((), True), (("--penalty", 0.5), True)],
     "cross_modal": [((), False), (("--recipe", "paper"), False)],
+    "lp_plus_plus": [((), False), (("--start", "published", "--steps", 25), False)],
     "vpt": [
         (("--n-tokens", 3, "--deep"), True),
         (("--n-tokens", 3, "--recipe", "paper", "--warmup-epochs", 1), False),
@@ -130,7 +131,8 @@ def test_every_paper_recipe_trains(method, run, synthetic):
 
 
 @pytest.mark.parametrize(
-    "method", ["linear_probe", "tip_adapter", "tip_adapter_f", "gda", "cross_modal"]
+    "method",
+    ["linear_probe", "tip_adapter", "tip_adapter_f", "gda", "cross_modal", "lp_plus_plus"],
 )
 def test_test_pictures_choose_nothing(method, run, data, draw, tmp_path):
     """What is searched or stopped early on validation stays as it is in front of other tests."""
@@ -164,7 +166,9 @@ def other_place(data, model, tmp_path) -> tuple:
     return ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path / "two")
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "tip_adapter", "tip_adapter_f", "em_dirichlet"])
+@pytest.mark.parametrize(
+    "method", ["linear_probe", "lp_plus_plus", "tip_adapter", "tip_adapter_f", "em_dirichlet"]
+)
 def test_what_starts_from_its_images_alone_takes_no_other_start(
     method, run, script, other_place, is_one_line
 ):

@@ -23,7 +23,7 @@ MORE = {  # losses that are not a mean over images
     "kgcoop, head": ("--depth-head",),
     "coop, balance": ("--balance",),
 }
-CLOSED = dict.fromkeys(("zero_shot", "linear_probe", "gda", "tip_adapter"), ())
+CLOSED = dict.fromkeys(("zero_shot", "linear_probe", "lp_plus_plus", "gda", "tip_adapter"), ())
 
 
 @pytest.fixture(scope="module")

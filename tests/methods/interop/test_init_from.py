@@ -398,7 +398,7 @@ def write_run(method, folder, **more) -> None:
 
 
 FROM_IMAGES_ALONE = ("linear_probe", "tip_adapter", "tip_adapter_f", "gda", "em_dirichlet")
-FROM_IMAGES_ALONE += ("transclip",)
+FROM_IMAGES_ALONE += ("transclip", "lp_plus_plus")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in FROM_IMAGES_ALONE])
