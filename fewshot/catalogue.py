@@ -170,7 +170,7 @@ DATASETS = {
         coop_file="split_zhou_SUN397.json",
         coop_images=(15880, 3970, 19850),
         folders=("sun397",),
-        fetch="SUN397/, whose address is gone",
+        fetch="SUN397/, whose download is gone",
         url="https://github.com/pytorch/vision/issues/9348",
         paper="Xiao et al., 2010, SUN database: large-scale scene recognition from abbey to zoo",
     ),
@@ -196,7 +196,7 @@ DATASETS = {
     ),
     "ucf101": Entry(
         None,
-        "middle frames of films of 101 actions",
+        "middle frames of videos of 101 actions",
         template="a photo of a person doing {}.",
         classes=101,
         coop_file="split_zhou_UCF101.json",
@@ -221,7 +221,7 @@ DATASETS = {
     ),
     "imagenetv2": Entry(
         ImageNet("imagenetv2", test="imagenetv2-matched-frequency-format-val"),
-        "ImageNet's classes, new pictures; for testing alone",
+        "ImageNet's classes, new pictures; only for testing",
         classes=1000,
         images=(0, 0, 10000),
         coop_images=(0, 0, 10000),
@@ -234,7 +234,7 @@ DATASETS = {
     ),
     "imagenet_sketch": Entry(
         ImageNet("imagenet-sketch", test="images"),
-        "ImageNet's classes as sketches; for testing alone",
+        "ImageNet's classes as sketches; only for testing",
         classes=1000,
         images=(0, 0, 50889),
         coop_images=(0, 0, 50889),
@@ -246,7 +246,7 @@ DATASETS = {
     ),
     "imagenet_a": Entry(
         ImageNet("imagenet-adversarial", test="imagenet-a"),
-        "200 of ImageNet's classes, hard pictures; for testing alone",
+        "200 of ImageNet's classes, hard pictures; only for testing",
         classes=200,
         images=(0, 0, 7500),
         coop_images=(0, 0, 7500),
@@ -258,7 +258,7 @@ DATASETS = {
     ),
     "imagenet_r": Entry(
         ImageNet("imagenet-rendition", test="imagenet-r"),
-        "200 of ImageNet's classes, art; for testing alone",
+        "200 of ImageNet's classes, art; only for testing",
         classes=200,
         images=(0, 0, 30000),
         coop_images=(0, 0, 30000),
@@ -280,7 +280,7 @@ DATASETS = {
     ),
     "hymenoptera": Entry(
         readers.read_hymenoptera,
-        "ants and bees, of PyTorch's transfer-learning tutorial (0.05 GB)",
+        "ants and bees, from PyTorch's transfer-learning tutorial (0.05 GB)",
         template="a photo of a {}, a type of insect.",
         classes=2,
         images=(244, 0, 153),

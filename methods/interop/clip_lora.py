@@ -113,8 +113,8 @@ def _read_loralib(path: Path, content, method: LoRA) -> tuple[dict[str, Tensor],
             )
     if not state:
         raise UserError(
-            f"{path}: has neither loralib's tensors, …transformer.resblocks.N.attn.in_proj.lora_A, "
-            "nor CLIP-LoRA's weights and metadata"
+            f"{path}: has no tensor of loralib (…transformer.resblocks.N.attn.in_proj.lora_A) and "
+            "no weights and metadata of CLIP-LoRA; give a file of one of them"
         )
     check_matrices(path, state)
     ranks: dict[str, int] = {}

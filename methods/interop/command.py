@@ -56,7 +56,7 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     listed = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
     about = f"{about}\nmethods:\n{listed}\n\ndata sets:\n{datasets.LISTED}"
     parser = Parser(usage="%(prog)s --method METHOD [FLAG VALUE …]", description=about)
-    often = parser.add_argument_group("what most people change")
+    often = parser.add_argument_group("common settings")
     often.add_argument(
         "--method", help="method to train, from the list above; several, as a,b; or all"
     )
@@ -173,7 +173,7 @@ def add_settings(parser, often, recipes: dict[str, str], presets: dict[str, dict
     groups = {"often": often, "training": None}
     for name, preset in presets.items():
         own = left.difference(OFTEN, shared)
-        title = f"{name}: recipe {recipes[name]} of {', '.join(METHODS[name].recipes)}"
+        title = f"{name}, recipe {recipes[name]} (of {', '.join(METHODS[name].recipes)})"
         shown = preset if len(presets) == 1 else dict.fromkeys(left, "")  # defaults differ
         for group, keys in (("often", OFTEN), (title, own), ("training", shared)):
             keys = [

@@ -188,7 +188,9 @@ def test_a_hub_that_wants_to_know_who_asks_is_one_line(refusal, fetch, monkeypat
 def test_a_hub_that_does_not_answer_is_one_line_at_once(fetch, tmp_path):
     """Nothing listens there. That the client does not try again shows in its silence."""
     result = fetch(endpoint="http://127.0.0.1:9")
-    assert_one_line_error(result, "ViT-B/16", "cannot be reached", "ViT-B-16.pt; --model demo, ")
+    assert_one_line_error(
+        result, "ViT-B/16", "cannot be reached", "ViT-B-16.pt; to try things", "--model demo"
+    )
 
 
 def test_a_file_that_is_not_the_published_one_is_one_line_and_never_used(

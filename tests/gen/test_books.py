@@ -138,7 +138,7 @@ def test_a_line_that_is_not_ours_is_named(manifest):
         ({"predicted": "tulip"}, "'tulip' is not a class of settings.json"),
         ({"predicted": None, "state": "rejected"}, "predicted is null"),
         ({"margin": "0.5"}, "margin is '0.5', expected a finite number or null"),
-        ({"stranger": 1}, "stranger is no key"),
+        ({"stranger": 1}, "stranger is not a key"),
     ],
 )
 def test_a_line_that_says_what_none_of_ours_says_is_named(manifest, change, said):

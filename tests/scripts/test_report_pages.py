@@ -157,7 +157,7 @@ def test_a_page_shows_the_numbers_and_stands_alone(script, run):
     results = json.loads((run / "results.json").read_text())
     for value in (results["base"], results["novel"], results["hm"], results["joint"]["hm"]):
         assert f"{value:.2f}" in text
-    assert "pictures and features are not at hand" in text
+    assert "pictures and features could not be loaded" in text
     assert "1,234" in text
 
 

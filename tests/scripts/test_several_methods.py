@@ -127,7 +127,10 @@ def test_all_is_every_method_that_can_be_compared():
     ("flags", "said"),
     [
         (("--method", "lora,cop"), ("--method", "cop", "did you mean coop?")),
-        (("--method", "lora,em_dirichlet"), ("em_dirichlet labels a batch", "run it separately")),
+        (
+            ("--method", "lora,em_dirichlet"),
+            ("em_dirichlet labels test images jointly", "run it separately"),
+        ),
         (("--method", "lora,gda", "--recipe", "notebook"), ("gda: --recipe notebook: unknown",)),
         (("--method", "lora,gda", "--init-from", "x"), ("--init-from works with a single method",)),
         (("--method", "lora", "--budget", "5m"), ("--budget needs several methods",)),

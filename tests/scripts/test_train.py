@@ -542,7 +542,7 @@ def test_help_of_a_method_shows_its_settings_with_its_defaults(script):
     shown = " ".join(result.out.split())
     assert result.code == 0
     assert "--image-rank INT R in the image tower [16]" in shown  # the demo's recipe
-    heads = ["what most people change:", "lora: recipe demo of default, notebook, paper, demo:"]
+    heads = ["common settings:", "lora, recipe demo (of default, notebook, paper, demo):"]
     heads = [shown.index(head) for head in (*heads, "training:", "experiment:", "run:")]
     assert heads == sorted(heads)
     first = ("method", "dataset", "data-root", "model", "shots", "seed", "seeds", "epochs", "lr")

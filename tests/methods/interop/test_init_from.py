@@ -182,7 +182,7 @@ LAYER = "base_model.model.vision_model.encoder.layers.1"
         ),
         (lambda tensors, config: tensors.clear(), "holds no corrections"),
         (lambda tensors, config: config.update(peft_type="LOHA"), "LOHA, expected LORA"),
-        (lambda tensors, config: config.update(init_lora_weights="pissa"), "started by pissa"),
+        (lambda tensors, config: config.update(init_lora_weights="pissa"), "initialised by pissa"),
         (
             lambda tensors, config: config.update(alpha_pattern={r".*layers\.1\..*": 9}),
             "tower has no single lora_alpha",
@@ -207,7 +207,7 @@ def test_a_peft_adapter_that_does_not_fit_is_one_line(spoil, said, new_clip, tmp
 
 def test_what_is_no_lora_is_no_peft_adapter(new_clip):
     coop = METHODS["coop"](new_clip(), NAMES, TEMPLATE, METHODS["coop"].Settings())
-    with pytest.raises(UserError, match="LoRA's, and CoOp is none"):
+    with pytest.raises(UserError, match="needs a LoRA, and CoOp is none"):
         to_peft(coop)
 
 
