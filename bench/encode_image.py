@@ -1,14 +1,18 @@
 """Images per second of `encode_image` at ViT-B/16, beside three libraries and the machine's limit.
 
-    python bench/encode_image.py [--batch 16] [--rounds 5]
+    python bench/encode_image.py [--batch 16] [--rounds 5] [--compile]
 
 The limit is the rate of a large float32 matrix product (4096 x 4096 x 4096) in the same run,
 computed by `a @ b`, as in the other libraries, and as in our linear layers (see clip_min/fast.py).
 Our own rate counts only the multiply-adds that are computed: the last block computes one token.
 Random weights. Needs the `test` extra.
+
+--compile also times torch.compile of our tower, as it is and with PyTorch's own path in it. This
+takes minutes and needs a C++ compiler.
 """
 
 import argparse
+import unittest.mock
 
 import clip as openai_clip
 import open_clip
@@ -33,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
     flags = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -55,10 +60,17 @@ def main() -> None:
         "open_clip": lambda: opened.encode_image(images),
         "transformers": lambda: hugging(pixel_values=images),
     }
+    if flags.compile:
+        compiled = torch.compile(ours.encode_image)
+        ways["ours, compiled"] = lambda: compiled(images)
+        off = unittest.mock.patch("clip_min.fast.enabled", False)
+        ways["CLIP_MIN_FAST=0"] = off(lambda: ours.encode_image(images))
+        ways["CLIP_MIN_FAST=0, compiled"] = off(lambda: compiled(images))
     features = ways["ours"]()
     differ = {
         name: relative(features, ways[name]())
-        for name in ("ours, F.linear", "openai-clip", "open_clip")
+        for name in ways
+        if name not in ("ours", "transformers")  # whose weights are others
     }
     taken = seconds(ways | products(), flags.rounds)
     ours_per_second = flops(config) * flags.batch / taken["ours"]

@@ -6,6 +6,7 @@ import zipfile
 # Errors from outside: a name too long, an unreadable file, bytes that are not text. They are not
 # bugs in this code, so scripts print them without a traceback.
 FROM_OUTSIDE = (OSError, MemoryError, RecursionError, UnicodeError, zipfile.BadZipFile)
+LONGEST = 2_000  # characters of a line that is printed; of a longer one both ends
 
 
 class UserError(ValueError):
@@ -27,7 +28,8 @@ def first_line(error: BaseException) -> str:
 def told(error: BaseException) -> str:
     """The one line to print for a `UserError`, or for one of `FROM_OUTSIDE`."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        line = " ".join(str(error).split())  # which may quote a file that holds anything
+        return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}"
     if isinstance(error, MemoryError):
         return f"out of memory ({first_line(error)}); process less at once, or add memory"
     return f"{type(error).__name__}: {first_line(error)}"

@@ -28,9 +28,10 @@ def read_results(file: Path) -> dict:
     """The scores in a run's results.json; "joint" is None in earlier versions."""
     kind = {**SCORES, "zero_shot": SCORES}
     results = read_json(file, "remove the run's folder to run it again", kind)
-    for scores, key in ((results, "joint"), (results["zero_shot"], "zero_shot.joint")):
+    for scores, place in ((results, ""), (results["zero_shot"], "zero_shot.")):
         if scores.setdefault("joint", None) is not None:
-            expect(scores["joint"], JOINT, str(file), key)
+            expect(scores["joint"], JOINT, str(file), f"{place}joint")
+        expect(scores.get("val"), float | None, str(file), f"{place}val")
     return results
 
 

@@ -30,3 +30,11 @@ def test_of_many_known_names_the_first_are_shown():
 def test_what_comes_from_outside_is_told_in_a_line(error, said):
     assert said in told(error)
     assert "\n" not in told(error)
+
+
+def test_of_a_line_without_end_both_ends_are_told():
+    found = told(UserError(f"shots.json: its first path, {'9' * 100_000}, is not there; mend it"))
+    assert found.startswith("shots.json: its first path, 999")
+    assert found.endswith("999, is not there; mend it")
+    assert len(found) < 2_000
+    assert told(UserError(1_900 * "x")) == 1_900 * "x"

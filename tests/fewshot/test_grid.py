@@ -1,11 +1,13 @@
 """Means and spreads of a grid, against numpy, and what is printed of them."""
 
 import argparse
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clip_min import UserError
 from fewshot import grid
 
 
@@ -167,3 +169,16 @@ def test_a_score_that_a_data_set_lacks_has_no_mean():
     runs = {(4, 1): {**probe, "zero_shot": score(70.0, 60.0)}}
     shown = grid.table_of_data_sets({"dtd": grid.rows("linear_probe", grid.summarise(runs))})
     assert shown.splitlines()[-1].split() == ["mean", "90.00", *["n/a"] * 3]
+
+
+@pytest.mark.parametrize("place", ["", "zero_shot."])
+def test_a_validation_accuracy_that_is_no_number_is_named(place, tmp_path):
+    scores = {"base": 50.0, "novel": None, "hm": None, "all": None, "joint": None, "val": 40.0}
+    found = {**scores, "zero_shot": dict(scores)}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(found))
+    assert grid.read_results(file) == found
+    (found["zero_shot"] if place else found)["val"] = [40.0]
+    file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=rf"results.json: {place}val is \[40.0\], expected a f"):
+        grid.read_results(file)
