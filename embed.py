@@ -29,7 +29,7 @@ def main() -> None:
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
     experiment = Experiment(**pick(Experiment, given))
-    with ranks.first_alone():  # who downloads what is not there
+    with ranks.first_alone():  # it downloads missing files
         clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
     config = {

@@ -5,8 +5,8 @@
     captions.jsonl    one caption on each line
     manifest.jsonl    one attempt on each line, in order of class and attempt
     seconds.json      time spent so far
-    processes/1/…     the same three books of process 1, where several share the work, until they
-                      are put together: at the end of a stage, or when the next command begins
+    processes/1/…     process 1's own versions of these three, if several share the work; they are
+                      merged at the end of a stage, or by the next command
     kept/CLASS/00007.png, rejected/CLASS/predicted_CLASS/00007.png, undecided/CLASS/00007.png
 
 An image is written before the line that lists it, and each of them whole or not at all. If a
@@ -59,7 +59,7 @@ class Caption:
 
     @property
     def place(self) -> tuple:
-        """Where it stands among those of its class."""
+        """Its place in its class."""
         return self.number, self.member
 
 
@@ -86,7 +86,7 @@ class Attempt:
 
     @property
     def place(self) -> tuple:
-        """Where it stands among those of its class."""
+        """Its place in its class."""
         return (self.attempt,)
 
 
@@ -219,7 +219,7 @@ class Manifest:
         self._write_seconds(self.seconds if ranks.size == 1 else self.own_seconds)
 
     def share(self) -> None:
-        """All that the processes wrote, to the books of all, which each process then reads."""
+        """Merge the files of all processes into the common ones, which each process then reads."""
         if ranks.size == 1:
             return
         ranks.wait()
@@ -230,7 +230,7 @@ class Manifest:
         self._read_books()
 
     def _put_together(self) -> None:
-        """Write the books of all; then those of single processes, which are read here, may go."""
+        """Write the common files, then remove those of single processes, which were read."""
         if not (parts := self._parts()):
             return
         self._write("captions.jsonl", self.captions)
@@ -240,15 +240,15 @@ class Manifest:
             for name in BOOKS:
                 (part / name).unlink(missing_ok=True)
         for place in (*parts, self.folder / "processes"):
-            with contextlib.suppress(OSError):  # it holds something else
+            with contextlib.suppress(OSError):  # it is not empty
                 place.rmdir()
 
     def _parts(self) -> list[Path]:
-        """The folders of books of single processes."""
+        """The folders of single processes."""
         return sorted(p for p in self.folder.glob("processes/*") if p.name.isdecimal())
 
     def _book(self, name: str) -> Path:
-        """Where this process writes a book: for itself, where others share the work."""
+        """The file that this process writes: its own, if others share the work."""
         return self.folder / (name if ranks.size == 1 else f"processes/{ranks.rank}/{name}")
 
     def _place(self, attempt: Attempt) -> str:
