@@ -45,16 +45,20 @@ class CoCoOp(LearnedContext):
     def __init__(self, clip, classnames, template, settings: CoCoOpSettings):
         super().__init__(clip, classnames, template, settings)
         width, embed = self.context.shape[1], clip.config.embed_dim  # D, E
+        # A bottleneck of E/16 keeps π small: it has to be learned from a few images.
         self.meta_net = nn.Sequential(
             nn.Linear(embed, embed // 16), nn.ReLU(), nn.Linear(embed // 16, width)
         ).to(clip.device)
 
     def prompt_tree(self) -> PromptTree:
+        # The name stands at the end: then all classes share the context's nodes in the tree.
         return context_tree(self.classnames, self.settings.n_ctx)
 
     def classify(self, f: Tensor) -> Tensor:
         """Image features f (B, E) -> logits (B, K)."""
+        # All M vectors get the same shift: π sees the image, not the vector.
         shift = self.meta_net(F.normalize(f.float(), dim=-1))  # (B, D)
         context = self.context + shift.unsqueeze(1)  # (M, D) + (B, 1, D) -> (B, M, D)
+        # One tree per image, computed as a batch of B trees; logits then take text b for image b.
         text = self.prompts(self.clip, context, self.settings.max_tokens)  # (B, K, E)
         return self.clip.logits(f, text)

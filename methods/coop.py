@@ -54,7 +54,7 @@ class ContextSettings(TrainingSettings):
 class LearnedContext(Method):
     """The base of CoOp and its successors: learned vectors in the prompts, in place of words."""
 
-    text_learns = True
+    text_learns = True  # class features change in every step
     _written: Tensor | None = None  # see `written_features`
 
     def __init__(self, clip, classnames, template, settings: ContextSettings):
@@ -106,7 +106,7 @@ class CoOp(WithDepthHead, LearnedContext):
                 initial_context(self.clip, settings.n_ctx, settings.ctx_init) for _ in classnames
             ]
             self.context = nn.Parameter(torch.cat(each))  # (K·M, D)
-            self.names_unseen = False
+            self.names_unseen = False  # an unseen class has no vectors
 
     def zero_shot_state(self) -> dict[str, Tensor] | None:
         """The embedded words of `ctx_init`, if they make up the template."""
@@ -129,6 +129,7 @@ def initial_context(clip, n_ctx: int, words: str) -> Tensor:
     """The embeddings of `words`, or N(0, 0.02): (M, D), float32."""
     if not words:
         width = clip.token_embedding.embedding_dim
+        # Drawn on the CPU, so that a seed gives the same vectors on every device.
         return 0.02 * torch.randn(n_ctx, width).to(clip.device)
     tokens = tokenize(words)[0]
     tokens = tokens[1 : tokens.argmax()]  # without start and end
@@ -137,6 +138,7 @@ def initial_context(clip, n_ctx: int, words: str) -> Tensor:
             f"--n-ctx {n_ctx}: --ctx-init {words!r} has {len(tokens)} tokens; give --n-ctx "
             f"{len(tokens)}, or --ctx-init '' for random vectors"
         )
+    # A copy: the lent CLIP's embeddings must not learn.
     return clip.token_embedding.weight[tokens.to(clip.device)].detach().float().clone()
 
 
@@ -158,9 +160,9 @@ def context_tree(
     ]
     tokens = tokenize(texts)  # (K, 77)
     slots = torch.full_like(tokens, -1)
-    for k, end in enumerate(tokens.argmax(dim=-1).tolist()):
+    for k, end in enumerate(tokens.argmax(dim=-1).tolist()):  # [end] has the largest token id
         first = k * n_ctx if class_specific else 0
         rows = torch.arange(first, first + n_ctx)
-        slots[k, 1 : 1 + before] = rows[:before]
+        slots[k, 1 : 1 + before] = rows[:before]  # [start] stands at 0
         slots[k, end - 1 - after : end - 1] = rows[before:]  # the full stop stands at end - 1
     return PromptTree(tokens, slots)

@@ -124,13 +124,14 @@ class DISEF(LoRA):
                 x[part], labels[part] = mix(x[part], labels[part], s.mixup, s.cutmix)
         if synthetic is None:
             return cross_entropy(self.classify(x), labels)
+        # Both kinds go through the towers together; only then is the loss split.
         each = cross_entropy(self.classify(x), labels, reduction="none")  # (B,)
         _, whole = self.whole or (labels, synthetic)  # of the whole batch, over all processes
         return s.lam * _mean(each, ~synthetic, ~whole) + (1 - s.lam) * _mean(each, synthetic, whole)
 
     def fit(self, train, val, descend: Callable) -> None:
         """The gradient loop; at λ = 1 only on the real images."""
-        if self.settings.lam == 1:
+        if self.settings.lam == 1:  # synthetic images would cost time and have no effect
             train = train.real()
         else:
             train.apart = self.settings.apart
@@ -156,11 +157,12 @@ def mix(images: Tensor, labels: Tensor, mixup: float, cutmix: float) -> tuple[Te
     m = torch.distributions.Beta(a, a).sample().item()
     if cut:
         size = images.shape[-1]  # n
-        side = int(size * math.sqrt(1 - m))
+        side = int(size * math.sqrt(1 - m))  # so that the box has the share 1 - m of the area
         rows, columns = (  # of the box, clipped to the image
             slice(max(middle - side // 2, 0), min(middle + (side + 1) // 2, size))
             for middle in torch.randint(size, (2,)).tolist()
         )
+        # The box may be smaller now, and m must be the share of x that is left.
         m = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / size**2
         images, reverse = images.clone(), images.flip(0)
         images[..., rows, columns] = reverse[..., rows, columns]

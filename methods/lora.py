@@ -66,16 +66,17 @@ class GroupedLoRA(nn.Module):
         self.parts, self.of, self.rank, self.scale = parts, of, rank, scale
         self.dropout, self.masks = nn.Dropout(dropout), masks
         width = base.out_features // of  # D
+        # In float32 even if the model is not: 16 bits would round small gradient steps away.
         a = torch.empty(len(parts) * rank, base.in_features, device=base.weight.device)
         b = torch.zeros(len(parts) * width, rank, device=base.weight.device)
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear starts its weight
         # The frozen weight, kept while the correction is merged into it.
         self._unmerged: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # (..., of·D)
-        if self._unmerged is not None:
+        if self._unmerged is not None:  # then base.weight contains the correction
             return y
         down = self.lora_A.to(x.dtype)  # (G·R, D_in)
         if self.masks == "each":
@@ -83,6 +84,7 @@ class GroupedLoRA(nn.Module):
         else:
             lows = linear(self.dropout(x), down).split(self.rank, dim=-1)  # the same, at once
         rows = (self.scale * self.lora_B).to(x.dtype).chunk(len(self.parts))  # G x (D, R)
+        # Parts without a correction pass through unchanged; nothing is computed for them.
         pieces = list(y.chunk(self.of, dim=-1))  # of x (..., D)
         for part, low, row in zip(self.parts, lows, rows, strict=True):
             pieces[part] = pieces[part] + linear(low, row)  # (..., D)
@@ -101,6 +103,7 @@ class GroupedLoRA(nn.Module):
     def merge(self) -> None:
         """Add the correction to the frozen weight, so that the layer costs no more than before."""
         assert self._unmerged is None, "merged twice"
+        # A new tensor takes the weight's place: other methods may share the frozen one.
         frozen = self._unmerged = self.base.weight.data
         self.base.weight.data = (frozen + self.delta()).to(frozen.dtype)
 
@@ -172,6 +175,7 @@ class LoRA(Method):
         parts = settings.parts
         if not parts or set(parts) - set("qkvo") or len(set(parts)) < len(parts):
             raise UserError(f"--parts {parts!r}: expected different letters of q, k, v, o; try qv")
+        # q, k and v are parts of one layer, in_proj; o is a layer of its own, out_proj.
         fused = tuple(sorted("qkv".index(letter) for letter in parts if letter != "o"))
         towers = {
             "image": (self.clip.visual.transformer, settings.image_rank, settings.image_alpha),
@@ -184,14 +188,14 @@ class LoRA(Method):
             scale = alpha / (rank if settings.scaling == "rank" else math.sqrt(rank))  # s
             layer = functools.partial(GroupedLoRA, rank=rank, scale=scale, dropout=settings.dropout)
             attentions = [m for m in transformer.modules() if isinstance(m, Attention)]
-            for attention in (attentions[i] for i in numbers):  # there is one in each block
+            for attention in (attentions[i] for i in numbers):  # each block has one
                 if fused:
                     masks = settings.dropout_masks
                     corrected = layer(attention.in_proj, parts=fused, of=3, masks=masks)
                     attention.add_module("in_proj", corrected)
                 if "o" in parts:
                     attention.add_module("out_proj", layer(attention.out_proj))
-            if tower == "image":
+            if tower == "image":  # the blocks before are frozen, and computed once for an image
                 self.first_block = numbers[0]
         self.text_learns = settings.towers != "image"
 

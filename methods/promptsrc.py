@@ -122,6 +122,7 @@ class PromptSRC(LearnedContext):
         """images (B, 3, n, n), normalised -> features (B, E), not normalised."""
         tower = self.clip.visual
         x = tower.begin(x, 0)  # (B, T, D)
+        # As published, u⁰ passes the LayerNorm before the blocks, like the other tokens.
         prompts = tower.ln_pre(self.visual_context.to(tower.proj.dtype))  # (N, D)
         prompts = prompts.to(x.dtype).expand(len(x), -1, -1)  # (B, N, D)
         return tower.finish(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))

@@ -478,7 +478,7 @@ def test_at_lambda_1_the_adapter_is_loras_to_the_byte(script, flags, trained, sy
 
     mixed = script("train", *disef, "--lam", 0.5, "--out", tmp_path / "mixed")
     assert mixed.code == 0, mixed.err
-    assert "6 synthetic images join them" in mixed.out
+    assert "6 synthetic images are added" in mixed.out
     other = load_file(tmp_path / "mixed/noise/tiny/disef-s4-seed1/adapter.safetensors")
     assert any(not torch.equal(tensor, loras[name]) for name, tensor in other.items())
 
