@@ -70,11 +70,11 @@ def main() -> None:
         raise UserError(f"{out}: exists already; choose another place")
     if (out.suffix == ".safetensors") != (name in FILES):
         kind = "a file, NAME.safetensors" if name in FILES else "a folder, without an ending"
-        raise UserError(f"{out}: --format {name} writes {kind}")
+        raise UserError(f"{out}: --format {name} writes {kind}; give such a name")
     remove_half_written(out.parent, out.name)  # left by an export that was killed
     run = Run.open(Path(given["run"]))
     model = given.get("model", run.config["experiment"]["model"])
-    size = run.config["experiment"].get("image_size", 0)  # none in old ones
+    size = run.config["experiment"].get("image_size", 0)  # missing in old runs
     share = given.get("keep_share")
     method = trained(run, weights.load(model, image_size=size), share=share).eval()
     if "classes" in given:
@@ -88,20 +88,20 @@ def main() -> None:
     if name in MERGED:
         MERGED[name](merged_clip(method), out, about)
         if isinstance(method, TwoStage) and method.in_second:
-            print("note: this names all classes by their prompts; --format classifier has the rows")
-            print("      that were learned for some")
+            print("note: this classifies by prompts only; the learned rows of the base classes are")
+            print("      in --format classifier")
     elif name == "peft":
         save_peft(method, out, HUGGING_FACE.get(model), about)
     else:
         logits = save_classifier(run, method, out, about)
-    of = "" if share is None else f", {shown(share)} of what it learned kept,"
+    of = "" if share is None else f", keep-share {shown(share)},"
     print(f"{out}: {run.config['method']}{of} as {name}. To use it:")
     base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
     print(USE[name].format(out=out, base=base, logits=logits))
 
 
 def written(method: Method, names: list[str]) -> dict:
-    """What the names are put into: the template, or the texts written for each."""
+    """The template, or the texts of each class."""
     if prompts := getattr(method.settings, "prompts", None):
         texts = class_texts(names, method.templates, prompts)
         return {"prompts": dict(zip(names, texts, strict=True))}
@@ -118,7 +118,7 @@ def save_peft(method: Method, out: Path, base: str | None, about: dict) -> None:
 
 
 def save_classifier(run: Run, method: Method, out: Path, about: dict) -> str:
-    """The tensors of `classifier`; what they are of in the header. -> how to apply them."""
+    """Write the tensors of `classifier`, described in the header -> the code that applies them."""
     if about["classnames"] != method.classnames:
         method = method.for_classes(about["classnames"])
     tuned = any(name.startswith("clip.visual.") for name in method.adapter_state())
@@ -134,23 +134,23 @@ def save_classifier(run: Run, method: Method, out: Path, about: dict) -> str:
     }
     write_safetensors(out, tensors, {"clip_min": json.dumps(header, ensure_ascii=False)})
     if tuned:
-        print("note: the image tower was tuned, too; take image features from a merged export")
+        print("note: the image tower was trained as well; take image features from a merged export")
     return logits
 
 
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=__doc__)
-    parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
+    parser.add_argument("--run", metavar="DIR", help="a run folder of train.py")
     parser.add_argument("--format", metavar="FORMAT", help="one of the above")
-    parser.add_argument("--classes", metavar="NAMES", help='of a classifier: "a,b,c" or a file')
+    parser.add_argument("--classes", metavar="NAMES", help='for a classifier: "a,b,c" or a file')
     parser.add_argument(
         "--keep-share",
         metavar="A",
         type=one_share,
-        help="how much of what was learned is kept, from 0 (zero-shot CLIP) to 1 [1]",
+        help="interpolate between zero-shot CLIP (0) and the run (1) [1]",
     )
-    parser.add_argument("--model", help="where the run's model is now, if it was moved")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="file or folder to write, a new one")
+    parser.add_argument("--model", help="the run's model, if it has moved")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="new file or folder to write")
     given = parser.parse(argv)
     for name, flag in (("run", "--run DIR"), ("format", "--format FORMAT"), ("out", "OUT")):
         if name not in given:

@@ -211,7 +211,7 @@ def read_classes(
             if files:
                 folders[name] = files
         elif folder.suffix.lower() in ENDINGS:
-            left_out.setdefault("pictures that lie in no class", []).append(folder)
+            left_out.setdefault("pictures outside of class folders", []).append(folder)
     names = expected or list(dict.fromkeys(known.values())) or list(folders)
     if expected is None and len(folders) < 2:
         found = [f"only the class {name!r}" for name in folders] or ["no class folder with images"]

@@ -164,7 +164,7 @@ def test_a_two_stage_clip_leaves_its_classifier_to_the_other_form_and_says_so(
     out = tmp_path / "out.safetensors"
     result = script("export", "--run", runs["two_stage"], "--format", "safetensors", out)
     assert (result.code, result.err) == (0, "")
-    assert "note: this names all classes by their prompts; --format classifier" in result.out
+    assert "note: this classifies by prompts only; the learned rows" in result.out
     clip, novel = clip_min.load(out), our_logits(runs["two_stage"], NOVEL)
     torch.testing.assert_close(clip(IMAGES, tokens(NOVEL)), novel, atol=1e-4, rtol=0)
     base = our_logits(runs["two_stage"], BASE)

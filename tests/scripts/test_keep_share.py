@@ -179,7 +179,7 @@ def test_an_export_is_of_the_share(run, script, tmp_path, data):
     flags = ("--run", run, "--keep-share", "0.5")
     result = script("export", *flags, "--format", "safetensors", plain)
     assert (result.code, result.err) == (0, "")
-    assert "lora, 0.5 of what it learned kept, as safetensors" in result.out
+    assert "lora, keep-share 0.5, as safetensors" in result.out
     found, expected = clip_min.load(plain), between(run, 0.5)
     for key, tensor in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[key], tensor, rtol=1e-5, atol=1e-6)
