@@ -169,6 +169,7 @@ class Method(nn.Module):
     reaches_unseen: ClassVar[bool] = True  # does training change its logits for unseen classes?
     transductive: ClassVar[bool] = False  # does `classify` label the images of a batch jointly?
     zero_shot_state: Callable | None = None  # () -> learned tensors of zero-shot CLIP; wise_ft.py
+    starts_over: ClassVar[bool] = False  # does `fit` ignore the values that it starts from?
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # tensors of `adapter_state` without it
     lr_factors: dict[str, float] = {}  # tensors of `adapter_state` that learn at a multiple of --lr
     first_stage: float | None = None  # share of the steps before the loop calls `second_stage`
@@ -262,6 +263,13 @@ class Method(nn.Module):
             with torch.no_grad():
                 self._text = self.text_features()
         return self._text
+
+    def matrix(self) -> dict[str, Tensor]:
+        """The classifier of image features f (E,), for export: weight (K, E), with logit_scale s if
+        logits are s · norm(f) · weightᵀ, or with bias (K,) if they are f · weightᵀ + bias.
+        """
+        rows = F.normalize(self.class_features(), dim=-1)
+        return {"weight": rows, "logit_scale": self.clip.logit_scale.exp()}
 
     def float32(self) -> torch.autocast:
         """A context without autocast, for logits: in 16 bits similar classes would tie."""

@@ -81,6 +81,9 @@ class CrossModal(Method):
         with self.float32():
             return self.clip.logit_scale.exp() * x @ self.head.T
 
+    def matrix(self) -> dict[str, Tensor]:
+        return {"weight": self.head, "logit_scale": self.clip.logit_scale.exp()}
+
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """x as in `classify`, labels (B,) -> scalar, over these images and as many texts."""
         texts = self.texts()[self.place :][: len(labels)].to(labels.device)  # (B,)

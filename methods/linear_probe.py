@@ -45,6 +45,7 @@ class LinearProbe(Method):
     settings: LinearProbeSettings
     recipes = {"paper": {}}
     names_unseen = False
+    starts_over = True
 
     def __init__(self, clip, classnames, template, settings: LinearProbeSettings):
         super().__init__(clip, classnames, template, settings)
@@ -56,6 +57,9 @@ class LinearProbe(Method):
         """Image features x (B, E) -> logits (B, K)."""
         with self.float32():
             return self.head(x.float())
+
+    def matrix(self) -> dict[str, Tensor]:
+        return {"weight": self.head.weight, "bias": self.head.bias}
 
     def fit(self, train, val, descend) -> None:
         """Solve for W and b, with the best C on validation; of equally good ones, the smallest."""

@@ -66,6 +66,7 @@ class LPPlusPlus(Method):
     Settings = LPPlusPlusSettings
     settings: LPPlusPlusSettings
     names_unseen = False
+    starts_over = True
 
     def __init__(self, clip, classnames, template, settings: LPPlusPlusSettings):
         super().__init__(clip, classnames, template, settings)
@@ -87,6 +88,10 @@ class LPPlusPlus(Method):
         """Image features x (B, E) -> logits (B, K)."""
         with self.float32():
             return F.normalize(x.float(), dim=-1) @ self.rows().T
+
+    def matrix(self) -> dict[str, Tensor]:
+        """Without a scale, since α has the role of a temperature."""
+        return {"weight": self.rows(), "logit_scale": torch.ones(())}
 
     @torch.no_grad()
     def fit(self, train, val, descend) -> None:

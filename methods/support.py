@@ -16,6 +16,7 @@ class WithSupport(Method):
     """
 
     trains_support = False
+    starts_over = True
     reaches_unseen = False
 
     def __init__(self, clip, classnames, template, settings):

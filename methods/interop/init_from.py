@@ -23,10 +23,7 @@ from methods.interop.clip_lora import read_file
 from methods.interop.fused import OUR_TOWER, tower_depths
 from methods.interop.load import described
 from methods.interop.peft import read_peft
-from methods.linear_probe import LinearProbe
 from methods.lora import LoRA, block_numbers
-from methods.lp_plus_plus import LPPlusPlus
-from methods.support import WithSupport
 
 # Settings that change what tensors mean, beyond their shapes.
 MEANING = ["image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks"]
@@ -36,7 +33,7 @@ MEANING += ["scaling", "n_ctx", "position", "class_specific", "first_block", "ra
 def load_into(method: Method, path: Path) -> None:
     """Load the adapter at `path` into `method`."""
     try:
-        if isinstance(method, LinearProbe | LPPlusPlus | WithSupport):
+        if method.starts_over:
             raise UserError(
                 f"{path}: {type(method).__name__} learns only from the training images, wherever "
                 "it starts; leave the flag out, or test that run with eval.py"

@@ -15,10 +15,7 @@ from torch import Tensor
 from clip_min import CLIP, UserError
 from clip_min.weights import mismatches
 from methods.base import Method
-from methods.cross_modal import CrossModal
-from methods.linear_probe import LinearProbe
 from methods.lora import GroupedLoRA
-from methods.lp_plus_plus import LPPlusPlus
 from methods.two_stage import TwoStage
 
 
@@ -47,27 +44,14 @@ def merged_clip(method: Method) -> CLIP:
 
 @torch.no_grad()
 def classifier(method: Method) -> dict[str, Tensor]:
-    """weight (K, E), a row for each class name, and what turns a feature f (E,) into logits:
+    """The method's `matrix`: weight (K, E), a row for each class name, and logit_scale or bias.
 
-        logit_scale ()     logits = s · norm(f) · weightᵀ
-        bias (K,)          logits = f · weightᵀ + bias               of a linear probe, f not
-        normalised
-
-    The logits are compared with the method's on random images.
+    The logits of this matrix are compared with the method's on random images.
     """
     clip, dice = method.clip, torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, *2 * [clip.config.image_size], generator=dice)
     with method.inference():
-        if isinstance(method, LinearProbe):
-            tensors: dict[str, Tensor] = {"weight": method.head.weight, "bias": method.head.bias}
-        elif isinstance(method, LPPlusPlus):  # α stands where others have a temperature
-            tensors = {"weight": method.rows(), "logit_scale": torch.ones(())}
-        else:
-            if isinstance(method, CrossModal):
-                rows: Tensor = method.head
-            else:
-                rows = F.normalize(method.class_features(), dim=-1)
-            tensors = {"weight": rows, "logit_scale": clip.logit_scale.exp()}
+        tensors = method.matrix()
         fits = tensors["weight"].dim() == 2 and torch.allclose(
             method(images), _logits(clip.encode_image(images), **tensors), rtol=1e-3, atol=1e-3
         )
@@ -81,7 +65,7 @@ def classifier(method: Method) -> dict[str, Tensor]:
 
 
 def _logits(f: Tensor, weight: Tensor, logit_scale=None, bias=None) -> Tensor:
-    """The formulas of `classifier`: f (B, E) -> (B, K)."""
+    """The formulas of `Method.matrix`: f (B, E) -> (B, K)."""
     if bias is not None:
         return f @ weight.T + bias
     return logit_scale * F.normalize(f, dim=-1) @ weight.T

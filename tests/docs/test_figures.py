@@ -37,7 +37,7 @@ def test_it_is_small_has_a_ground_of_its_own_and_words_for_those_who_do_not_see_
 
 def test_every_method_has_a_place_and_no_other_is_named():
     named = {name for rows in figures.PLACES.values() for row in rows for name in row.split(", ")}
-    assert named == set(METHODS)
+    assert named == set(METHODS), "give it a place in tools/figures.py, and run that"
 
 
 def test_the_tree_has_each_beginning_once(drawn):
