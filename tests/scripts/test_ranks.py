@@ -121,7 +121,7 @@ def test_whole_runs_are_spread_and_are_those_of_one_process(script, many, flags_
             for name, more in (("seeds", seeds), ("points", points))
         ],
     )
-    assert "2 processes take runs of their own" in printed
+    assert "2 processes take separate runs" in printed
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("adapter.*")]
     assert len(files) == 3 + 1 + 3  # three seeds; a grid and its points
     for file in files:
