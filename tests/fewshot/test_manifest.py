@@ -194,13 +194,13 @@ def repeat_a_row(root: Path) -> None:
     [
         (replace("train.csv", "path,label", "image,label"), "train.csv: has no column 'path'"),
         (replace("train.csv", "path,label", "path,class"), "train.csv: has no column 'label'"),
-        (text("train.csv", ""), "should name path, label, and names none"),
+        (text("train.csv", ""), "should name path, label, but names none"),
         (text("train.csv", "path,label\n"), "train.csv: lists no pictures"),
         (lambda root: (root / "test.csv").unlink(), "test.csv: there is no such file"),
         (replace("test.csv", ",rose", ","), "test.csv, line "),
         (replace("test.csv", ",rose", ""), "its label is empty"),
         (replace("test.csv", ",rose", ",roze"), "test.csv (test): its classes are not those of"),
-        (replace("train.csv", "photos/4.png", "photos/99.png"), "photos/99.png is no file"),
+        (replace("train.csv", "photos/4.png", "photos/99.png"), "photos/99.png is not a file"),
         (replace("train.csv", ",rose", ",rose, red"), "has more cells than the 2 columns"),
         (replace("train.csv", "path,label", "path,label,label"), "has two columns 'label'"),
         (repeat_a_row, "list each picture once"),
@@ -250,7 +250,7 @@ def test_numbers_alone_are_no_names(numbered_root):
 def test_several_missing_pictures_are_counted(root):
     for i in (2, 5, 14):
         (root / f"photos/{i}.png").unlink()
-    with pytest.raises(UserError, match=r"is no file \(and 2 more\)"):
+    with pytest.raises(UserError, match=r"is not a file \(and 2 more\)"):
         load(root)
 
 

@@ -227,7 +227,8 @@ def test_resuming_where_bits_may_differ_says_so(run, capsys):
     Run.resume(run.path, CONFIG | {"threads": 9, "versions": {"torch": "3"}})
     said = capsys.readouterr().out
     assert (
-        "begun with torch 2, 4 threads, and goes on with torch 3, 9 threads: its last bits" in said
+        "started with torch 2, 4 threads, and continues with torch 3, 9 threads: its last bits"
+        in said
     )
     assert provenance()["threads"] == torch.get_num_threads()
 
@@ -334,7 +335,9 @@ def test_the_adapter_of_another_run_is_refused_by_its_header(run, key, tmp_path)
     other = Run.start(tmp_path / "other", CONFIG | {key: "another"})
     other.save_adapter({"w": torch.zeros(3)})
     shutil.copy(other.path / "adapter.safetensors", run.path)
-    with pytest.raises(UserError, match=f"is of {key} 'another', but config.json beside it says"):
+    with pytest.raises(
+        UserError, match=f"was made with {key} 'another', but config.json beside it says"
+    ):
         run.load_adapter()
 
 
@@ -359,7 +362,7 @@ def test_a_folder_that_is_gone_is_said_and_what_was_learned_is_kept(run, how, wr
     }
     with pytest.raises(UserError, match=r"was deleted or moved.*are saved as") as error:
         writes[write]()
-    beside = Path(str(error.value).split("is kept as ")[1])
+    beside = Path(str(error.value).split("are saved as ")[1])
     assert torch.equal(read_safetensors(beside)[0]["w"], torch.arange(3))
     assert not run.path.exists()
 

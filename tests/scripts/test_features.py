@@ -109,7 +109,7 @@ def test_what_needs_pictures_is_told_before_any_work(script, features, is_one_li
     result = script("train", "--method", "lora", *where)
     assert is_one_line(result, "LoRA needs the pictures themselves", "--dataset folder")
     result = script("train", "--method", "gda", "--augment", "crop-flip", *where)
-    assert is_one_line(result, "--augment crop-flip changes them")
+    assert is_one_line(result, "--augment crop-flip changes pictures")
     assert is_one_line(script("train", "--method", "vpt,lora", *where), "each of these methods")
     assert not (tmp_path / "runs").exists()
 

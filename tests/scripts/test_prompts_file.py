@@ -48,8 +48,9 @@ def test_a_run_is_tested_and_exported_without_the_file(call, script, file, tmp_p
     path = file(own(bluebell=["x"]))
     result = call("--prompts", path)
     assert result.code == 0, result.err
-    assert "note: --prompts: has texts for what is no class here: bluebell (near blue bell)" in (
-        result.out
+    assert (
+        "note: --prompts: has texts for names that are not classes: bluebell (near blue bell)"
+        in (result.out)
     )
     assert "prompts of 6 classes" in result.out  # not their texts
     path.unlink()

@@ -411,7 +411,7 @@ def test_an_earlier_run_is_kept_under_another_name(train, script, flags, tmp_pat
         (["--blocks", "7"], "--blocks '7': expected all, or numbers below 2"),
         (["--template", "a flower"], "--template 'a flower' has no {}"),
         (["--device", "warp"], "--device warp: cannot be used"),
-        (["--data-root", "nowhere"], "--data-root nowhere: expected a folder of pictures"),
+        (["--data-root", "nowhere"], "--data-root nowhere: there is no such folder"),
         (["--dataset", "demo"], "--data-root"),  # given, but the demo reads none
         (["extra"], "unknown argument extra"),
     ],
