@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from clip_min import UserError, normalize
 from clip_min.errors import Note
+from clip_min.memory import free_memory
 from fewshot import cache, ranks
-from fewshot.pictures import READERS, Pictures, Reader, free_memory, pixel_hash
+from fewshot.pictures import READERS, Pictures, Reader, pixel_hash
 
 KEPT = 1e9  # bytes of uncropped pictures to keep in memory for random crops
 
@@ -267,5 +268,4 @@ class Batches:
 def room(device: torch.device) -> float:
     """Bytes of memory for encoded training images, and the same for validation images."""
     on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    return ranks.same(min(cache.limit, free / 3 / (1 if on_gpu else ranks.size)))
+    return ranks.same(min(cache.limit, free_memory(device) / 3 / (1 if on_gpu else ranks.size)))

@@ -29,6 +29,7 @@ from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
 from clip_min import CLIPConfig, UserError, crop
+from clip_min.memory import check_room, free_memory
 from clip_min.preprocess import OPENAI
 from fewshot import cache, ranks
 from fewshot.mapped import Mapped
@@ -172,29 +173,10 @@ def ahead(work: Callable, items: Iterable) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def free_memory() -> float:
-    """The bytes of memory that this process can still take; infinity, if unknown."""
-    free = float("inf")
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line[:12] == "MemAvailable")
-    with contextlib.suppress(OSError, ValueError):  # a container has its own limit, or "max"
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        files = sum(int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
-        free = min(free, limit - used + files)  # the page cache can be freed
-    return free
-
-
 def check_memory(count: int, size: int) -> None:
     """UserError, if `count` crops of `size` pixels do not fit in memory."""
-    needed, free = count * 3 * size * size, free_memory()
-    if needed > free:
-        raise UserError(
-            f"{count:,} pictures of {size} x {size} pixels take {needed / 1e9:,.1f} GB of memory, "
-            f"but {max(free, 0) / 1e9:,.1f} GB are free; test on fewer, or use a larger machine"
-        )
+    what = f"{count:,} pictures of {size} x {size} pixels take"
+    check_room(count * 3 * size * size, free_memory(), what, "test on fewer")
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_min import UserError
+from clip_min.memory import check_room, free_memory
 from methods.support import WithSupport
 from methods.templates import TemplateSettings
+
+TABLES = 17  # arrays (K, K) of float64 in memory at once while α is fitted
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,13 @@ class EMDirichlet(WithSupport):
         "demo": {"temperature": 5.0},
     }
     transductive = True
+
+    def set_classes(self, classnames: list[str]) -> None:
+        """As in the base class; UserError, if α would not fit into memory."""
+        what = f"em_dirichlet: {len(classnames):,} classes, with as many parameters each, take"
+        needed, free = TABLES * 8 * len(classnames) ** 2, free_memory(self.clip.device)
+        check_room(needed, free, what, "give fewer, or use transclip")
+        super().set_classes(classnames)
 
     def fit(self, train, val, descend) -> None:
         """Store the training images with `use_support`; nothing else is learned."""

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min import UserError
+from clip_min.memory import check_room, free_memory
 from methods.base import Method
 
 
@@ -50,6 +51,9 @@ class WithSupport(Method):
     def votes(self) -> Tensor:
         """A row for each support image, one-hot at its class (N, K); zero for other classes."""
         of, asked = self._places()
+        what = f"{len(of):,} training images times {len(asked):,} classes take"
+        free = free_memory(self.support.device)
+        check_room(24 * len(of) * len(asked), free, what, "give fewer of either")  # float64, thrice
         return (of[:, None] == asked).float()
 
     def count_votes(self, x: Tensor) -> Tensor:
