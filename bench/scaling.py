@@ -41,6 +41,7 @@ from methods import METHODS
 WORDS = ("red", "blue", "tall", "wild", "small", "late", "sweet", "sea", "sun", "rock")
 KINDS = ("rose", "lily", "iris", "daisy", "tulip", "orchid", "poppy", "clover", "fern", "moss")
 BATCH = 16
+NOTHING = 1e-3  # seconds or MB: less counts as no cost
 # All methods that use class names, except those below and variants of these.
 LINEAR = ("zero_shot", "clip_adapter", "projection", "prolip", "tip_adapter", "gda", "cross_modal")
 LINEAR += ("coop", "kgcoop", "cocoop", "promptsrc", "vpt", "two_stage", "lora", "finetune")
@@ -60,8 +61,10 @@ def drawn(classes: int, shots: int, embed: int) -> SimpleNamespace:
 
 
 def exponent(points: dict[int, float]) -> float | None:
-    """Size -> cost  =>  the slope of log cost over log size; None for fewer than two."""
-    pairs = [(math.log(n), math.log(cost)) for n, cost in points.items() if cost > 0]
+    """Size -> cost  =>  the slope of log cost over log size; None for fewer than two costs above
+    `NOTHING`.
+    """
+    pairs = [(math.log(n), math.log(cost)) for n, cost in points.items() if cost > NOTHING]
     if len(pairs) < 2:
         return None
     x, y = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
@@ -150,8 +153,11 @@ def plot(panels: dict[str, tuple[str, dict[str, dict[int, float]]]], path: str) 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False)
-    for axis, (title, (measured, rows)) in zip(axes[0], panels.items(), strict=True):
+    columns = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 8), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, (measured, rows)) in zip(axes.flat, panels.items(), strict=False):
         colours = plt.get_cmap("tab20")(range(len(rows)))
         for (name, points), colour in zip(rows.items(), colours, strict=True):
             axis.plot(points.keys(), points.values(), marker="o", label=name, color=colour)
@@ -212,7 +218,8 @@ def main() -> None:
         found = measure(*given, "--measure", name, *sizes)
         costs[name] = dict(zip(flags.classes, found, strict=False))
         solved = [cost["fit"] for cost in found[len(flags.classes) :]]
-        shots[name] = dict(zip(flags.shots, solved, strict=False))
+        if solved and max(solved) > NOTHING:
+            shots[name] = dict(zip(flags.shots, solved, strict=True))
     rows = by_classes(costs)
     print(f"{flags.model}, batch {BATCH}\n{hardware()}\n\n{markdown(rows)}", flush=True)
     step = {m: {k: of.get("step", of["fit"]) for k, of in at.items()} for m, at in costs.items()}

@@ -19,7 +19,6 @@ repeat its pictures (`random.choices`), which also changes the draws of later cl
 """
 
 import itertools
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
+from clip_min.files import parse_json
 from fewshot.folder import Parts, read_text, spoken
 from fewshot.manifest import Row, check_files, check_listed_once
 from fewshot.pictures import Pictures, few
@@ -58,10 +58,7 @@ def find_split(places: list[Path], name: str, todo: str = "") -> Path:
 
 def read_split(file: Path, places: list[Path], todo: str = "") -> Parts:
     """The split of `file`, whose pictures lie below one of these folders; `todo`: as above."""
-    try:
-        split = json.loads(read_text(file))
-    except ValueError as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
+    split = parse_json(read_text(file), object, str(file))
     needed = ["train", "test"] + (["val"] if isinstance(split, dict) and split.get("val") else [])
     if not isinstance(split, dict) or not all(_is_part(split.get(part)) for part in needed):
         raise UserError(

@@ -37,7 +37,7 @@ from fewshot.pictures import Pictures, Reader, few
 from fewshot.shards import SHARD
 
 CONFIG = {"data": str, "model": str, "fingerprint": str, "precision": str, "image_size": int}
-INDEX = {"features": int, "unreadable": list, "shards": list}
+INDEX = {"features": int, "unreadable": list[list[str]], "shards": list}
 LISTS = ("names", "labels", "parts", "digests", "unreadable")
 HINT = "expected a complete folder of embed.py; run its command again"
 
@@ -83,7 +83,7 @@ class Rows:
         """Notes for the user."""
         notes = [f"left out {left_out} pictures without a label or a part"] if left_out else []
         if self.unreadable:
-            bad = few(str(name) for name, *_ in self.unreadable)
+            bad = few(name for row in self.unreadable for name in row[:1])
             notes.append(f"{len(self.unreadable)} pictures could not be read by embed.py: {bad}")
         if self.precision != "fp32":
             notes.append(f"the features were made with --precision {self.precision}")

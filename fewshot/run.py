@@ -345,6 +345,6 @@ def _claim(path: Path) -> None:
 def _difference(name: str, old, new) -> str:
     """The first difference, for an error: "lr 0.002, not 0.001"."""
     if isinstance(old, dict) and isinstance(new, dict):
-        key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+        key = next(k for k in {**old, **new} if k not in old or k not in new or old[k] != new[k])
         return _difference(key, old.get(key), new.get(key))
     return f"{name} {old!s:.200}, not {new!s:.200}"

@@ -50,7 +50,7 @@ from fewshot.manifest import is_manifest
 from fewshot.pictures import ENDINGS, ahead, cut, digest, open_image
 
 LABELS = (".cls", ".txt")  # files beside a picture in a tar file, with its class
-SHARD = {"names": list[str], "labels": list[str], "parts": list[str], "unreadable": list}
+SHARD = {"names": list[str], "labels": list[str], "parts": list[str], "unreadable": list[list[str]]}
 SHARD["digest"] = str  # of all names that there were
 
 

@@ -132,7 +132,10 @@ def open_run(
     """
     run = Run.open(Path(path))
     moved = {"device": device} | ({"model": model} if model else {})
-    experiment = Experiment(**{**run.config["experiment"], **moved})
+    try:
+        experiment = Experiment(**{**run.config["experiment"], **moved})
+    except TypeError as error:
+        raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     method = trained(run, clip, share=share)
     if classnames is None and method.names_unseen:

@@ -160,6 +160,7 @@ def without(part: str):
     [
         (lambda split: json.dumps(split)[:100], "cannot be read as JSON"),
         (lambda split: "", "cannot be read as JSON"),
+        (lambda split: 3_000 * "[", "cannot be read as JSON"),
         (lambda split: "[]", 'expected {"train"'),
         (without("train"), 'expected {"train"'),
         (without("test"), 'expected {"train"'),

@@ -183,6 +183,7 @@ def test_a_method_that_learns_in_the_image_tower_is_refused(name, photos, made, 
         (lambda out: tell(out, "labels", ""), "no picture has a label"),
         (lambda out: tell(out, "labels", "iris"), "trains on 1 classes"),
         (lambda out: tell(out, "parts", "test"), "has only test"),
+        (lambda out: index(out, [None]), "unreadable.0 is None, expected a list"),
     ],
 )
 def test_what_cannot_be_learned_from_is_one_line(harm, said, photos, made):
@@ -202,6 +203,11 @@ def tell(out, key, value):
     for file in out.glob("0*.json"):
         told = json.loads(file.read_text())
         file.write_text(json.dumps(told | {key: [value] * len(told[key])}))
+
+
+def index(out, unreadable):
+    told = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps(told | {"unreadable": unreadable}))
 
 
 def test_a_folder_of_features_given_as_pictures_is_told(photos, made):

@@ -197,6 +197,15 @@ def test_resuming_with_other_settings_is_an_error_that_names_the_first(run, chan
     assert contents(run.path) == before
 
 
+def test_resuming_a_config_with_a_strange_setting_names_it(run):
+    """Also where that is null, as one that is not there reads."""
+    config = json.loads((run.path / "config.json").read_text())
+    config["settings"]["strange"] = None
+    (run.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was started with strange None, not None;"):
+        Run.resume(run.path, CONFIG)
+
+
 def test_resuming_removes_what_a_killed_run_had_half_written_and_nothing_else(run):
     run.save_adapter({"w": torch.zeros(3)})
     mine = (".notes.20240131.md", ".tmpnRT2eS", "clip_min-a-abcdefgh", ".clip_min-a-ABCDEFGH")

@@ -108,6 +108,14 @@ def test_in_python(trained, pictures, expected):
     assert sum(answer.probabilities) == pytest.approx(1)
 
 
+def test_in_python_a_config_with_a_strange_key_is_the_users_error(trained, tmp_path):
+    run = Path(shutil.copytree(trained.path, tmp_path / "run"))
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"skip_bad_images"', '"skip_images"'))
+    with pytest.raises(UserError, match="config.json: not a config of a run .*'skip_images'"):
+        open_run(run)
+
+
 def test_few_pictures_are_in_memory_at_once(trained, pictures, monkeypatch):
     """Decoded ahead are AHEAD at most, whatever there is to come."""
     opened = []

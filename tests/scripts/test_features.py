@@ -7,6 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewshot.mapped import Mapped
+from fewshot.predictions import predict_task
+
 ON_FEATURES = ["linear_probe", "tip_adapter", "tip_adapter_f", "gda", "clip_adapter", "coop"]
 
 
@@ -90,6 +93,16 @@ def test_zero_shot_on_features_and_on_pictures(script, data, features, model):
     other = script("eval", "--method", "zero_shot", *pictures)
     assert (one.code, other.code) == (0, 0), one.err + other.err
     assert one.out.splitlines()[-2:] == other.out.splitlines()[-2:]
+
+
+def test_of_what_is_tested_a_batch_is_in_memory_at_once(script, features, monkeypatch):
+    read, sizes = Mapped.read, []
+    monkeypatch.setattr(Mapped, "read", lambda rows: sizes.append(len(rows)) or read(rows))
+    monkeypatch.setattr(predict_task, "__defaults__", (3,))  # images in a batch
+    where = ("--dataset", "features", "--data-root", features, "--classes", "all")
+    result = script("eval", "--method", "zero_shot", *where)
+    assert result.code == 0, result.err
+    assert (sum(sizes), max(sizes)) == (20, 3)  # each once
 
 
 def test_a_run_on_features_names_pictures_and_has_a_page(both, script, data, tmp_path):
