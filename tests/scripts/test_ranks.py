@@ -170,7 +170,7 @@ def test_a_process_dies_and_one_alone_goes_on(torchrun, script, flags_for, tmp_p
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({}, "WORLD_SIZE is '4' in the environment, as where torchrun starts processes, but RANK"),
+        ({}, "WORLD_SIZE is '4' in the environment, as set by torchrun, but RANK"),
         ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}, "but MASTER_ADDR is ''"),
         ({"RANK": "first"}, "but RANK is 'first'"),
         ({"WORLD_SIZE": "four", "RANK": "0"}, "but WORLD_SIZE is 'four'"),
