@@ -3,17 +3,17 @@
     python bench/scaling.py [--methods coop,lora] [--classes 500,2000,10000] [--plot FILE.svg]
     python bench/scaling.py --model ViT-B/16 --classes 100,1000      random weights, on all cores
 
-The demo model, on one thread; everything is drawn, nothing is read. What is timed:
+The demo model on one thread, with generated data. The measurements are:
 
-    classes     a gradient step on 16 images; of methods without steps, what they solve; and testing
-                16 images, class features included
-    shots       what a method solves or remembers before its steps, of 20 classes
-    images      testing pictures that are in memory, zero-shot CLIP
-    processes   encoding --images pictures' largest number, by 1, 2, … processes under torchrun
+    classes     a gradient step on 16 images; for methods without steps, what they solve; and
+                testing 16 images, including class features
+    shots       what a method solves or stores before its steps, for 20 classes
+    images      testing pictures in memory with zero-shot CLIP
+    processes   encoding the largest number of --images with 1, 2, … processes under torchrun
 
-Memory is the peak of all of these above what the process held before. The exponent p is that of the
-power law cost = a · n^p that fits best (least squares of logarithms): 1 is linear, 0 is free. With
---model only classes are measured.
+Memory is the peak above the memory before. The exponent p is from the best fit of a power law,
+cost = a · n^p (least squares of logarithms): 1 is linear, 0 is constant. With --model only classes
+are measured.
 """
 
 import argparse
@@ -41,8 +41,8 @@ from methods import METHODS
 WORDS = ("red", "blue", "tall", "wild", "small", "late", "sweet", "sea", "sun", "rock")
 KINDS = ("rose", "lily", "iris", "daisy", "tulip", "orchid", "poppy", "clover", "fern", "moss")
 BATCH = 16
-NOTHING = 1e-3  # seconds, or MB
-# All that name classes but the ones below, and those that are others of these in all that counts.
+NOTHING = 1e-3  # seconds or MB: less counts as no cost
+# All methods that use class names, except those below and variants of these.
 LINEAR = ("zero_shot", "clip_adapter", "projection", "prolip", "tip_adapter", "gda", "cross_modal")
 LINEAR += ("coop", "kgcoop", "cocoop", "promptsrc", "vpt", "two_stage", "lora", "finetune")
 
@@ -54,15 +54,15 @@ def classnames(count: int) -> list[str]:
 
 
 def drawn(classes: int, shots: int, embed: int) -> SimpleNamespace:
-    """Stands in for the features of `shots` pictures of each class."""
+    """Replaces the features of `shots` pictures of each class."""
     labels = torch.arange(classes).repeat_interleave(shots)
     x = torch.randn(classes, embed)[labels] + torch.randn(len(labels), embed)
     return SimpleNamespace(encoded=lambda method: x, labels=labels, shots=shots)
 
 
 def exponent(points: dict[int, float]) -> float | None:
-    """Size -> cost  =>  the slope of log cost over log size; None of fewer than two costs that are
-    more than nothing.
+    """Size -> cost  =>  the slope of log cost over log size; None for fewer than two costs above
+    `NOTHING`.
     """
     pairs = [(math.log(n), math.log(cost)) for n, cost in points.items() if cost > NOTHING]
     if len(pairs) < 2:
@@ -73,13 +73,13 @@ def exponent(points: dict[int, float]) -> float | None:
 
 
 def loaded(model: str) -> clip_min.CLIP:
-    """The demo model, or another one's size with random weights."""
+    """The demo model, or a model of another size with random weights."""
     torch.manual_seed(0)
     return clip_min.load("demo") if model == "demo" else CLIP(CONFIGS[model]).eval()
 
 
 def method_cost(model: str, name: str, classes: int, shots: int, rounds: int) -> dict[str, float]:
-    """Seconds of what is solved, of a step and of a test, and MB, with the default recipe."""
+    """Seconds of solving, of a step and of a test, and MB, with the default recipe."""
     clip, kind = loaded(model), METHODS[name]
     recipe = "default" if "default" in kind.recipes else next(iter(kind.recipes))
     settings = kind.Settings(**kind.preset(recipe, model))
@@ -101,7 +101,7 @@ def method_cost(model: str, name: str, classes: int, shots: int, rounds: int) ->
             method.loss(x, labels).backward()
 
         def test() -> None:
-            method.set_classes(method.classnames)  # else their features may be there
+            method.set_classes(method.classnames)  # else class features may be stored
             with method.inference():
                 method.classify(x)
 
@@ -124,7 +124,7 @@ def pictures(count: int) -> Batches:
 
 
 def encode(count: int) -> None:
-    """Print the seconds that all processes take to encode pictures and to have their features."""
+    """Print the seconds in which all processes together encode pictures and gather features."""
     clip, batches = clip_min.load("demo"), pictures(count)
     method = METHODS["zero_shot"].plain(clip, classnames(2), "a photo of a {}.")
     ranks.wait()
@@ -134,7 +134,7 @@ def encode(count: int) -> None:
 
 
 def measure(*flags) -> list[dict]:
-    """What this file prints in a fresh process."""
+    """The output of this file in a fresh process."""
     command = [sys.executable, "-W", "ignore", __file__, *map(str, flags)]
     return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
 
@@ -147,7 +147,7 @@ def by_processes(count: int, processes: int) -> float:
 
 
 def plot(panels: dict[str, tuple[str, dict[str, dict[int, float]]]], path: str) -> None:
-    """Title -> (what is measured, row -> size -> cost): a picture of a panel each."""
+    """Plot title -> (what is measured, row -> size -> cost), with a panel for each title."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--images", type=several, default=[500, 2000, 8000])
     parser.add_argument("--processes", type=several, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--plot", metavar="FILE", help="draw the curves, too")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the curves")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--encode", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -205,7 +205,7 @@ def main() -> None:
         encode(flags.encode)
         return
     if flags.measure:
-        name, *sizes = flags.measure  # of each, classes and shots as "10x4"
+        name, *sizes = flags.measure  # classes and shots of each, as "10x4"
         tasks = [(flags.model, name, *map(int, s.split("x")), flags.rounds) for s in sizes]
         with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as fresh:
             print(json.dumps(fresh.starmap(method_cost, tasks, chunksize=1)))

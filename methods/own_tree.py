@@ -1,4 +1,4 @@
-"""A method's own CLIP, over the tensors of the one it was lent."""
+"""A method's own CLIP, which shares the tensors of the CLIP it was lent."""
 
 import copy
 
@@ -8,10 +8,10 @@ from clip_min import CLIP
 
 
 def own_tree(clip: CLIP) -> CLIP:
-    """A copy of the modules of `clip` over the same tensors, frozen.
+    """A copy of the modules of `clip` that shares its tensors, frozen.
 
-    A part that is put into the copy, or a tensor that takes another's place there, is not in the
-    original; only what changes a tensor itself would be.
+    Adding a module or replacing a tensor in the copy does not affect the original; only changing a
+    tensor in place would.
     """
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}
-    return copy.deepcopy(clip, shared)  # which takes what it finds in there as copied already
+    return copy.deepcopy(clip, shared)  # the memo `shared` stands for tensors already copied

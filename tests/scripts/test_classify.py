@@ -157,7 +157,7 @@ def test_one_name_has_no_second(tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--csv", "out.txt"), "--csv out.txt: expected a file that ends in .csv or .json"),
+        (("--csv", "out.txt"), "--csv out.txt: expected a file name with .csv or .json"),
         (("--threshold", "1.5"), "--threshold 1.5: expected 0 to 1"),
         (("--threshold", "nan"), "--threshold nan: expected 0 to 1"),
     ],

@@ -122,7 +122,7 @@ def test_a_run_on_features_names_pictures_and_has_a_page(both, script, data, tmp
     assert page.code == 0, page.err
     text = (tmp_path / "page.html").read_text()
     assert "data:image/" in text
-    assert "not at hand" not in text
+    assert "could not be loaded" not in text
 
 
 def test_what_needs_pictures_is_told_before_any_work(script, features, is_one_line, tmp_path):
@@ -130,7 +130,7 @@ def test_what_needs_pictures_is_told_before_any_work(script, features, is_one_li
     result = script("train", "--method", "lora", *where)
     assert is_one_line(result, "LoRA needs the pictures themselves", "--dataset folder")
     result = script("train", "--method", "gda", "--augment", "crop-flip", *where)
-    assert is_one_line(result, "--augment crop-flip changes them")
+    assert is_one_line(result, "--augment crop-flip changes pictures")
     assert is_one_line(script("train", "--method", "vpt,lora", *where), "each of these methods")
     assert not (tmp_path / "runs").exists()
 
@@ -147,5 +147,5 @@ def test_of_several_methods_those_that_can_are_trained(script, features, tmp_pat
 def test_another_model_is_one_line(script, features, new_model, is_one_line, tmp_path):
     where = ("--dataset", "features", "--data-root", features, "--out", tmp_path)
     result = script("train", "--method", "gda", *where, "--model", new_model(1))
-    assert is_one_line(result, "the features were made by", "give the right one with --model")
+    assert is_one_line(result, "the features were made by", "give the right model with --model")
     assert is_one_line(script("train", "--method", "gda", "--dataset", "features"), "--data-root")
