@@ -1,19 +1,19 @@
-"""Image features of any number of pictures, for whatever is to be done with them.
+"""Compute image features of any number of pictures.
 
 python embed.py --data photos --model ViT-B/16 --out features
 python embed.py --data shards --model ViT-B/16 --out features    WebDataset's .tar files
 python embed.py --data list.csv --model demo --out features      rows of path,label
-torchrun --nproc-per-node 8 embed.py …                           each makes shards of its own
+torchrun --nproc-per-node 8 embed.py …                           each process makes its own shards
 
-A run that was killed goes on when it is started again. What learns on features alone learns from
-them: python train.py --method linear_probe --dataset features --data-root features
+After a kill, the same command continues. Methods that learn on features can learn from the result:
+python train.py --method linear_probe --dataset features --data-root features
 """
 
 import sys
 import time
 from pathlib import Path
 
-# Before torch, which takes from it how threads wait.
+# Before torch: clip_min sets how threads wait.
 from clip_min import UserError, weights  # isort: skip
 
 from fewshot import ranks, shards
@@ -29,7 +29,7 @@ def main() -> None:
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
     experiment = Experiment(**pick(Experiment, given))
-    with ranks.first_alone():  # who downloads what is not there
+    with ranks.first_alone():  # it downloads missing files
         clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
     config = {
@@ -50,7 +50,7 @@ def main() -> None:
     made.keep_names(source)
     index = made.finish()
     if not index["shards"]:
-        raise UserError(f"--data {source}: holds no pictures")
+        raise UserError(f"--data {source}: holds no pictures; give a folder or list with some")
     before = index["features"] + len(index["unreadable"]) - count
     print(
         f"{count:,} pictures in {seconds:.1f} s, {count / seconds:,.0f} a second, "
@@ -65,10 +65,10 @@ def main() -> None:
 
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=__doc__)
-    parser.add_argument("--data", help="a folder of pictures or of .tar files, a .tar or .csv file")
+    parser.add_argument("--data", help="a folder of pictures or .tar files, or a .tar or .csv file")
     parser.add_argument("--out", help="folder for the features")
-    parser.add_argument("--batch-size", type=int, help="pictures in one pass [64]")
-    parser.add_argument("--shard-size", type=int, help="pictures of one file [4096]")
+    parser.add_argument("--batch-size", type=int, help="pictures in a batch [64]")
+    parser.add_argument("--shard-size", type=int, help="pictures in a file of features [4096]")
     add_flags(parser.add_argument_group("model"), Experiment, only=READ)
     given = parser.parse(argv)
     for name in ("data", "out"):

@@ -1,14 +1,14 @@
 """Test a trained run again, test zero-shot CLIP, or classify pictures of your own.
 
-python eval.py --run runs/demo/demo/lora-s10-seed1            the table training printed
+python eval.py --run runs/demo/demo/lora-s10-seed1            the table that training printed
 python eval.py --run DIR --dataset other                      the run on another data set
 python eval.py --run DIR --dataset coop-11                    on several, and their mean
 python eval.py --run DIR --image a.jpg b.jpg FOLDER           top 5 classes with probabilities
 python eval.py --run DIR --image FOLDER --csv out.csv         the same, as a table
 python eval.py --run DIR --image a.jpg --classes "rose,tulip" among other classes
 python eval.py --run DIR --image a.jpg --explain out.png      where the class token looks
-python eval.py --run DIR --keep-share 0,0.25,0.5,0.75,1       with less of what was learned
-python eval.py --method zero_shot --dataset demo              CLIP as it is
+python eval.py --run DIR --keep-share 0,0.25,0.5,0.75,1       interpolated with zero-shot CLIP
+python eval.py --method zero_shot --dataset demo              zero-shot CLIP
 """
 
 import json
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Before torch, which takes from it how threads wait.
+# Before torch: clip_min sets how threads wait.
 from clip_min import CLIP, UserError, weights  # isort: skip
 import torch
 from tqdm import tqdm
@@ -43,10 +43,10 @@ from methods.interop.load import described, trained
 from methods.wise_ft import keep_share
 from reports.rollout import explain
 
-# Flags beside --run: where things are now, and what --dataset may say of the other data set.
+# Flags allowed with --run: where things are now, and what describes another --dataset.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 OTHER = ("dataset", "split", "template", "skip_bad_images")
-# All that pictures of one's own are classified by; a run knows the last six.
+# Flags for classifying your own pictures; a run has its own values for the last six.
 PICTURES = ("image", "classes", "device", "model", "csv", "threshold", "explain")
 PICTURES += ("image_size", "template", "templates", "prompts", "precision", "threads")
 
@@ -60,11 +60,11 @@ def main() -> None:
             experiment = Experiment(**{**run.config["experiment"], "device": "", **moved})
         except TypeError as error:
             raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
-        described(run)  # which says at once if it is not one
+        described(run)  # raises at once, if it is not a run
     else:
         if given["method"] != "zero_shot":
             raise unknown("--method", given["method"], ["zero_shot"])
-        more = {"classes": "all"} if "image" in given else {}  # there, --classes names them
+        more = {"classes": "all"} if "image" in given else {}  # with --image, --classes holds names
         asked = given.get("dataset", Experiment.dataset)
         names = listed("--dataset", asked, DATASETS, GROUPS)
         each = [IMPLIED.get(asked, {}) | given | more | {"dataset": name} for name in names]
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def test(run: Run, experiment: Experiment, given: dict) -> None:
-    """Print the table that training printed."""
+    """Print the table that training printed, from a new test."""
     record = kept(run.path, run.config)
     clip, task = experiment.load(cache.chosen(given), record=record)
     experiment.prepare(clip)
@@ -93,16 +93,16 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
         print(f"note: {note}")
     run.check_model(weights.fingerprint(clip))
     if not (run.path / "results.json").exists():
-        print("note: no results.json; if this training has not ended, its best epoch yet is tested")
+        print("note: no results.json; an unfinished run is tested at its best checkpoint so far")
     if run.config["classnames"] != {part: t.classnames for part, t in task.tests.items()}:
         raise UserError(
-            f"{run.path}: the data set's classes are no longer those it was trained and "
-            "tested on; give the right one with --data-root, or train again"
+            f"{run.path}: the data set's classes are no longer those of the run; give the right "
+            "data set with --data-root, or train again"
         )
     if not record and "data" in run.config and run.config["data"] != summary(task.record("")):
         raise UserError(
-            f"{run.path}: the data are not those it was trained and tested on, and which of them "
-            "it has seen cannot be told without its data.json; put that back"
+            f"{run.path}: the data have changed since training, and without its data.json it is "
+            "unknown which pictures the run has seen; put data.json back"
         )
     shares = given.get("keep_share", [])
     rows = compare(run, clip, task, shares)
@@ -116,9 +116,9 @@ def test(run: Run, experiment: Experiment, given: dict) -> None:
 
 
 def transfer(run: Run, experiment: Experiment, given: dict) -> None:
-    """Print the tables of a run on data sets that it has not learned from, and their mean.
+    """Print the tables of a run on other data sets, and their mean.
 
-    Of several, the one that it learned from is left out, as in the published protocols.
+    As in the published protocols, the data set that the run learned from is left out.
     """
     names = listed("--dataset", given["dataset"], DATASETS, GROUPS)
     names = [name for name in names if name != experiment.dataset] if len(names) > 1 else names
@@ -131,13 +131,13 @@ def transfer(run: Run, experiment: Experiment, given: dict) -> None:
 
 
 def check_there(experiments: list[Experiment]) -> None:
-    """Of several data sets, tell one that is missing before hours of work on the others."""
+    """UserError, if one of several data sets is missing, before hours of work on the others."""
     for experiment in experiments if len(experiments) > 1 else ():
         experiment.load_dataset()
 
 
 def show_mean(tables: dict[str, dict[str, dict]], file: Path) -> None:
-    """Print the tables of several data sets as one, with their mean, and leave them in a file."""
+    """Print the tables of several data sets as one, with their mean, and write them to a file."""
     if len(tables) < 2 or ranks.rank:
         return
     of = {name: {k: grid.spread([s]) for k, s in rows.items()} for name, rows in tables.items()}
@@ -154,7 +154,7 @@ def show_mean(tables: dict[str, dict[str, dict]], file: Path) -> None:
 def on_other(run: Run, experiment: Experiment, other: Experiment, given: dict) -> dict[str, dict]:
     """Print and return the table of a run on all classes of another data set.
 
-    The names and the template are that data set's; what was learned is the run's.
+    Names and template come from that data set, the learned tensors from the run.
     """
     with ranks.first_alone():
         clip = weights.load(other.model, other.device, image_size=experiment.image_size)
@@ -173,18 +173,18 @@ def on_other(run: Run, experiment: Experiment, other: Experiment, given: dict) -
 
 
 def compare(run: Run, clip: CLIP, task: Task, shares: list[float]) -> dict[str, dict]:
-    """Print and return the table of zero-shot CLIP and of the run on `task`, or of the run with
-    each of these `shares` of what it learned.
+    """Print and return the table of zero-shot CLIP and of the run on `task`; with `shares`, of the
+    run with each of these shares of the learned change.
     """
     name, method = run.config["method"], trained(run, clip, task.template)
     known = method
     if task.classnames != run.learned and (
         method.names_unseen or not {*task.classnames} <= {*run.learned}
     ):
-        known = method.for_classes(task.classnames)  # of the same tensors
+        known = method.for_classes(task.classnames)  # shares the tensors
     if shares:
         learned = {key: tensor.detach().clone() for key, tensor in method.adapter_state().items()}
-        keep_share(method, learned, shares[0])  # told before any work, if it cannot be
+        keep_share(method, learned, shares[0])  # raises before any work
     queries = Queries.of(*described(run), run.config["experiment"]["seed"])
     unadapted = METHODS["zero_shot"].plain(clip, task.classnames, task.template)
     rows = {"zero-shot": evaluate(unadapted, task, queries)[0]}
@@ -202,8 +202,8 @@ def compare(run: Run, clip: CLIP, task: Task, shares: list[float]) -> dict[str, 
 
 
 def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
-    """Print and return the table of CLIP as it is and, if any are given, with templates."""
-    clip, task = experiment.load(cache.chosen(given), record={})  # nothing is learned
+    """Print and return the table of zero-shot CLIP and, if any are given, with templates."""
+    clip, task = experiment.load(cache.chosen(given), record={})  # no training
     experiment.prepare(clip)
     zero_shot = METHODS["zero_shot"]
     settings = zero_shot.Settings(**pick(zero_shot.Settings, given))
@@ -219,10 +219,10 @@ def test_zero_shot(experiment: Experiment, given: dict) -> dict[str, dict]:
 
 
 def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
-    """Print the five likeliest classes of each picture, or write them to a table."""
+    """Print the five likeliest classes of each picture, or write them to a file."""
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
     if "explain" in given and len(files) != 1:
-        raise UserError(f"--explain: draws one picture, and --image gives {len(files)}; give one")
+        raise UserError(f"--explain: draws one picture, but --image has {len(files)}; give one")
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
     if "classes" in given:
@@ -230,7 +230,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     elif run is not None:
         known = [name for names in run.config["classnames"].values() for name in names]
     else:
-        raise UserError('--image: say which classes to choose from: --classes "rose,tulip"')
+        raise UserError('--image: needs the classes to choose from; give --classes "rose,tulip"')
     if run is None:
         zero_shot, template = METHODS["zero_shot"], experiment.template or "a photo of a {}."
         settings = zero_shot.Settings(**pick(zero_shot.Settings, given))
@@ -273,7 +273,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
 
 
 def some_read(answers: Iterable[Answer]) -> Iterator[Answer]:
-    """The same answers; UserError, if not one picture could be read."""
+    """The same answers; UserError, if no picture could be read."""
     errors, count = [], 0
     for count, answer in enumerate(answers, 1):
         errors += [answer.error] if answer.error and len(errors) == count - 1 else []
@@ -285,25 +285,25 @@ def some_read(answers: Iterable[Answer]) -> Iterator[Answer]:
 
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=f"{__doc__}\ndata sets:\n{datasets.LISTED}")
-    parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
-    parser.add_argument("--method", help="zero_shot: test CLIP as it is, without a run")
+    parser.add_argument("--run", metavar="DIR", help="a run folder of train.py")
+    parser.add_argument("--method", help="zero_shot: test zero-shot CLIP, without a run")
     parser.add_argument("--image", metavar="FILE", nargs="+", help="pictures or folders of them")
-    parser.add_argument("--explain", metavar="PNG", help="draw where the class token looks there")
+    parser.add_argument("--explain", metavar="PNG", help="draw where the class token looks")
     parser.add_argument(
         "--keep-share",
         metavar="A,…",
         type=numbers,
-        help="how much of what the run learned is kept, from 0 (zero-shot CLIP) to 1; several: a "
-        "curve, left in the run's folder",
+        help="interpolate between zero-shot CLIP (0) and the run (1); several numbers: a curve, "
+        "written to the run's folder",
     )
     parser.add_argument("--csv", metavar="FILE", help="write a row for each picture, .csv or .json")
     parser.add_argument(
-        "--threshold", type=float, help="below this probability a picture is none of the classes"
+        "--threshold", type=float, help="below this probability, the answer is none of the classes"
     )
     add_flags(parser, cache.Flags)
     add_flags(parser.add_argument_group("experiment"), Experiment)
     add_flags(parser.add_argument_group("zero_shot"), METHODS["zero_shot"].Settings)
-    # --classes means names here when there are pictures to classify, so choices are checked below.
+    # With --image, --classes holds names, so its choices are checked below.
     classes = next(a for a in parser._actions if a.dest == "classes")
     classes.choices, classes.metavar = None, "NAMES"
     classes.help = 'with --image: names to choose from, "a,b,c" or a file; else base-novel or all'
@@ -311,22 +311,22 @@ def parse(argv: list[str]) -> dict:
     if ("run" in given) == ("method" in given):
         raise UserError("give either --run DIR or --method zero_shot; see --help")
     if "explain" in given and "image" not in given:
-        raise UserError("--explain: draws where CLIP looks in a picture; give it with --image")
+        raise UserError("--explain: works only with --image; add --image, or leave it out")
     if "templates" in given and "prompts" in given:
         raise UserError("--templates and --prompts: give one of them")
     if "image" in given and ranks.size > 1:
-        raise UserError("--image: is for one process; start it without torchrun")
+        raise UserError("--image: works in a single process; start it without torchrun")
     if "image" in given:
         for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):
-            raise UserError(f"--{name.replace('_', '-')}: is not read with --image; leave it out")
+            raise UserError(f"--{name.replace('_', '-')}: has no effect with --image; leave it out")
         if not given.get("csv", ".csv").endswith((".csv", ".json")):
-            raise UserError(f"--csv {given['csv']}: expected a file that ends in .csv or .json")
+            raise UserError(f"--csv {given['csv']}: expected a file name with .csv or .json")
         if not 0 <= given.get("threshold", 0) <= 1:
             raise UserError(f"--threshold {given['threshold']}: expected 0 to 1")
     for name in sorted(given.keys() & {"csv", "threshold"}) if "image" not in given else ():
-        raise UserError(f"--{name}: is for pictures, --image; leave it out")
+        raise UserError(f"--{name}: works only with --image; leave it out")
     if "keep_share" in given and "run" not in given:
-        raise UserError("--keep-share: is for --run DIR, which has learned something")
+        raise UserError("--keep-share: works only with --run DIR; leave it out")
     if len(given.get("keep_share", [])) > 1 and given.keys() & {"image", "dataset"}:
         raise UserError("--keep-share: with --image or --dataset, give one number")
     if "run" in given:
@@ -334,7 +334,7 @@ def parse(argv: list[str]) -> dict:
         read |= {*PICTURES[:7]} if "image" in given else {"cache", "cache_gb", *MOVED}
         read |= {*OTHER} if "dataset" in given else set()
         for name in sorted(given.keys() - read):
-            raise UserError(f"--{name.replace('_', '-')}: a run knows its own; leave it out")
+            raise UserError(f"--{name.replace('_', '-')}: a run has its own; leave it out")
     kinds = ["base-novel", "all"]
     if "image" not in given and given.get("classes", "all") not in kinds:
         raise unknown("--classes", given["classes"], kinds)

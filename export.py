@@ -1,12 +1,12 @@
-"""Take what was learned elsewhere: write a run in the form that other software loads.
+"""Export a run in a format that other software loads.
 
 python export.py --run DIR --format safetensors OUT.safetensors    CLIP with the new weights, ours
 python export.py --run DIR --format openai OUT.safetensors         … for openai-clip
 python export.py --run DIR --format huggingface OUT                … for transformers, a folder
 python export.py --run DIR --format open_clip OUT                  … for open_clip, a folder
-python export.py --run DIR --format peft OUT                       LoRA alone, for peft, a folder
+python export.py --run DIR --format peft OUT                       only the LoRA, for peft, a folder
 python export.py --run DIR --format classifier OUT.safetensors     a row for each class name
-python export.py … --keep-share 0.5                                half of what was learned
+python export.py … --keep-share 0.5                                halfway from zero-shot CLIP
 """
 
 import json
@@ -36,7 +36,7 @@ MERGED = {
 }
 FILES = ("safetensors", "openai", "classifier")  # the others are folders
 
-# The same weights as OpenAI's, in transformers' naming: what a PEFT adapter stands on.
+# OpenAI's weights with transformers' names, for which a PEFT adapter is made.
 HUGGING_FACE = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
     "ViT-B/16": "openai/clip-vit-base-patch16",
@@ -58,7 +58,7 @@ USE = {
     'names = json.loads(file.metadata()["clip_min"])["classnames"]\n'
     "logits = {logits}",
 }
-# What a classifier's logits are; a linear probe's read the image features as the tower gives them.
+# The logits of a classifier; a linear probe uses image features that are not normalised.
 SCALED = 'file.get_tensor("logit_scale") * normalised_image_features @ file.get_tensor("weight").T'
 PLAIN = 'image_features @ file.get_tensor("weight").T + file.get_tensor("bias")'
 
@@ -67,14 +67,14 @@ def main() -> None:
     given = parse(sys.argv[1:])
     name, out = given["format"], Path(given["out"])
     if out.exists():
-        raise UserError(f"{out}: is there already; choose another place")
+        raise UserError(f"{out}: exists already; choose another place")
     if (out.suffix == ".safetensors") != (name in FILES):
         kind = "a file, NAME.safetensors" if name in FILES else "a folder, without an ending"
-        raise UserError(f"{out}: --format {name} writes {kind}")
-    remove_half_written(out.parent, out.name)  # what an export there that was killed has left
+        raise UserError(f"{out}: --format {name} writes {kind}; give such a name")
+    remove_half_written(out.parent, out.name)  # left by an export that was killed
     run = Run.open(Path(given["run"]))
     model = given.get("model", run.config["experiment"]["model"])
-    size = run.config["experiment"].get("image_size", 0)  # none in old ones
+    size = run.config["experiment"].get("image_size", 0)  # missing in old runs
     share = given.get("keep_share")
     method = trained(run, weights.load(model, image_size=size), share=share).eval()
     if "classes" in given:
@@ -88,20 +88,20 @@ def main() -> None:
     if name in MERGED:
         MERGED[name](merged_clip(method), out, about)
         if isinstance(method, TwoStage) and method.in_second:
-            print("note: this names all classes by their prompts; --format classifier has the rows")
-            print("      that were learned for some")
+            print("note: this classifies by prompts only; the learned rows of the base classes are")
+            print("      in --format classifier")
     elif name == "peft":
         save_peft(method, out, HUGGING_FACE.get(model), about)
     else:
         logits = save_classifier(run, method, out, about)
-    of = "" if share is None else f", {shown(share)} of what it learned kept,"
+    of = "" if share is None else f", keep-share {shown(share)},"
     print(f"{out}: {run.config['method']}{of} as {name}. To use it:")
     base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
     print(USE[name].format(out=out, base=base, logits=logits))
 
 
 def written(method: Method, names: list[str]) -> dict:
-    """What the names are put into: the template, or the texts written for each."""
+    """The template, or the texts of each class."""
     if prompts := getattr(method.settings, "prompts", None):
         texts = class_texts(names, prompts)
         return {"prompts": dict(zip(names, texts, strict=True))}
@@ -118,7 +118,7 @@ def save_peft(method: Method, out: Path, base: str | None, about: dict) -> None:
 
 
 def save_classifier(run: Run, method: Method, out: Path, about: dict) -> str:
-    """The tensors of `classifier`; what they are of in the header. -> how to apply them."""
+    """Write the tensors of `classifier`, described in the header -> the code that applies them."""
     if about["classnames"] != method.classnames:
         method = method.for_classes(about["classnames"])
     tuned = any(name.startswith("clip.visual.") for name in method.adapter_state())
@@ -134,23 +134,23 @@ def save_classifier(run: Run, method: Method, out: Path, about: dict) -> str:
     }
     write_safetensors(out, tensors, {"clip_min": json.dumps(header, ensure_ascii=False)})
     if tuned:
-        print("note: the image tower was tuned, too; take image features from a merged export")
+        print("note: the image tower was trained as well; take image features from a merged export")
     return logits
 
 
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=__doc__)
-    parser.add_argument("--run", metavar="DIR", help="a folder that train.py left")
+    parser.add_argument("--run", metavar="DIR", help="a run folder of train.py")
     parser.add_argument("--format", metavar="FORMAT", help="one of the above")
-    parser.add_argument("--classes", metavar="NAMES", help='of a classifier: "a,b,c" or a file')
+    parser.add_argument("--classes", metavar="NAMES", help='for a classifier: "a,b,c" or a file')
     parser.add_argument(
         "--keep-share",
         metavar="A",
         type=one_share,
-        help="how much of what was learned is kept, from 0 (zero-shot CLIP) to 1 [1]",
+        help="interpolate between zero-shot CLIP (0) and the run (1) [1]",
     )
-    parser.add_argument("--model", help="where the run's model is now, if it was moved")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="file or folder to write, a new one")
+    parser.add_argument("--model", help="the run's model, if it has moved")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="new file or folder to write")
     given = parser.parse(argv)
     for name, flag in (("run", "--run DIR"), ("format", "--format FORMAT"), ("out", "OUT")):
         if name not in given:
@@ -158,7 +158,7 @@ def parse(argv: list[str]) -> dict:
     if given["format"] not in USE:
         raise unknown("--format", given["format"], USE)
     if "classes" in given and given["format"] != "classifier":
-        raise UserError("--classes: are the rows of a classifier; add --format classifier")
+        raise UserError("--classes: works only with --format classifier; add that, or leave it out")
     return given
 
 

@@ -1,12 +1,12 @@
-"""Make synthetic training images: caption a real picture, repaint another, keep what CLIP knows.
+"""Make synthetic training images: caption a real picture, repaint another, filter with CLIP.
 
 python generate.py --dataset demo                             offline, a minute
 python generate.py --dataset flowers102 --per-class 32        LLaVA and Stable Diffusion, hours
 python generate.py --dataset flowers102 --plan f1 --filter runs/flowers102/ViT-B-16/lora-s10-seed1
-torchrun --nproc-per-node 8 generate.py …                     each paints some of the classes
+torchrun --nproc-per-node 8 generate.py …                     each process paints some classes
 
-Made from the training pictures of the classes to learn, and from no others. May be killed at any
-moment: the same command goes on where it was. `train.py --method disef` learns from the images.
+Only training pictures of the classes to learn are used. The command may be killed at any moment:
+started again, it continues. `train.py --method disef` learns from the images.
 """
 
 import gc
@@ -56,7 +56,7 @@ def main() -> None:
         return
     if stage in ("all", "filter"):
         print(table(manifest))
-        if any(manifest.plan["quotas"].values()):  # none, where no class is weak
+        if any(manifest.plan["quotas"].values()):  # false, if no class is weak
             contact_sheet(manifest, task.train.pictures, folder / "contact_sheet.png")
             print(f"contact sheet: {folder / 'contact_sheet.png'}")
     if stage != "caption" and (missing := manifest.missing()):
@@ -74,10 +74,12 @@ def generate(
 ) -> Manifest:
     """Make the images that `folder` lacks. filter: "zero_shot" or the folder of a run."""
     options = options.for_task(experiment.dataset, task.template)
-    if options.offload and not experiment.device.startswith("cuda"):  # said before hours of work
-        raise UserError("--offload: moves models off the GPU, and there is none; leave it out")
+    if options.offload and not experiment.device.startswith(
+        "cuda"
+    ):  # an error before hours of work
+        raise UserError("--offload: moves models off the GPU, but there is no GPU; leave it out")
     if options.offload and ranks.size > 1:
-        raise UserError("--offload: is for one process, which then has all of the memory")
+        raise UserError("--offload: works only in a single process; leave it out, or start one")
     judge = load_filter(filter, experiment, task)
     f1 = None
     if options.plan != "uniform":
@@ -100,14 +102,14 @@ def generate(
         )
 
     if stage in ("all", "caption") and studio.captions_missing():
-        with ranks.first_alone():  # who downloads what is not there
+        with ranks.first_alone():  # it downloads missing files
             captioner = load_captioner(options, experiment.device)
         studio.caption(captioner)
-        del captioner  # before the painter comes: they need not fit in memory together
+        del captioner  # they need not fit in memory together
         gc.collect()
         print(f"captions: {len(manifest.captions)}, {peak_memory_mb():,.0f} MB at peak")
     if stage in ("all", "filter"):
-        studio.filter(judge)  # what --stage diffuse left
+        studio.filter(judge)  # undecided images of --stage diffuse
     if stage in ("all", "diffuse") and manifest.missing():
         if studio.captions_missing():
             raise UserError(f"{folder}: captions are missing; run --stage caption first")
@@ -131,7 +133,7 @@ def load_painter(options: Generation, device: str):
 
 
 def load_filter(name: str, experiment: Experiment, task: Task) -> Filter:
-    """Zero-shot CLIP, or the method of a run, among the task's classes; with a CLIP of its own."""
+    """Zero-shot CLIP, or the method of a run, for the task's classes; with its own CLIP."""
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     if name == "zero_shot":
         method = METHODS[name].plain(clip, task.classnames, task.template)
@@ -148,10 +150,10 @@ def load_filter(name: str, experiment: Experiment, task: Task) -> Filter:
 def add_synthetic(
     settings: DISEFSettings, experiment: Experiment, task: Task, out: Path, filter: str
 ) -> tuple[DISEFSettings, Batches, dict]:
-    """-> settings, the training pictures with synthetic ones among them, a summary of these.
+    """-> settings, the training pictures with synthetic ones, and a summary of the latter.
 
-    On the demo task, images that are missing are made, kept by `filter` (as in `generate`); for
-    other data sets they must be there, made as the settings say.
+    On the demo task, missing images are made, with this `filter` (as in `generate`). For other data
+    sets they must exist, made with the same settings.
     """
     default = default_folder(out, experiment, settings.plan, settings.filter)
     folder = Path(settings.synthetic or default)
@@ -169,7 +171,7 @@ def add_synthetic(
 
 
 def default_folder(out: str | Path, experiment: Experiment, plan: str, filter: str) -> Path:
-    """Beside the runs: OUT/DATASET/MODEL/synthetic_PLAN_FILTER-sSHOTS-seedSEED."""
+    """The folder of images: OUT/DATASET/MODEL/synthetic_PLAN_FILTER-sSHOTS-seedSEED."""
     method = filter if filter in METHODS else Path(filter).resolve().name.split("-s")[0]
     return Path(out) / experiment.folder(f"synthetic_{plan}_{method}")
 
@@ -177,10 +179,10 @@ def default_folder(out: str | Path, experiment: Experiment, plan: str, filter: s
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=__doc__)
     group = parser.add_argument_group("run")
-    group.add_argument("--filter", help="zero_shot, or a run of train.py: what keeps images")
-    group.add_argument("--stage", choices=STAGES, help="do one of the stages alone [all]")
+    group.add_argument("--filter", help="the filter: zero_shot, or a run of train.py")
+    group.add_argument("--stage", choices=STAGES, help="run only one of the stages [all]")
     group.add_argument("--synthetic", metavar="DIR", help="folder of the images [in --out]")
-    group.add_argument("--out", help="folder that run folders are made in [runs]")
+    group.add_argument("--out", help="parent of the run folders [runs]")
     add_flags(group, cache.Flags)
     add_flags(parser.add_argument_group("images"), Generation)
     add_flags(parser.add_argument_group("experiment"), Experiment)

@@ -1,13 +1,13 @@
-"""Write a page on runs: how good they are, how sure, and where they fail.
+"""Write a page about runs: how accurate they are, how confident, and where they fail.
 
 python report.py runs/demo/demo/lora-s10-seed1       one run, to its report.html
 python report.py runs                                all runs in a folder, compared
 python report.py RUN RUN RUN --out three.html        these, compared
 python report.py runs/demo/demo/synthetic_uniform_zero_shot-s10-seed1     generated images
 python report.py RUN --format json                   every number of the page
-python report.py RUN --quick                         without pictures and features: in a second
+python report.py RUN --quick                         without pictures and features, in a second
 
-A page is one file: it needs no server, no network, and no other file.
+A page is a single file. It needs no server, no network, and no other file.
 """
 
 import json
@@ -27,7 +27,7 @@ from reports.album import Album
 from reports.features import before_and_after
 from reports.gather import Found, Tested, find, read
 
-# Where things are now, if not where they were when the run was trained.
+# Where things are now, if they have moved since the run was trained.
 MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def report(found: Found, given: dict) -> tuple[dict, str]:
-    """The numbers, and the page, of all that was found."""
+    """The numbers and the page of everything that was found."""
     if len(found.runs) == 1 and not found.generated:
         (run,) = found.runs
         run.missing += [f"left out: {reason}" for reason in found.left_out.values()]
@@ -61,7 +61,7 @@ def report(found: Found, given: dict) -> tuple[dict, str]:
 def of_run(
     run: Tested, task: Task | None, unadapted: Method | None, method: Method | None
 ) -> tuple[dict, str]:
-    """The numbers and the page of one run; what is None is not shown."""
+    """The numbers and the page of a single run; None is not shown."""
     numbers = figures_of_run.numbers(run)
     if method is not None:
         try:
@@ -72,8 +72,8 @@ def of_run(
 
 
 def load(run: Tested, given: dict) -> tuple[Task | None, Method | None, Method | None]:
-    """The test pictures, zero-shot CLIP and the trained method, as eval.py has them; None for what
-    is not at hand, and a line in `run.missing`.
+    """The test pictures, zero-shot CLIP and the trained method, as in eval.py. What cannot be
+    loaded is None, with a line in `run.missing`.
     """
     task = unadapted = method = None
     if given["quick"]:
@@ -91,12 +91,12 @@ def load(run: Tested, given: dict) -> tuple[Task | None, Method | None, Method |
         unadapted = METHODS["zero_shot"].plain(clip, run.run.learned, run.run.template)
     except (UserError, TypeError) as error:
         what = "pictures and features" if task is None else "features"
-        run.missing.append(f"{what} are not at hand: {' '.join(str(error).split())}")
+        run.missing.append(f"{what} could not be loaded: {' '.join(str(error).split())}")
     return task, unadapted, method if unadapted else None
 
 
 def write_run(path: Path, task: Task, unadapted: Method, method: Method) -> Path:
-    """The page of a run that has just ended -> its file."""
+    """Write the page of a run that has just ended -> its file."""
     run = read(path)
     file = path / "report.html"
     write_text(file, of_run(run, task, unadapted, method)[1])
@@ -105,9 +105,9 @@ def write_run(path: Path, task: Task, unadapted: Method, method: Method) -> Path
 
 def parse(argv: list[str]) -> dict:
     parser = Parser(description=__doc__)
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="runs, or folders they lie in")
-    parser.add_argument("--format", choices=["html", "json"], help="what is written [html]")
-    parser.add_argument("--out", metavar="FILE", help="the file [PATH/report.html]")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="runs, or folders of runs")
+    parser.add_argument("--format", choices=["html", "json"], help="format of the report [html]")
+    parser.add_argument("--out", metavar="FILE", help="file to write [PATH/report.html]")
     parser.add_argument("--quick", action="store_true", help="load no pictures and no model")
     add_flags(parser, cache.Flags)
     add_flags(parser.add_argument_group("where things are now"), Experiment, only=MOVED)

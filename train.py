@@ -1,13 +1,13 @@
-"""Adapt CLIP to a few labelled images and test it on classes it has and has not seen.
+"""Adapt CLIP to a few labelled images, and test it on seen and unseen classes.
 
 python train.py --method lora                                 the demo task, offline, a minute
 python train.py --method lora --dataset folder --data-root DIR
 python train.py --method lora --dataset flowers102            downloads data and model
-python train.py --method lora --shots 1,2,4 --seeds 1,2,3     nine runs, and their mean ± std
-python train.py --method lora,coop,gda                        three methods, and which to take
-python train.py --method all --budget 10m                     those that fit in ten minutes
-python train.py --method lora --dataset coop-11               eleven data sets, and their mean
-python train.py --method lora --help                          that method's settings
+python train.py --method lora --shots 1,2,4 --seeds 1,2,3     nine runs and their mean ± std
+python train.py --method lora,coop,gda                        compare three methods
+python train.py --method all --budget 10m                     the methods that fit in ten minutes
+python train.py --method lora --dataset coop-11               eleven data sets and their mean
+python train.py --method lora --help                          a method's settings
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# Before torch, which takes from it how threads wait.
+# Before torch: clip_min sets how threads wait.
 from clip_min import CLIP, UserError, tokenize, weights  # isort: skip
 import torch
 
@@ -50,7 +50,7 @@ Results = dict[str, dict[str, dict[tuple[int | str, int], dict]]]
 
 @dataclass
 class World:
-    """An experiment's task and the CLIP that sees it: read and encoded once for all methods."""
+    """An experiment's task and CLIP: pictures are read and encoded once for all methods."""
 
     experiment: Experiment
     clip: CLIP
@@ -70,7 +70,7 @@ class World:
         counts = task.train.labels.cpu().bincount(minlength=len(task.classnames))
         if counts.max() >= 2 * counts.min():
             print(uneven(counts, task.classnames))
-        for test in task.tests.values():  # a name too long for zero-shot CLIP's prompt is told now
+        for test in task.tests.values():  # raises now, if a name is too long for a prompt
             tokenize([task.template.replace("{}", name) for name in test.classnames])
         return cls(experiment, clip, task)
 
@@ -81,7 +81,7 @@ class World:
 
     @functools.cached_property
     def zero_shot(self) -> tuple[dict, dict[str, Predictions]]:
-        """What CLIP as it is scores, and its answers."""
+        """The scores of zero-shot CLIP, and its predictions."""
         scores, found = evaluate(self.unadapted, self.task)
         return {**scores, "val": accuracy_on(self.unadapted, self.task.val)}, found
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         if plan.settings != plan.usual:
             differs = f", with {changes(plan.settings, plan.usual)}"
         print(f"{of}recipe {plan.recipe}{differs}")
-    # The first of each data set: one that is missing is told before hours of training.
+    # The first of each data set, so that a missing one is an error before hours of training.
     firsts = [e for e in plan.experiments if (e.shots, e.seed) == (first.shots, first.seed)]
     if len(firsts) > 1 or ranks.size > 1:
         with ranks.first_alone():
@@ -110,14 +110,14 @@ def main(argv: list[str] | None = None) -> None:
     done, own = {}, list(enumerate(pairs, 1))
     spread = 1 < ranks.size <= len(pairs)
     if spread:
-        print(f"{ranks.size} processes take runs of their own; those of others print nothing")
+        print(f"{ranks.size} processes take separate runs; only the runs of process 0 print")
         own = ranks.mine(own)
     with ranks.apart() if spread else contextlib.nullcontext():
         for number, (experiment, plan) in own:
             if plan.several:
                 print(f"\nrun {number}/{len(pairs)}: {experiment.folder(plan.method)}")
             if world is None or world.experiment is not experiment:
-                world = None  # its pictures go before others are read
+                world = None  # free its pictures before others are read
                 world = World.of(experiment, plan.cache)
             done[number] = train(plan, world)
     for others in ranks.together(done) if spread else ():
@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fitting(plans: list[Plan], budget: float) -> tuple[list[Plan], World]:
-    """Print how long several methods will take, and keep those that fit in `budget` seconds; and
-    the largest of their worlds, which tells.
+    """Print the estimated time of several methods, and return those that fit in `budget` seconds,
+    and the largest of their worlds, with which the time was measured.
     """
     experiments = plans[0].experiments
     world = World.of(max(experiments, key=lambda e: (e.shots == "all", e.shots)), plans[0].cache)
@@ -152,7 +152,7 @@ def fitting(plans: list[Plan], budget: float) -> tuple[list[Plan], World]:
     kept = compare.within(budget, seconds)
     print(compare.announce(seconds, kept))
     if not kept:
-        raise UserError(f"--budget: {budget:g} s are too short for any of these methods")
+        raise UserError(f"--budget: {budget:g} s are too short for any of these methods; give more")
     return [plan for plan in plans if plan.method in kept], world
 
 
@@ -178,12 +178,12 @@ def summarise(plans: list[Plan], firsts: list[Experiment], results: Results) -> 
 
 
 def learns_names(method: str) -> bool:
-    """Does what it learns reach classes that it was not trained on?"""
+    """Whether training changes its predictions for unseen classes."""
     return METHODS[method].names_unseen and METHODS[method].reaches_unseen
 
 
 def train(plan: Plan, world: World) -> dict:
-    """One run, to its folder -> its results.json."""
+    """Do a run, write its folder -> the content of results.json."""
     forget_peak()
     experiment, task = world.experiment, world.task
     torch.manual_seed(experiment.seed)
@@ -197,21 +197,21 @@ def train(plan: Plan, world: World) -> dict:
     if plan.init_from:
         load_into(method, plan.init_from)
     for test in task.tests.values() if method.names_unseen else ():
-        method.for_classes(test.classnames)  # a name that does not fit is told now
+        method.for_classes(test.classnames)  # raises now, if a name does not fit
     synthetic = {}
     if isinstance(settings, DISEFSettings):
-        with torch.random.fork_rng():  # what is random in training does not depend on it
+        with torch.random.fork_rng():  # keeps training's random numbers independent of it
             if (filter := settings.filter) == "lora":
                 filter = lora_run(plan, world)
             made = add_synthetic(settings, experiment, task, plan.out, filter)
             settings, joined, made = made
         task = replace(task, train=joined)
-        method.settings = settings  # which now say where these images lie
-        print(f"{made['images']} synthetic images join them")
+        method.settings = settings  # with the folder of these images
+        print(f"{made['images']} synthetic images are added")
         synthetic = {"synthetic": made}
 
     record = task.record(experiment.data_root)
-    filled = {"template": task.template, "threads": torch.get_num_threads()}  # if left open
+    filled = {"template": task.template, "threads": torch.get_num_threads()}  # if not given
     config = {
         "method": plan.method,
         "recipe": plan.recipe,
@@ -233,7 +233,7 @@ def train(plan: Plan, world: World) -> dict:
             return grid.read_results(path / "results.json")
 
     resume = run is not None
-    run = run or Run.start(path, config)  # only now: a mistake in a setting leaves no folder
+    run = run or Run.start(path, config)  # only now: a wrong setting must not leave a folder
     if "data" in run.config and ranks.rank == 0:
         write_json(run.path / "data.json", record, indent=None, ensure_ascii=True)
     started = time.perf_counter()
@@ -283,8 +283,8 @@ def train(plan: Plan, world: World) -> dict:
 
 
 def validated(method: Method, task: Task, log: list[dict]) -> float | None:
-    """The validation accuracy of what was kept, measured if the log does not have it; None where a
-    batch's images are labelled jointly.
+    """The validation accuracy of the kept checkpoint, measured if it is not in the log; None, if
+    images are labelled jointly.
     """
     if method.transductive:
         return None
@@ -294,7 +294,7 @@ def validated(method: Method, task: Task, log: list[dict]) -> float | None:
 
 
 def lora_run(plan: Plan, world: World) -> Path:
-    """The run of LoRA's defaults, of this seed; on the demo task, trained now if there is none."""
+    """LoRA's default run with this seed; on the demo task, trained now if there is none."""
     experiment = world.experiment
     path = plan.out / experiment.folder("lora")
     if experiment.dataset != "demo":

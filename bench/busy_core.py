@@ -2,9 +2,9 @@
 
     python bench/busy_core.py [--rounds 2]
 
-Threads that wait for one another at every product make a command ten times slower where one of them
-does not get its core. The demo's model computes on one thread; of larger ones, threads that wait
-sleep (clip_min/__init__.py). The two ways are timed in turn; without arguments it takes 2 minutes.
+Threads wait for each other at every matrix product. If one of them does not get a core, a command
+can become ten times slower. The demo's model therefore uses one thread, and with larger models
+waiting threads sleep (clip_min/__init__.py). Both cases are timed in turn, in 2 minutes by default.
 """
 
 import argparse

@@ -2,13 +2,12 @@
 
     python bench/cocoop_step.py [--classes 10,51,102,397,1000] [--batch 1,8,32] [--plot FILE.png]
 
-ViT-B/16, random weights, the same in both; image features are given (cached), so that only what the
-methods do differently is compared. The published way is rebuilt on openai-clip's own text tower:
-for one image after another, K prompts of 77 tokens. A step is forward, backward and AdamW. Memory
-is the peak of a fresh process above what it held before its first step. What would not fit into
-this machine's memory, or would take over two minutes a step (ours: one minute of arithmetic alone),
-is skipped, with the estimate.
-Needs the `test` extra.
+Both use ViT-B/16 with the same random weights, and cached image features, so that only the
+difference between the methods is measured. The published way is rebuilt on openai-clip's own text
+tower: for one image after another, K prompts of 77 tokens. A step is forward, backward and AdamW.
+Memory is the peak of a fresh process above its memory before the first step. Cases that would not
+fit into this machine's memory, or would take over two minutes a step (ours: one minute of
+arithmetic alone), are skipped, with the estimate. Needs the `test` extra.
 """
 
 import argparse
@@ -112,7 +111,7 @@ def build(classes: int, batch: int):
     """-> ours, published, features (B, E), labels (B,)."""
     torch.manual_seed(0)
     full = CONFIGS["ViT-B/16"]
-    # Features are given, so the image tower may be tiny; the text tower is ViT-B/16's.
+    # Features are given, so the image tower can be tiny; the text tower is ViT-B/16's.
     config = CLIPConfig(512, 32, 32, 64, 1, 1, full.text_width, full.text_layers, full.text_heads)
     clip = CLIP(config)
     ours = CoCoOp(clip, classnames(classes), "a photo of a {}.", CoCoOpSettings())
@@ -138,7 +137,7 @@ def peak_mb(way: str, classes: int, batch: int) -> float:
 
 
 def measure(way: str, classes: int, batch: int) -> None:
-    """In that process: print the MB by which a first step raises the resident memory."""
+    """In a fresh process: print the MB by which a first step raises the resident memory."""
     ours, published, features, labels = build(classes, batch)
     step = stepper(ours if way == "ours" else published, features, labels)
     print(first_step_mb(step))
@@ -150,7 +149,7 @@ def available_mb() -> float:
 
 
 def compare(classes: int, batch: int, rounds: int, unit: dict, rate: float) -> dict:
-    """A row of the table. `unit`: MB and seconds of the published way per prompt, once known."""
+    """A row of the table. `unit`: measured MB and seconds per prompt of the published way."""
     ours, published, features, labels = build(classes, batch)
     row = {"classes": classes, "batch": batch, "tokens": batch * len(ours.prompts)}
     if (least := floor(row["tokens"], rate)) > 60:
@@ -165,7 +164,7 @@ def compare(classes: int, batch: int, rounds: int, unit: dict, rate: float) -> d
     elif takes > 120:
         skip = f"published skipped: about {takes:.0f} s a step"
     ways = {"ours": ours} if skip else {"ours": ours, "published": published}
-    memory = {name: peak_mb(name, classes, batch) for name in ways}  # before this process grows
+    memory = {name: peak_mb(name, classes, batch) for name in ways}  # before this grows
     logits = {}
     for name, model in ways.items():
         logits[name] = model.classify(features)
@@ -200,7 +199,7 @@ def _learned(model) -> list:
 
 
 def floor(tokens: int, rate: float) -> float:
-    """Seconds that the least possible arithmetic of a step takes, at `rate` operations a second.
+    """Seconds for the minimal arithmetic of a step, at `rate` operations a second.
 
     tokens x parameters of the text tower's blocks x 2 operations x 2 (forward, and backward to the
     inputs); the rate is that of a large matrix product, by the faster of two libraries.
@@ -246,7 +245,7 @@ def main() -> None:
         measure(flags.measure, classes[0], batches[0])
         return
     rate = 2 * 2048**3 / min(seconds(products(2048), 5).values())
-    unit = {"mb": 40.0, "seconds": 0.05}  # per prompt, until this machine has shown its own
+    unit = {"mb": 40.0, "seconds": 0.05}  # per prompt, until measured on this machine
     rows = [compare(k, b, flags.rounds, unit, rate) for b in batches for k in classes]
     for row in rows:
         if "ours s/step" in row:

@@ -2,12 +2,12 @@
 
     python bench/demo_table.py [--rows "zero_shot,lora,vpt --deep"] [--seeds 1,2,3] [--out DIR]
 
-Runs `python train.py --method ROW --seed S` as a user would, one after another, and reads the
-results.json of each. Seconds are of the whole command, memory its peak. What labels test images
-jointly (transductive) gets a table of its own, with zero-shot on the same tasks beside it.
-For DISEF seconds include the making of its synthetic images, a column of their own; disef_f1's LoRA
-filter is trained within them, too. A run that is in --out already is not trained again; seconds and
-memory are of those that are trained now.
+Runs `python train.py --method ROW --seed S` as a user would, one after another, and reads each
+results.json. Seconds and peak memory are of the whole command. Transductive methods, which label
+test images jointly, get a separate table, with zero-shot CLIP on the same tasks. DISEF's seconds
+include making its synthetic images, also shown in a column of their own; those of disef_f1 also
+include training its LoRA filter. A run that exists in --out is not trained again; seconds and
+memory are of the runs trained now.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from fewshot.grid import spread
 from methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-# Settings that a reader would ask for by name, each after its method.
+# Settings that readers look for, each after its method.
 VARIANTS = {
     "zero_shot": ["--templates ensemble"],
     "clip_adapter": ["--depth-head"],
@@ -42,9 +42,9 @@ ALL = [f"{name} {flags}".strip() for name in METHODS for flags in ["", *VARIANTS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default=",".join(ALL), help="methods, with flags if you like")
+    parser.add_argument("--rows", default=",".join(ALL), help="methods, optionally with flags")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--out", help="keep the runs here; default: nowhere")
+    parser.add_argument("--out", help="folder to keep the runs in; default: none")
     flags = parser.parse_args()
     seeds = [int(s) for s in flags.seeds.split(",")]
     inductive, transductive = [], []
@@ -87,15 +87,13 @@ def main() -> None:
 
 
 def run(row: str, seeds: list[int], out: Path) -> tuple[list[dict], list[float | None]]:
-    """Train `row` with every seed -> the runs' results, and the seconds each took; None: it was
-    there.
-    """
+    """Train `row` with every seed -> the runs' results and seconds; None, if a run existed."""
     results, walls = [], []
     for seed in seeds:
         folder = out / row.replace(" ", "_") / str(seed)
         command = [sys.executable, "train.py", "--method", *shlex.split(row)]
         command += ["--seed", str(seed), "--out", str(folder)]
-        kept = f"{row.split()[0]}-s*/results.json"  # disef_f1's folder has its filter's besides
+        kept = f"{row.split()[0]}-s*/results.json"  # disef_f1's folder also has its filter's
         started = time.perf_counter()
         if there := list(folder.rglob(kept)):
             walls.append(None)

@@ -1,17 +1,17 @@
-"""embed.py beside its parts: decoding alone, and `encode_image` alone on pixels in memory.
+"""Time embed.py and its parts: only decoding, and only `encode_image` on pixels in memory.
 
     python bench/embedding.py [--model demo,ViT-B/32,ViT-B/16] [--images 500] [--rounds 2]
 
-JPEGs of 500 x 600 pixels, made here (bench/loading.py); from a tar file, as WebDataset has them;
-batches of 64. ViTs have random weights. "of computing" is images a second over those of
-`encode_image` alone: 1 if nothing but the model took time. Where cores are few that cannot be, as
-decoding takes some of their time, too: "bound" is the most that these cores allow,
+The data are generated JPEGs of 500 x 600 pixels (bench/loading.py) in a tar file, as in WebDataset,
+in batches of 64. ViTs have random weights. "of computing" is the speed relative to `encode_image`
+alone: 1 if only the model takes time. With few cores it is lower, as decoding also needs some of
+their time: "bound" is the largest value that these cores allow,
 
     bound = t / max(t, d, (c_t + c_d) / cores)
 
-with t and d the seconds of computing and of decoding alone, on all cores, and c_t and c_d their
-processor seconds (of a GPU's t: those of the processor). "cpu" is processor seconds: embed.py's
-should be the sum of the other two, or what it adds is its own.
+where t and d are the seconds of only computing and only decoding, on all cores, and c_t and c_d
+their processor seconds (with a GPU, those of the CPU). "cpu" is processor seconds: embed.py's
+should be the sum of the other two; anything above is its own overhead.
 """
 
 import argparse

@@ -2,13 +2,13 @@
 
     python bench/encode_image.py [--batch 16] [--rounds 5] [--compile]
 
-The limit is the rate of one large float32 matrix product (4096 x 4096 x 4096) in the same run: as
-`a @ b` runs, which is how the other libraries multiply, and as our linear layers do (see
-clip_min/fast.py). Our own rate counts the multiply-adds that are really carried out: the last
-block computes one token. Random weights. Needs the `test` extra.
+The limit is the rate of a large float32 matrix product (4096 x 4096 x 4096) in the same run,
+computed by `a @ b`, as in the other libraries, and as in our linear layers (see clip_min/fast.py).
+Our own rate counts only the multiply-adds that are computed: the last block computes one token.
+Random weights. Needs the `test` extra.
 
-With --compile, which takes minutes and a C++ compiler, also what torch.compile makes of our tower:
-as it is, and of PyTorch's own path in it.
+--compile also times torch.compile of our tower, as it is and with PyTorch's own path in it. This
+takes minutes and needs a C++ compiler.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from clip_min import CLIP, CONFIGS
 
 
 def flops(config) -> float:
-    """Floating-point operations for one image, 2 per multiply-add, matrix products only."""
+    """Floating-point operations for one image: 2 per multiply-add, only matrix products."""
     width, patch = config.vision_width, config.patch_size
     tokens = 1 + (config.image_size // patch) ** 2
     embed = (tokens - 1) * 3 * patch**2 * width + width * config.embed_dim
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
-    last = tokens * 3 * width**2 + 9 * width**2 + 2 * tokens * width  # one token is read
+    last = tokens * 3 * width**2 + 9 * width**2 + 2 * tokens * width  # for one token
     return 2 * (embed + (config.vision_layers - 1) * block + last)
 
 

@@ -1,11 +1,11 @@
-"""A training step where only the last blocks learn: from kept tokens, and from the images.
+"""A training step in which only the last blocks learn: from stored tokens, and from images.
 
     python bench/frozen_blocks.py [--blocks 3] [--images 16] [--classes 51] [--rounds 3]
 
-ViT-B/16 with random weights; loss, backward and AdamW. "kept" starts from what `encode` gave once
-for each image: the tokens before the first block that learns. "from images" computes the frozen
-blocks in every step, as if nothing were kept. Losses and gradients of both are compared; the
-multiplications are counted (torch.utils.flop_counter, two operations each).
+ViT-B/16 with random weights; loss, backward and AdamW. "kept" starts from the result of `encode`,
+computed once for each image: the tokens before the first block that learns. "from images" computes
+the frozen blocks in each step. Losses and gradients of both are compared, and multiplications are
+counted (torch.utils.flop_counter, two operations each).
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Making synthetic images in batches, against one at a time as published code does.
+"""Make synthetic images in batches, and one at a time as published code does.
 
     python bench/generation.py [--batch 8] [--images 16] [--rounds 3] [--acceptance 0.5]
     python bench/generation.py --device cuda        LLaVA-1.5-7B's and SD 2.1's sizes: 20 GB of disk
 
-Random weights (speed does not depend on them): tiny ones on a CPU, the real sizes on a GPU. First
-each stage alone; then a whole folder of images for 4 classes, with a filter that passes a given
-share of them, in which the U-Net's passes are counted. A batch there is filled from
-four classes, so it stays full while any of them lacks images.
+The models have random weights, which do not change the speed: tiny models on a CPU, the real sizes
+on a GPU. First each stage is timed alone, then a whole folder of images for 4 classes, with a
+filter that accepts a given share; there the U-Net's passes are counted. A batch is filled from four
+classes, so it stays full while any of them lacks images.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SD_21 = {
 
 
 class Judge:
-    """In the filter's place: right in exactly this share of its decisions, evenly spread."""
+    """Replaces the filter: accepts exactly this share of images, evenly spread."""
 
     name = revision = "share"
 
@@ -87,7 +87,7 @@ def main() -> None:
             whole(captioner, painter, replace(options, batch_size=size), flags, Path(temporary))
             for size in (1, flags.batch)
         ]
-    for row, passes in zip(rows[2:], made, strict=True):  # those of the painter
+    for row, passes in zip(rows[2:], made, strict=True):  # the painter's rows
         row["U-Net passes per kept image"] = passes
     size = "real sizes" if gpu else "tiny models"
     show(
@@ -128,7 +128,7 @@ def stages(captioner: Llava, painter: Diffusion, flags: argparse.Namespace) -> l
 
 
 def whole(captioner, painter, options: Generation, flags, temporary: Path) -> float:
-    """Make a folder of images; -> passes of the U-Net per image kept."""
+    """Make a folder of images -> passes of the U-Net per kept image."""
     torch.manual_seed(0)
     labels = torch.arange(len(CLASSES)).repeat_interleave(SHOTS)
     noise = torch.randint(0, 256, (len(labels), 3, 64, 64), dtype=torch.uint8)

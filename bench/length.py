@@ -1,6 +1,6 @@
-"""Does the default recipe train long enough? Beside it, 3 and 10 times its length.
+"""Check whether the default recipe trains long enough: compare 3 and 10 times its length.
 
-python bench/length.py DIR                        DIR: pictures, as --dataset folder takes them
+python bench/length.py DIR                        DIR: pictures, laid out as for --dataset folder
 python bench/length.py DIR --methods lora,coop --classes 2,12 --shots 4 --seeds 1,2,3
 
 For every method that learns by gradient steps, a line: test accuracy of the default recipe, and in
@@ -59,7 +59,7 @@ def cut(whole: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
 
 
 def train(name: str, clip, task, seed: int, times: int) -> tuple[float, float]:
-    """The default recipe, `times` as long -> accuracy on validation and on test images (%)."""
+    """Train the default recipe `times` as long -> accuracy on validation and test images (%)."""
     settings = METHODS[name].Settings(**METHODS[name].preset("default", "demo"))
     longer = {"epochs": times * settings.epochs, "min_steps": times * settings.min_steps}
     torch.manual_seed(seed)

@@ -1,11 +1,11 @@
-"""Products of a ViT-B/16 in PyTorch's two libraries: F.linear (MKL) and a convolution (oneDNN).
+"""Linear layers of a ViT-B/16 in PyTorch's two libraries: F.linear (MKL), a convolution (oneDNN).
 
     python bench/linear.py [--rounds 10]
 
-Each row is one linear layer of CLIP on as many tokens as it meets in practice: 16 images are 3,152,
-the prompts of 51 classes 225 to 421. "step" is forward and backward to the input, as under a frozen
-weight. "chosen": whether clip_min/fast.py takes oneDNN for it on this processor. Both give the same
-numbers to float rounding (the last column). With one thread, PyTorch takes MKL for both.
+Each row is a linear layer of CLIP on a typical number of tokens: 3,152 for 16 images, 225 to 421
+for the prompts of 51 classes. "step" is forward, and backward to the input, as with a frozen
+weight. "chosen": whether clip_min/fast.py uses oneDNN for it on this processor. Both give the same
+numbers to float rounding (last column). With one thread, PyTorch uses MKL for both.
 """
 
 import argparse

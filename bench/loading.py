@@ -1,19 +1,19 @@
-"""Loading photographs, beside torchvision's ImageFolder and a DataLoader with 2 workers.
+"""Load photographs with our code, and with torchvision's ImageFolder and a DataLoader (2 workers).
 
     python bench/loading.py [--images 1000] [--rounds 2] [--threads 2]
     python bench/loading.py --stream [--device cuda]   test pictures, decoded ahead of the model
 
-1,000 JPEGs of 500 x 600 pixels, made here from a seed (soft shapes and grain, some 60 kB each),
-are brought to CLIP's crops. "uint8" ends with the crop, which is what we keep; "normalised" is
-what the image tower reads, OpenAI's transform to its end. Pixels are compared bit for bit first.
-Ours reads in threads of one process, since Pillow decodes and resizes outside Python's lock. The
-files lie in memory (the system's page cache) for all ways alike.
+1,000 JPEGs of 500 x 600 pixels, made from a seed (soft shapes and grain, about 60 kB each), are
+decoded and cropped as for CLIP. "uint8" ends with the crop, which we store; "normalised" is the
+image tower's input, the complete transform of OpenAI. First, pixels are compared bit for bit. Our
+code reads with threads of a single process, since Pillow decodes and resizes outside Python's lock.
+In all cases the files are in the system's page cache.
 
-With --stream they are encoded by a ViT-B/16 (random weights): read as `evaluate` reads test
-pictures, beside decoding alone, and computing alone on pixels in memory. Best is 1 for the ratio of
-streaming to the longer of these two. Then what `eval.py` takes, and the memory it needs at its
-peak: 5,000 and 50,000 test pictures, and 5,000 named in a table (--csv); the demo model, 100 x 100
-pixels, the same 1,000 under other names.
+With --stream, a ViT-B/16 with random weights encodes the pictures: streamed, as `evaluate` does
+with test pictures; decoding alone; and computing alone on pixels in memory. The best possible ratio
+of streaming to the slower of these two is 1. Then come seconds and peak memory of `eval.py`: on
+5,000 and on 50,000 test pictures, and on 5,000 pictures classified into a table (--csv); the demo
+model, 100 x 100 pixels, the same 1,000 pictures under other names.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def stream(folder: Path, images: int, rounds: int, device: torch.device) -> list
 
 
 def tested(folder: Path, count: int) -> dict:
-    """eval.py on `count` test pictures of ten classes, in a process of its own."""
+    """Run eval.py on `count` test pictures of ten classes, in a fresh process."""
     made = folder.with_name("small")
     if not made.exists():
         make(made, 1000, (100, 100))
@@ -109,13 +109,13 @@ def tested(folder: Path, count: int) -> dict:
             link = folder / part / f"flower {i % 10}" / f"{part}{i}.jpg"
             link.parent.mkdir(parents=True, exist_ok=True)
             os.link(file, link)
-    cache = folder.with_name(f"cache of {folder.name}")  # its own: nothing is in it
+    cache = folder.with_name(f"cache of {folder.name}")  # a cache of its own, empty
     flags = ["--method", "zero_shot", "--dataset", "folder", "--data-root", str(folder)]
     return timed("tested", count, *flags, "--cache", str(cache))
 
 
 def named(folder: Path, count: int) -> dict:
-    """eval.py --csv: a row for each of `count` pictures, which have no label."""
+    """Run eval.py --csv: a row for each of `count` pictures without labels."""
     names = ",".join(f"flower {k}" for k in range(10))
     table = str(folder.with_name("answers.csv"))
     return timed(
@@ -124,8 +124,8 @@ def named(folder: Path, count: int) -> dict:
 
 
 def timed(what: str, count: int, *flags: str) -> dict:
-    """What `eval.py` with these flags takes, in a process of its own."""
-    # VmHWM: what getrusage says of a process counts the one that started it, too.
+    """Seconds and peak memory of `eval.py` with these flags, in a fresh process."""
+    # VmHWM, since getrusage also counts the process that started this one.
     code = (
         "import eval; eval.run_script(eval.main); "
         "print(*[line.split()[1] for line in open('/proc/self/status') if line[:5] == 'VmHWM'])"
@@ -204,7 +204,7 @@ def _kind(name: str) -> str:
 
 
 def make(folder: Path, count: int, size: tuple[int, int] = (600, 500)) -> None:
-    """Soft coloured shapes with grain, half of them upright: two classes of JPEGs."""
+    """Two classes of JPEGs: soft coloured shapes with grain, half of them upright."""
     dice = np.random.default_rng(0)
     grain = dice.normal(0, 4, (*size[::-1], 1))
     for i in range(count):

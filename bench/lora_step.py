@@ -2,12 +2,13 @@
 
     python bench/lora_step.py [--images 16] [--classes 51] [--rounds 3]
 
-Random weights (speed does not depend on them), the same ones everywhere; forward, backward and
-AdamW. "usual" is what published notebooks do: openai-clip's blocks with loralib.MergedLinear, which
-multiplies by B·A, and every prompt padded to 77 tokens. peft adapts q, k and v, which are
+All use the same random weights, which do not change the speed; a step is forward, backward and
+AdamW. "usual" is the way of published notebooks: openai-clip's blocks with loralib.MergedLinear,
+which multiplies by B·A, and all prompts padded to 77 tokens. peft adapts q, k and v, which are
 separate layers there. "ours, F.linear" is ours without oneDNN (clip_min/fast.py). Before timing,
-dropout off: logits and the gradients of all A and B of "ours" and "usual" are compared, at random
-B; peft's logits at B = 0, as it has one more part. Needs the `test` extra.
+without dropout, the logits and the gradients of all A and B are compared between "ours" and
+"usual", at random B; peft's logits are compared at B = 0, as it has one more part. Needs the
+`test` extra.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class UsualAttention(nn.Module):
         self.in_proj.weight.data = theirs.in_proj_weight.data
         self.in_proj.bias.data = theirs.in_proj_bias.data
 
-    def forward(self, x, _key, _value, need_weights, attn_mask):  # as nn.MultiheadAttention's
+    def forward(self, x, _key, _value, need_weights, attn_mask):  # as in nn.MultiheadAttention
         # x (T, B, D), as openai-clip lays it out
         heads = [
             y.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3)  # (B, H, T, D/H)

@@ -1,12 +1,12 @@
-"""What every method costs at ViT-B/16: a training step, and 1,000 images tested.
+"""The cost of every method at ViT-B/16: a gradient step, and testing 1,000 images.
 
     python bench/method_costs.py [--methods lora,vpt] [--batch 16] [--classes 51]
 
-Random weights; each method in a fresh process, with the settings of its default recipe. A step is
-loss, backward and optimizer on one batch: of encoded images, as it is kept where part of
-the method is frozen. Memory is the peak of the first step above what the process held before
-it. `fit` is what a method solves or searches beside such steps, on 10 features a class. Testing
-starts from images for all of them, and is timed on one batch.
+Weights are random. Each method runs in a fresh process with the settings of its default recipe. A
+step is loss, backward and optimizer on a batch of encoded images: where part of the method is
+frozen, its output is stored. Memory is the peak of the first step above the memory before it. `fit`
+is anything that a method solves or searches besides such steps, on 10 features for each class.
+Testing starts from images for all methods, and is timed on one batch.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHOTS = 10
 
 
 def random_set(classes: int, embed: int) -> SimpleNamespace:
-    """Stands in for features that are kept: SHOTS of each class."""
+    """Replaces the stored features: SHOTS of each class."""
     labels = torch.arange(classes).repeat_interleave(SHOTS)
     centres, noise = torch.randn(classes, embed), torch.randn(len(labels), embed)
     x = centres[labels] + noise

@@ -1,10 +1,10 @@
-"""How far results are from those of the libraries that people use, from the same weights.
+"""Compare results with those of other libraries, given the same weights.
 
     python bench/parity.py [--all]      --all: ViT-L/14 and part of ViT-H/14 too (6 GB)
 
-Tokens of 11,000 texts and the pixels of pictures of many shapes and modes, which have to be equal;
-logits, features and gradients of models with random weights, whose largest difference is shown as
-a part of the largest value. Texts, pictures and models are those of the tests.
+The tokens of 11,000 texts, and the pixels of pictures of many shapes and modes, must be equal. For
+logits, features and gradients of models with random weights, the largest difference is shown as a
+fraction of the largest value. Texts, pictures and models are those of the tests.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def tokens() -> list[dict]:
 
 
 def prepared() -> list[dict]:
-    """What OpenAI's transform and open_clip's make of pictures, at 224 pixels."""
+    """Compare with OpenAI's and open_clip's transforms at 224 pixels."""
     images = [noise(*shape) for shape in SHAPES] + [noise(300, 200, mode) for mode in MODES[:-1]]
     config = CONFIGS["ViT-B/16"]
     ours = torch.stack([normalize(crop(image, config), config=config) for image in images])
@@ -67,8 +67,8 @@ def of_openai(name: str) -> list[dict]:
 
 
 def gradient(name: str) -> list[dict]:
-    """Of the cross-entropy of three images among five prompts; the farthest of all parameters."""
-    openai.model.LayerNorm.forward = torch.nn.LayerNorm.forward  # theirs: in float32, always
+    """Gradients of the cross-entropy of three images among five prompts; the largest difference."""
+    openai.model.LayerNorm.forward = torch.nn.LayerNorm.forward  # theirs always computes in float32
     config = CONFIGS[name]
     theirs = openai_clip(config).double()
     ours = same_in_ours(theirs, config)
@@ -83,7 +83,7 @@ def gradient(name: str) -> list[dict]:
 
 @torch.no_grad()
 def of_folder(name: str, library: str, **changes) -> list[dict]:
-    """From the folder that a library writes; pictures are squashed, mean and deviation are 0.5."""
+    """Load a folder that a library has written; pictures are squashed, mean and deviation 0.5."""
     make, theirs, _ = LIBRARIES[library]
     config = dataclasses.replace(CONFIGS[name], **changes, resize="squash", **HALF)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""What --precision costs and saves: LoRA at full size, in fp32, bf16 and (on a GPU) fp16.
+"""Time --precision: LoRA at full size, in fp32, bf16 and (on a GPU) fp16.
 
 python bench/precision.py                        # 200 steps in each; about 10 minutes on 2 cores
 
 ViT-B/16 with random weights and random images and labels; the settings are `--recipe notebook`'s.
-Ends with exit code 1 if a loss or a learned tensor is not finite. fp16 on a CPU is left out unless
-asked for with --precision fp16: it works, and is slow.
+The exit code is 1 if a loss or a learned tensor is not finite. On a CPU, fp16 works but is slow, so
+it only runs with --precision fp16.
 """
 
 import argparse

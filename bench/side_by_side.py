@@ -1,5 +1,5 @@
-"""Timing several ways of doing one thing in one run: in turn, so that a machine that slows down
-slows all of them, and by the median of the rounds.
+"""Time several ways of doing the same thing in one run: in turn, so that a slower machine affects
+all of them, with the median over rounds.
 """
 
 import json
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-# The clone, whose packages but clip_min are not installed: benches import this file before them.
+# The clone: only clip_min is installed, so benches import this file before other packages.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def hardware() -> str:
-    """The processor, its cores and the versions a figure depends on, in one line."""
+    """The processor, its cores and the versions that a figure depends on, in one line."""
     from clip_min.fast import processor
 
     name = platform.processor() or platform.machine()
@@ -49,7 +49,7 @@ def seconds(ways: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 
 def products(size: int = 4096) -> dict[str, Callable]:
-    """A large float32 matrix product as PyTorch computes it, and as our linear layers do."""
+    """A large float32 matrix product, computed by PyTorch and by our linear layers."""
     from clip_min.fast import linear
 
     a, b = torch.randn(2, size, size)
@@ -57,7 +57,7 @@ def products(size: int = 4096) -> dict[str, Callable]:
 
 
 def plain(way: Callable) -> Callable:
-    """The same, with our linear layers multiplying as F.linear does."""
+    """The same, with F.linear in our linear layers."""
 
     def run():
         with unittest.mock.patch("clip_min.fast.convolves", return_value=False):
@@ -67,7 +67,7 @@ def plain(way: Callable) -> Callable:
 
 
 def first_step_mb(step: Callable) -> float:
-    """MB by which a first call raises this process's resident memory at its peak; Linux alone."""
+    """MB by which a first call raises the peak of this process's resident memory; only on Linux."""
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     step()
@@ -80,19 +80,19 @@ def _status(field: str) -> int:
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference, as a part of the largest value."""
+    """The largest difference, as a fraction of the largest value."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def show(title: str, rows: list[dict], **summary) -> None:
-    """Print rows as a table, then everything as one last line of JSON."""
+    """Print rows as a table, then everything as a last line of JSON."""
     print(f"{title}\n{hardware()}\n")
     print(markdown(rows))
     print("\n" + json.dumps({"rows": rows, **summary, "hardware": hardware()}))
 
 
 def markdown(rows: list[dict]) -> str:
-    """A Markdown table, aligned to read well as it is; a column "x std" stands in x, after ±."""
+    """An aligned Markdown table; a column "x std" is written into x, after ±."""
     columns = [c for c in rows[0] if c.removesuffix(" std") not in rows[0] or c[-4:] != " std"]
     cells = [columns] + [[_cell(row[c], row.get(f"{c} std")) for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

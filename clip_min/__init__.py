@@ -8,9 +8,9 @@ logits = clip(clip_min.normalize(pixels)[None], clip_min.tokenize(["a cat", "a d
 
 import os
 
-# Threads that wait for others sleep. Left alone they spin, and where another process keeps a core
-# busy, one that spins keeps the one it waits for from its core: products take much longer.
-# Read when torch is imported, so that this package has to be imported before it.
+# Let OpenMP threads sleep while they wait for other threads. By default they spin; if another
+# process keeps a core busy, a spinning thread takes the core from the very thread it waits for, and
+# matrix products take much longer. torch reads this when it is imported, so import clip_min first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from clip_min.errors import UserError
@@ -21,7 +21,7 @@ from clip_min.tokenizer import tokenize
 
 
 def __getattr__(name: str):
-    # Late, so that `python -m clip_min.weights` does not find its own module imported already.
+    # Imported on first use: else `python -m clip_min.weights` would import its own module twice.
     if name in ("load", "save"):
         from clip_min import weights
 

@@ -1,16 +1,16 @@
-"""What a CLIP is: its sizes, read off its tensors, and what no tensor tells, read beside them.
+"""Find out what a CLIP is: its sizes from its tensors, the rest from the files beside them.
 
-No tensor tells which activation a model was trained with, how many heads it has, nor how its
-pictures were prepared. OpenAI's models compute QuickGELU, most of LAION's and DataComp's plain
-GELU; a wrong one costs some percent, and nothing fails. So it is read where it is written:
+The tensors do not show which activation a model was trained with, how many heads it has, or how its
+images were preprocessed. OpenAI's models use QuickGELU, most of LAION's and DataComp's plain GELU.
+The wrong one costs some percent of accuracy without any error, so it is read from a description:
 
-    header                    of a file that we saved
+    header                    in a file that this code saved
     open_clip_config.json     open_clip's: model_cfg and preprocess_cfg
     config.json               Hugging Face's, with preprocessor_config.json
 
-Of the last two the one that belongs to the file of weights counts, by its name; where the other
-contradicts it, that is said. What nothing tells is taken to be as OpenAI's models have it, and that
-is said, too. Other architectures are refused, each with what makes it another.
+If both of the latter exist, the name of the weights file decides which one counts; a note says if
+the other contradicts it. Without a description, OpenAI's values are assumed, with a note. Other
+architectures are refused, with the reason.
 """
 
 import functools
@@ -26,7 +26,7 @@ from clip_min.model import ACTIVATIONS, CLIPConfig
 from clip_min.typed import expect
 
 DEEPEST = 200  # blocks of a tower; the deepest CLIP there is has 64
-_TELL_SIZES = {  # what the sizes of a CLIP are read off, and how many dimensions it has
+_TELL_SIZES = {  # tensors that show a CLIP's sizes, and their number of dimensions
     "visual.conv1.weight": 4,
     "visual.positional_embedding": 2,
     "text_projection": 2,
@@ -35,8 +35,8 @@ _TELL_SIZES = {  # what the sizes of a CLIP are read off, and how many dimension
 }
 OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
 PROCESSOR = "preprocessor_config.json"
-UNTOLD = ("activation", "mean", "std", "resize", "interpolation")  # by tensors, as are heads
-# In open_clip's vision_cfg and text_cfg: sizes, and what else a plain CLIP may say there.
+UNTOLD = ("activation", "mean", "std", "resize", "interpolation")  # not visible in tensors
+# Keys of open_clip's vision_cfg and text_cfg that a plain CLIP may have, and the values allowed.
 _PLAIN = {
     **dict.fromkeys(("image_size", "patch_size", "width", "layers", "head_width", "heads")),
     **dict.fromkeys(("context_length", "vocab_size", "patch_dropout", "output_tokens")),
@@ -47,16 +47,16 @@ _PLAIN = {
 
 
 def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
-    """The sizes of a CLIP, read off its tensors (our names). Heads: 64 wide, as OpenAI's are.
+    """The sizes of a CLIP, from its tensors (our names). Heads are assumed to be 64 wide.
 
-    KeyError, ValueError: these are of no CLIP with ViT.
+    KeyError, ValueError: the tensors are not those of a CLIP with a ViT.
     """
     layers = {}
     for tower in ("visual.transformer.resblocks.", "transformer.resblocks."):
         layers[tower] = len({n.split(tower)[1].split(".")[0] for n in state if n.startswith(tower)})
         if not layers[tower]:
             raise KeyError(f"{tower}0")
-        if layers[tower] > DEEPEST:  # each costs time and memory before a tensor is missed
+        if layers[tower] > DEEPEST:  # each would cost time and memory before an error
             raise ValueError(f"has {layers[tower]} blocks {tower}…, expected {DEEPEST} or fewer")
     for name, dims in _TELL_SIZES.items():
         if state[name].dim() != dims or not state[name].numel():
@@ -88,9 +88,9 @@ def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
 
 
 def described(config: CLIPConfig, path: Path, header: str | None, known: bool) -> CLIPConfig:
-    """`config` of the weights in the file `path`, with all that no tensor tells.
+    """`config` of the weights in the file `path`, completed with what the tensors do not show.
 
-    header: what the file says of itself. known: it is one of OpenAI's, so that all is known.
+    header: the file's own description. known: the model is OpenAI's, so nothing has to be read.
     """
     where, told = f"{path}", {}
     if header is not None:
@@ -103,8 +103,8 @@ def described(config: CLIPConfig, path: Path, header: str | None, known: bool) -
     config = replace(config, **told)
     if config.activation not in ACTIVATIONS:
         raise UserError(
-            f"{where}: computes {config.activation!r:.100} in its MLPs, but here a CLIP computes "
-            f"{' or '.join(ACTIVATIONS)}, the same in both towers"
+            f"{where}: the activation is {config.activation!r:.100}, expected "
+            f"{' or '.join(ACTIVATIONS)}, the same in both towers; use another model"
         )
     heads, widths = (
         (config.vision_heads, config.text_heads),
@@ -113,29 +113,29 @@ def described(config: CLIPConfig, path: Path, header: str | None, known: bool) -
     if any(n < 1 or width % n for n, width in zip(heads, widths, strict=True)):
         raise UserError(
             f"{where}: its numbers of heads, {heads[0]} and {heads[1]}, do not divide the towers' "
-            f"widths, {widths[0]} and {widths[1]}; give the file that belongs to these weights, or "
-            "none"
+            f"widths, {widths[0]} and {widths[1]}; put the description of these weights "
+            "there, or none"
         )
     return config
 
 
 def _beside(config: CLIPConfig, path: Path) -> tuple[str, dict]:
-    """Which file beside the weights describes them, and what it tells; notes what is assumed."""
+    """The file beside the weights that describes them, and its values; notes name assumptions."""
     names, found = [HUGGING_FACE, OPEN_CLIP], {}
     for name in reversed(names) if path.name.startswith("open_clip") else names:
         content = plain(path.with_name(name))
         if content is not None:
             read = _open_clip if name == OPEN_CLIP else _hugging_face
             found[name] = read(content, config, path.with_name(name))
-    pictures = "pictures are taken to be prepared as OpenAI's models have them"
+    pictures = "OpenAI's preprocessing of images is assumed"
     if not found:
         wide = 80 if config.vision_width == 1280 else 64  # ViT-H/14's, and all others'
         told = {"vision_heads": max(1, config.vision_width // wide)}
         alone = not (processor := _processor(path.with_name(PROCESSOR), config.image_size))
         _note(
-            f"{path}: no {HUGGING_FACE} or {OPEN_CLIP} beside it says how it was trained; "
+            f"{path}: no {HUGGING_FACE} or {OPEN_CLIP} beside it describes the model; "
             f"QuickGELU and heads {wide} wide are assumed{'; ' + pictures if alone else ''}; "
-            "if that is wrong, put the file that says so beside it"
+            "if that is wrong, put its description beside it"
         )
         return f"{path}", told | processor
     first, *others = found
@@ -144,22 +144,21 @@ def _beside(config: CLIPConfig, path: Path) -> tuple[str, dict]:
         if differ:
             _note(
                 f"{path}: {first} and {other} beside it differ in {', '.join(differ)}; "
-                f"{first}, which belongs to it, is followed"
+                f"{first} is used, which belongs to this file"
             )
     if "mean" not in found[first]:
-        _note(f"{path}: {first} beside it does not say how its pictures were prepared; {pictures}")
+        _note(f"{path}: {first} beside it does not describe the preprocessing; {pictures}")
     return f"{path.with_name(first)}", found[first]
 
 
-@functools.cache  # so that it is said once for a file
+@functools.cache  # one note for each file
 def _note(text: str) -> None:
     warnings.warn(text, Note, stacklevel=2)
 
 
 def plain(file: Path) -> dict | None:
-    """What open_clip's or Hugging Face's file says of a CLIP; None: it is of something else.
-
-    UserError, if it describes another architecture.
+    """The content of open_clip's or Hugging Face's description of a CLIP; None, if it is no such
+    description. UserError, if it describes another architecture.
     """
     found, why = read_json(file, "") if file.exists() else {}, ""
     if file.name == HUGGING_FACE:
@@ -174,11 +173,11 @@ def plain(file: Path) -> dict | None:
         for part in ("vision_cfg", "text_cfg"):
             for key, value in model[part].items():
                 odd = value not in (_PLAIN[key] or (value,)) if key in _PLAIN else bool(value)
-                if odd or (key == "layers" and isinstance(value, list)):  # which a ResNet has
+                if odd or (key == "layers" and isinstance(value, list)):  # a ResNet
                     why = why or f"{part}.{key} is {value!r:.100}"
     if why:
         raise UserError(
-            f"{file}: {why}: another architecture than CLIP's ViTs, which is not computed here; "
+            f"{file}: {why}: another architecture than CLIP with a ViT, which is not supported; "
             "python -m clip_min.weights list shows models that are"
         )
     return found if "vision_config" in found or "model_cfg" in found else None
@@ -209,10 +208,15 @@ def _open_clip(found: dict, config: CLIPConfig, file: Path) -> dict:
 
 def _hugging_face(found: dict, config: CLIPConfig, file: Path) -> dict:
     expect(found, {"vision_config": dict, "text_config": dict}, str(file))
-    acts, told = [], {}
+    acts: list[str] = []
+    told: dict = {}
     for tower, heads in (("vision", config.vision_heads), ("text", config.text_heads)):
-        part = {"hidden_act": "quick_gelu", "num_attention_heads": heads, "layer_norm_eps": 1e-5}
-        part |= found[f"{tower}_config"]  # what it leaves out is OpenAI's
+        part: dict = {
+            "hidden_act": "quick_gelu",
+            "num_attention_heads": heads,
+            "layer_norm_eps": 1e-5,
+        }
+        part |= found[f"{tower}_config"]  # OpenAI's values, if it has none
         kind = {"hidden_act": str, "num_attention_heads": int, "layer_norm_eps": float}
         expect(part, kind, str(file), f"{tower}_config")
         _only(part, file, layer_norm_eps=(1e-5,))
@@ -223,7 +227,7 @@ def _hugging_face(found: dict, config: CLIPConfig, file: Path) -> dict:
 
 
 def _processor(file: Path, size: int) -> dict:
-    """How pictures are prepared, says Hugging Face's file, if it is there."""
+    """The preprocessing of images in Hugging Face's file, if there is one."""
     if not file.exists():
         return {}
     found = {"size": size, "do_center_crop": True} | read_json(file, "")
@@ -239,18 +243,18 @@ def _processor(file: Path, size: int) -> dict:
 
 
 def _only(found: dict, file: Path, **allowed: tuple) -> None:
-    """UserError, where a key is there and has none of the values that can be computed here."""
+    """UserError, if a key is present with a value that is not supported here."""
     for key, values in allowed.items():
         if found.get(key, values[0]) not in values:
             raise UserError(
-                f"{file}: {key} is {found[key]!r:.100}, but here a CLIP computes with "
-                f"{' or '.join(map(str, values))}: its features would be wrong; take other weights"
+                f"{file}: {key} is {found[key]!r:.100}, but this code supports only "
+                f"{' or '.join(map(str, values))}: features would be wrong; use other weights"
             )
 
 
 def _pictures(told: dict, where: str) -> dict:
-    """mean and std, of three channels, and how pictures are resized, checked; None is OpenAI's."""
-    asked = {key: told.get(key) for key in UNTOLD[1:]}
+    """mean and std of three channels, and the resizing, checked; OpenAI's value instead of None."""
+    asked: dict = {key: told.get(key) for key in UNTOLD[1:]}
     for key in ("mean", "std"):
         if asked[key] is None:
             asked[key] = getattr(CLIPConfig, key)
@@ -271,7 +275,7 @@ def _pictures(told: dict, where: str) -> dict:
         asked[key] = asked[key] or getattr(CLIPConfig, key)
         if asked[key] not in known:
             raise UserError(
-                f"{where}: {key} is {asked[key]!r:.100}, but pictures are prepared with "
-                f"{' or '.join(known)} here: its features would be wrong; take other weights"
+                f"{where}: {key} is {asked[key]!r:.100}, but this code supports only "
+                f"{' or '.join(known)}: features would be wrong; use other weights"
             )
     return asked

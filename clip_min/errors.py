@@ -1,10 +1,10 @@
-"""The one exception for a user's mistake: its text is all that the user needs to see."""
+"""The one exception for a user's mistake. Its message is all that the user sees."""
 
 import difflib
 import zipfile
 
-# What the system says where a name is too long, a file unreadable, a text no text: no fault of
-# this code, so no traceback.
+# Errors from outside: a name too long, an unreadable file, bytes that are not text. They are not
+# bugs in this code, so scripts print them without a traceback.
 FROM_OUTSIDE = (OSError, MemoryError, RecursionError, UnicodeError, zipfile.BadZipFile)
 LONGEST = 2_000  # characters of a line that is printed; of a longer one both ends
 
@@ -17,11 +17,11 @@ class UserError(ValueError):
 
 
 class Note(UserWarning):
-    """What a user should know of what was taken for granted; scripts print it as a line."""
+    """An assumption the user should know about; scripts print it as one line."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, cut to a line; its type where it says nothing."""
+    """The first line of an exception's message, or its type if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
@@ -31,12 +31,12 @@ def told(error: BaseException) -> str:
         line = " ".join(str(error).split())  # which may quote a file that holds anything
         return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}"
     if isinstance(error, MemoryError):
-        return f"out of memory ({first_line(error)}); give it less at once, or more memory"
+        return f"out of memory ({first_line(error)}); process less at once, or add memory"
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def unknown(what: str, value: str, known) -> UserError:
-    """The error for a name given by a user that is none of the known ones, with the nearest.
+    """The UserError for a name given by a user that is not known, with the nearest known name.
 
     unknown("--method", "zeroshot", METHODS):  --method zeroshot: unknown; did you mean zero_shot?
     """
@@ -46,7 +46,7 @@ def unknown(what: str, value: str, known) -> UserError:
 
 
 def some(names, most: int = 20) -> str:
-    """Names in a row, the first of them where there are many."""
+    """The names, joined with commas; only the first `most` of a longer list, and its length."""
     names = list(names)
     more = f", … ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more

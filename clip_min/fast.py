@@ -3,20 +3,23 @@
 Nothing here needs to be known to understand the model. `clip_min.fast.enabled = False`, or
 CLIP_MIN_FAST=0 in the environment, turns all of it off: then PyTorch's own path runs.
 
-QuickGELU runs in one pass over memory each way. And linear layers use the whole processor: PyTorch
-has two libraries for float32 arithmetic on a CPU. Matrix products go to MKL, which on AMD's
-processors leaves AVX-512 unused; convolutions go to oneDNN, which uses it. But a linear layer is a
-convolution, too: the rows of x are the pixels of an image one pixel wide, with D channels, and the
-kernel is 1 x 1,
+QuickGELU makes one pass over memory in each direction. Linear layers use AVX-512 on AMD's
+processors as well. PyTorch has two libraries for float32 arithmetic on a CPU: it gives matrix
+products to MKL, which leaves AVX-512 unused there, and convolutions to oneDNN, which uses it. A
+linear layer can be written as a convolution: the rows of x are the pixels of an image one pixel
+wide with D channels, and the kernel is 1 x 1,
 
     y[t, o] = Σ_d x[t, d] · w[o, d] + b[o]        x (T, D), w (O, D), b (O,), y (T, O)
 
-What the processor is decides, never a measurement, so that runs repeat to the bit:
+The processor's model decides which library computes, never a measurement, so that runs repeat to
+the bit:
 
-- AMD's Zen 5 (family 26), where oneDNN is about twice as fast: products from 10⁷ multiply-adds.
-- AMD's Zen 4 (family 25 with AVX-512, in two halves of 256 bits): forward 1.14-1.3x as fast, a step
-  1.0-1.25x, but small products up to 14 % slower: from 10⁹, as an image tower meets in a batch.
-- All others: never. On Intel's, MKL uses AVX-512 itself.
+- AMD's Zen 5 (family 26): oneDNN is about twice as fast. It computes products of 10⁷ multiply-adds
+  or more.
+- AMD's Zen 4 (family 25; AVX-512 in two halves of 256 bits): the forward pass is 1.14-1.3x as
+  fast, a gradient step 1.0-1.25x, but small products are up to 14 % slower. oneDNN computes
+  products of 10⁹ or more, which occur in an image tower's batches.
+- All others: MKL always. On Intel's processors MKL uses AVX-512 itself.
 
 `python bench/linear.py` times both libraries on the machine at hand.
 """
@@ -34,15 +37,16 @@ from torch import Tensor, nn
 enabled = os.environ.get("CLIP_MIN_FAST") != "0"
 
 ZEN_4, ZEN_5 = ("AuthenticAMD", 25), ("AuthenticAMD", 26)
-GAINS_FROM = {ZEN_5: 10**7, ZEN_4: 10**9}  # multiply-adds; 10⁷ are 0.1 ms, some times the detour
+GAINS_FROM = {ZEN_5: 10**7, ZEN_4: 10**9}  # multiply-adds; 10⁷ take 0.1 ms, more than the detour
 
 
 class QuickGELU(torch.autograd.Function):
-    """x·σ(1.702x) as silu(1.702x) / 1.702. Where no gradient is asked for, x is overwritten.
+    """x·σ(1.702x), computed as silu(1.702x) / 1.702. Overwrites x if no gradient is needed.
 
-    Equal, and two passes over memory fewer each way: in the derivative, silu'(1.702x), the two
-    constants cancel, which autograd does not see. These tensors are the widest of all: in place
-    takes half as long as writing to new memory, a tenth of the image tower's time.
+    The result is equal, with two passes over memory fewer in each direction. The two constants
+    cancel in the derivative, silu'(1.702x), which autograd would not notice. These tensors are the
+    widest in the model: working in place takes half as long as writing to new memory, and saves a
+    tenth of the image tower's time.
     """
 
     @staticmethod
@@ -78,7 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def convolves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product goes to oneDNN: where that gains, and it is large enough to."""
+    """Whether oneDNN computes this product: on processors where it is faster, if large enough."""
     rows = x.numel() // x.shape[-1]  # T
     return (
         enabled
@@ -94,9 +98,9 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def processor() -> tuple[str, int, int]:
-    """Vendor, family and model of an x86 processor, as Linux tells them; ("", 0, 0) elsewhere."""
-    told = Path("/proc/cpuinfo")
-    told = told.read_text() if told.exists() else ""
+    """Vendor, family and model of an x86 processor, from Linux; ("", 0, 0) elsewhere."""
+    file = Path("/proc/cpuinfo")
+    told = file.read_text() if file.exists() else ""
     found = re.search(r"vendor_id\s*: (.+)\ncpu family\s*: (\d+)\nmodel\s*: (\d+)\n", told)
     return (found[1], int(found[2]), int(found[3])) if found else ("", 0, 0)
 
@@ -110,8 +114,8 @@ def _convolution(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """Where only the input learns, as F.linear does and F.conv2d does not, keep no input for the
-    backward pass: its gradient, grad · w, does not depend on it.
+    """A convolution whose weight is frozen. It stores no input for the backward pass, as F.linear
+    does not either: the input's gradient, grad · w, does not depend on the input.
     """
 
     @staticmethod
@@ -122,7 +126,7 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         kernel = ctx.saved_tensors[0][:, :, None, None]  # (O, D, 1, 1)
-        unread = _image(grad.new_empty(grad.shape[2], kernel.shape[1]))  # for its shape alone
+        unread = _image(grad.new_empty(grad.shape[2], kernel.shape[1]))  # only its shape is read
         plain = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)  # F.conv2d's own stride, padding, …
         gradients = torch.ops.aten.convolution_backward(
             grad, unread, kernel, None, *plain, [True, False, False]

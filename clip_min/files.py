@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never with pickle; and read as what they are."""
+"""Write files whole or not at all, and never with pickle; check what is read."""
 
 import contextlib
 import hashlib
@@ -21,15 +21,16 @@ from clip_min.typed import expect
 
 # ------------------------------------------------------------------------------------------- write
 
-# The folder in which a file is made before it takes its name: .clip_min-config.json-x7_k2q9a. A
-# process that is killed leaves it behind; nobody else's file is called so.
+# A file is written in a temporary folder such as .clip_min-config.json-x7_k2q9a, then renamed. A
+# process that is killed leaves that folder behind. No other program uses such names.
 HALF_WRITTEN = re.compile(r"\.clip_min-(.*)-[a-z0-9_]{8}", re.DOTALL)
 
 
 def remove_half_written(folder: Path, name: str | None = None, age: float = 0) -> None:
-    """Remove what killed processes left in `folder`, of every file or of the one of this name.
+    """Remove the temporary folders that killed processes left in `folder`: all, or those of the
+    file `name`.
 
-    age: seconds; what is younger stays, where a process that lives may be writing it.
+    age: seconds. Younger folders stay, as a living process may still be writing in them.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         match = HALF_WRITTEN.fullmatch(path.name)
@@ -41,30 +42,31 @@ def remove_half_written(folder: Path, name: str | None = None, age: float = 0) -
 
 def _unwritten(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path}: could not be written ({error}); free space or choose another place; any earlier "
-        "file is intact"
+        f"{path}: could not be written ({error}); free space or choose another place; an earlier "
+        "file of this name is intact"
     )
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
-    """Write a file to the temporary name this yields, or make a folder there; on success it becomes
-    `path`, a file synced to disk.
+    """Yield a temporary name at which to write a file or make a folder. On success it is renamed to
+    `path`, and a file is synced to disk.
 
     On any failure (a full disk, a kill) the earlier file stays as it was.
     """
     path = Path(path)
-    beside = {"dir": path.parent, "prefix": f".clip_min-{path.name[:40]}-"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as place:
-            temporary = Path(place) / path.name  # its ending tells savers of pictures the format
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".clip_min-{path.name[:40]}-", ignore_cleanup_errors=True
+        ) as place:
+            temporary = Path(place) / path.name  # the suffix names an image's format
             yield str(temporary)
             if temporary.is_file():
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
                 os.umask(umask := os.umask(0))
-                os.chmod(temporary, 0o666 & ~umask)  # as any new file: some savers' are private
+                os.chmod(temporary, 0o666 & ~umask)  # some libraries write private files
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise _unwritten(path, error) from None
@@ -72,12 +74,12 @@ def replacing(path: str | Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Fill the temporary folder this yields; on success it becomes `path`, which must be new.
+    """Yield a temporary folder to fill. On success it is renamed to `path`, which must be new.
 
-    On any failure nothing of it remains.
+    On any failure nothing remains.
     """
     if Path(path).exists():
-        raise UserError(f"{path}: is there already; choose another place")
+        raise UserError(f"{path}: exists already; choose another place")
     with replacing(path) as temporary:
         folder = Path(temporary)
         folder.mkdir()
@@ -90,9 +92,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Add a line to a file, synced to disk; where that fails, the file stays as it was.
+    """Add a line to a file and sync it to disk. On failure the file stays as it was.
 
-    A kill may leave half of the line, which then lacks its end.
+    A kill may leave part of the line, without its newline.
     """
     size = path.stat().st_size if path.exists() else 0
     try:
@@ -128,12 +130,12 @@ def write_safetensors(
 def read_safetensors(
     path: str | Path, name: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, or the one of this name, and the strings of its header.
+    """The tensors of a safetensors file, or only the tensor `name`, and the strings of its header.
 
-    They lie in the file, mapped into memory: what is not looked at takes none.
+    The file is mapped into memory: a tensor that is not read takes none.
     """
     try:
-        open(path, "rb").close()  # safetensors calls all that it cannot open "no such file"
+        open(path, "rb").close()  # safetensors says "no such file" of every file it cannot open
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except OSError as error:
@@ -144,16 +146,16 @@ def read_safetensors(
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except MemoryError:
         raise
-    except Exception as error:  # SafetensorError, and torch's where it lacks a type of numbers
+    except Exception as error:  # SafetensorError, or torch's for an unknown dtype
         raise UserError(
-            f"{path}: not a whole safetensors file ({first_line(error)}); get it again"
+            f"{path}: not a complete safetensors file ({first_line(error)}); get it again"
         ) from None
 
 
 def read_json(path: Path, hint: str, kind=dict) -> dict:
     """A JSON object of this kind (see typed.py).
 
-    hint: says, where there is no such file, what was expected.
+    hint: what was expected, for the error if there is no such file.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -167,11 +169,11 @@ def read_json(path: Path, hint: str, kind=dict) -> dict:
 
 
 def read_json_lines(path: Path, kind=dict) -> list[dict]:
-    """The objects of a file of one a line; none where there is no file."""
+    """The objects of a file that has one a line; an empty list, if there is no file."""
     if not path.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, as splitlines does
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     if not lines[-1]:
@@ -180,9 +182,7 @@ def read_json_lines(path: Path, kind=dict) -> list[dict]:
 
 
 def parse_json(text: str, kind, where: str) -> dict:
-    """JSON of this kind, whose numbers are all finite and whose keys stand once. where: what to
-    name in an error.
-    """
+    """JSON of this kind, with finite numbers and no key twice. where: what an error names."""
     try:
         value = json.loads(
             text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_once
@@ -198,13 +198,13 @@ def parse_json(text: str, kind, where: str) -> dict:
 def _once(pairs: list[tuple[str, object]]) -> dict:
     if len(value := dict(pairs)) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return value
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
@@ -217,19 +217,19 @@ def sha256_of(path: str | Path) -> str:
 
 
 def read_adapter(file: Path, config: dict) -> dict[str, Tensor]:
-    """What a run learned; UserError unless it is that of the run whose config.json this is."""
+    """A run's learned tensors; UserError, if the file is not the one that config.json describes."""
     tensors, header = read_safetensors(file)
     made = parse_json(header.get("clip_min", "{}"), dict, f"{file}: its header")
     for key in ("method", "model", "fingerprint"):
         if key in made and made[key] != config.get(key):
             raise UserError(
-                f"{file}: is of {key} {made[key]!r:.100}, but config.json beside it says "
+                f"{file}: was made with {key} {made[key]!r:.100}, but config.json beside it says "
                 f"{config.get(key)!r:.100}; put this run's own adapter there"
             )
-    recorded = config.get("adapter_sha256")  # none in a run that has not ended, or an old one
+    recorded = config.get("adapter_sha256")  # missing while a run trains, and in old runs
     if recorded is not None and sha256_of(file) != recorded:
         raise UserError(
-            f"{file}: is not the adapter that this training ended with, whose sha256 is in "
-            "config.json; put that one back, or train again"
+            f"{file}: is not the adapter that this run saved, whose sha256 is in config.json; put "
+            "that one back, or train again"
         )
     return tensors

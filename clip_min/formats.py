@@ -1,17 +1,19 @@
-"""A CLIP as the files other software loads: openai-clip's, transformers' and open_clip's.
+"""Write a CLIP in the formats of openai-clip, transformers and open_clip.
 
     save_openai        one .safetensors file, for `clip.model.build_model`
     save_hugging_face  a folder, for `transformers.CLIPModel.from_pretrained` and `CLIPProcessor`
     save_open_clip     a folder, for `open_clip.create_model("local-dir:…")`; the weights in it are
                        the file that `pretrained=` takes
 
-What a model is about, {"classnames": […], "template": …} (or "prompts"), goes along: in the header
-of a lone file, in the config of a folder (Hugging Face's with the names as id2label and label2id).
+Class names and template, {"classnames": […], "template": …} (or "prompts"), are saved with the
+model: in the header of a single file, in the config of a folder (Hugging Face's config has the
+names as id2label and label2id).
 
-A folder is complete: sizes, preprocessing and (Hugging Face) tokenizer lie beside the weights, so
-that nothing is downloaded or guessed, least of all the activation.
+A folder is complete: sizes, preprocessing and (Hugging Face) tokenizer are saved beside the
+weights, so that the software that loads it downloads nothing and guesses nothing, least of all the
+activation.
 
-There is no `.pt` for `clip.load`: a state dict saved by torch is a pickle, and is not written here.
+There is no `.pt` for `clip.load`: torch saves a state dict as a pickle, and this code writes none.
 """
 
 import json
@@ -27,23 +29,24 @@ from clip_min.tokenizer import END, START, tokenizer
 
 
 def save_openai(clip: CLIP, path: str | Path, about: dict | None = None) -> None:
-    """OpenAI's names. Their CLIP takes heads 64 wide, QuickGELU and how it prepares pictures for
-    granted; another one is an error.
+    """A file with OpenAI's names. UserError, if the model differs from what OpenAI's code assumes:
+    heads 64 wide, QuickGELU, OpenAI's preprocessing.
     """
     config = clip.config
     differ = [key for key in UNTOLD if getattr(config, key) != getattr(CLIPConfig, key)]
     if differ:
         raise UserError(
-            f"openai-clip computes with OpenAI's own {' and '.join(differ)}, and this model's is "
-            f"{' and '.join(str(getattr(config, key)) for key in differ)}; transformers and "
-            "open_clip can load it"
+            f"openai-clip assumes OpenAI's own {' and '.join(differ)}, but this model's is "
+            f"{' and '.join(str(getattr(config, key)) for key in differ)}; export it for "
+            "transformers or open_clip, which can load it"
         )
     for tower in ("vision", "text"):
         width, heads = getattr(config, f"{tower}_width"), getattr(config, f"{tower}_heads")
         if heads != width // 64:
             raise UserError(
-                f"openai-clip computes with heads 64 wide, and the {tower} tower of this model has "
-                f"{heads} heads {width // heads} wide; transformers and open_clip can load it"
+                f"openai-clip assumes heads 64 wide, but the {tower} tower of this model has "
+                f"{heads} heads {width // heads} wide; export it for transformers or open_clip, "
+                "which can load it"
             )
     header = json.dumps(asdict(config) | (about or {}), ensure_ascii=False)
     write_safetensors(path, to_openai_names(clip.state_dict()), {"clip_min": header})
@@ -52,7 +55,7 @@ def save_openai(clip: CLIP, path: str | Path, about: dict | None = None) -> None
 def save_hugging_face(clip: CLIP, folder: str | Path, about: dict | None = None) -> None:
     """Weights, sizes, preprocessing and tokenizer, in a new folder."""
     with new_folder(folder) as folder:
-        # Without this header, transformers takes the file for another framework's.
+        # Without this header, transformers assumes that another framework wrote the file.
         state = to_hugging_face(clip.state_dict())
         write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
         config = hugging_face_config(clip.config)
@@ -123,7 +126,7 @@ def hugging_face_config(config: CLIPConfig) -> dict:
             "max_position_embeddings": config.context_length,
             "vocab_size": config.vocab_size,
             "bos_token_id": config.vocab_size - 2,
-            "eos_token_id": config.vocab_size - 1,  # where a text's feature is read
+            "eos_token_id": config.vocab_size - 1,  # the text feature is read at this token
         },
     }
 
@@ -151,7 +154,7 @@ def open_clip_config(config: CLIPConfig) -> dict:
 
 
 def _image_processor(config: CLIPConfig) -> dict:
-    """preprocess.py in Hugging Face's words; 3 is Pillow's number for bicubic, 2 for bilinear."""
+    """preprocess.py as Hugging Face's settings; Pillow's number 3 is bicubic, 2 bilinear."""
     square = {"height": config.image_size, "width": config.image_size}
     squash = config.resize == "squash"
     return {

@@ -6,9 +6,9 @@
     locate("ViT-B-16.pt")                 a file, as it is
     locate("folder")                      the weights in a folder of Hugging Face's or open_clip's
 
-What is downloaded is kept where the hub's client keeps it, and from then on no network is asked. Of
-a repository the files that describe the model come first, so that one of another architecture is
-refused before its gigabytes are fetched; then its weights: safetensors, if it has them.
+Downloads go into the cache of the hub's client; from then on no network is used. The files that
+describe a model are downloaded first, so that another architecture is refused before gigabytes of
+weights are fetched. Of the weights, safetensors are preferred.
 """
 
 import re
@@ -19,7 +19,7 @@ from clip_min.description import HUGGING_FACE, OPEN_CLIP, PROCESSOR, plain
 from clip_min.errors import UserError, first_line
 from clip_min.files import sha256_of
 
-# How the file of weights is called in a folder or repository of open_clip's or Hugging Face's.
+# Names of the weights file in a folder or repository of open_clip or Hugging Face.
 IN_FOLDERS = (
     "open_clip_model.safetensors",
     "model.safetensors",
@@ -27,12 +27,12 @@ IN_FOLDERS = (
     "pytorch_model.bin",
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-# OWNER/NAME or OWNER/NAME@REVISION; "ViT-…" is a mistyped name of OpenAI's.
-REPOSITORY = re.compile(r"(?!ViT-)([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+# OWNER/NAME or OWNER/NAME@REVISION; "ViT-…" is a mistyped name of an OpenAI model.
+REPOSITORY = re.compile(r"(?!ViT-)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
 
-# OpenAI's weights in safetensors form (open_clip's names), as open_clip itself fetches them: where,
-# at which revision, and the file's sha256, as several unrelated public projects pin them.
+# OpenAI's weights as safetensors with open_clip's names, from where open_clip downloads them:
+# repository, revision, and the file's sha256, which several unrelated public projects pin.
 HUB_FILE = "open_clip_model.safetensors"
 HUB = {
     "ViT-B/32": (
@@ -67,7 +67,7 @@ OPENAI_SHA256 = {
 
 
 class Known(NamedTuple):
-    """A model that is known to be of this architecture. Empty: not known here."""
+    """A model that is known to have this architecture. An empty field is unknown."""
 
     name: str  # for --model
     size: str
@@ -78,7 +78,7 @@ class Known(NamedTuple):
 
 
 QUICK, GELU, NC = "quick_gelu", "gelu", "CC BY-NC 4.0"
-# Figures: open_clip's docs/openclip_results.csv; of DFN2B-CLIP-ViT-L-14-39B its own card's.
+# Figures are from open_clip's docs/openclip_results.csv, for DFN2B-CLIP-ViT-L-14-39B from its card.
 KNOWN = [
     Known("ViT-B/32", "ViT-B/32", QUICK, "MIT", 66.70, 63.32),
     Known("ViT-B/16", "ViT-B/16", QUICK, "MIT", 69.07, 68.34),
@@ -108,33 +108,44 @@ KNOWN = [
 ]
 
 
-def locate(name: str, download: bool = True) -> Path | None:
-    """The local file of a model; UserError, unless there is such a model.
+def locate(name: str) -> Path:
+    """The local file of a model. It is downloaded if the hub has it and the cache does not.
 
-    download: fetch what the hub has, if it is not in its cache; else only see that the name can be
-    one of the hub's (-> None), which takes no time.
+    UserError, if there is no such model.
+    """
+    if name in HUB:
+        return _download(name, *HUB[name])
+    if found := local(name):
+        return found
+    repo, _, revision = name.partition("@")
+    return _download(name, repo, revision or "main")
+
+
+def local(name: str) -> Path | None:
+    """The file of a model that is not on the hub; None, if the name may be one of the hub's.
+
+    UserError, if the name can be neither. No network is used.
     """
     if name == "demo":
         return DEMO
     if name in HUB:
-        return _download(name, *HUB[name]) if download else None
+        return None
     path = Path(name).expanduser()
     inside = (path / file for file in IN_FOLDERS)
     if found := next((file for file in (path, *inside) if file.is_file()), None):
         return found
-    repository = REPOSITORY.fullmatch(name)
-    if path.exists() or path.suffix in SUFFIXES or not repository:
+    if path.exists() or path.suffix in SUFFIXES or not REPOSITORY.fullmatch(name):
         known = ", ".join(["demo", *HUB])
         raise UserError(
             f"{name}: neither a weights file nor a folder with {' or '.join(IN_FOLDERS)}, nor a "
-            f"known model; models are {known} and the hub's OWNER/NAME, of which "
+            f"known model; give {known}, or OWNER/NAME of the hub: "
             "python -m clip_min.weights list shows some"
         )
-    return _download(name, repository[1], repository[2] or "main") if download else None
+    return None
 
 
 def _download(name: str, repo: str, revision: str, sha256: str | None = None) -> Path:
-    """The file of weights in the hub's cache; fetched first, if it is not there."""
+    """The weights file in the hub's cache, downloaded if it is not there."""
     from huggingface_hub import (
         get_hf_file_metadata,
         hf_hub_download,
@@ -151,7 +162,7 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
     own = re.sub("[/@]", "-", name) + ".pt" if sha256 else repo.split("/")[1]
     advice = f"or give a file: --model path/to/{own}"
     if sha256:
-        advice += "; --model demo, which has never seen a photo, is there to try things"
+        advice += "; to try things without a download, use --model demo"
     beside = () if sha256 else (OPEN_CLIP, HUGGING_FACE, PROCESSOR)
     weights = (HUB_FILE,) if sha256 else IN_FOLDERS
     try:
@@ -163,7 +174,7 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
         path = next((cached[file] for file in weights if file in cached), None)
         if path is None or (beside and not {OPEN_CLIP, HUGGING_FACE} & set(cached)):
             url = hf_hub_url(repo, (*beside, *weights)[0], revision=revision)
-            try:  # once: the download itself would knock for half a minute at a closed door
+            try:  # a single request: a download would retry for half a minute without a network
                 get_hf_file_metadata(url)
             except EntryNotFoundError:
                 pass
@@ -173,7 +184,7 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
                 here = "" if sha256 else "there is no such file or folder here, and "
                 raise UserError(
                     f"{name}: {here}{repo} is not in the hub's cache and the hub cannot be reached "
-                    f"({first_line(error)}); connect once to download it, {advice}"
+                    f"({first_line(error)}); connect to the internet once to download it, {advice}"
                 ) from None
             path = None
             for file in (*beside, *weights):
@@ -190,25 +201,24 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
                     plain(Path(found))
             if path is None:
                 raise UserError(
-                    f"{name}: {repo} has no {' or '.join(weights)} (404), so no weights that can "
-                    f"be read here; take another repository, {advice}"
+                    f"{name}: {repo} has no {' or '.join(weights)} (404), which are the files that "
+                    f"can be read here; use another repository, {advice}"
                 )
     except UserError as error:
         raise (error if str(error).startswith(name) else UserError(f"{name}: {error}")) from None
-    except Exception as error:  # refused, cut off, no room: types of three libraries
+    except Exception as error:  # refused, cut off, disk full: error types of three libraries
         status = getattr(getattr(error, "response", None), "status_code", None)
         hint = "log in with `hf auth login`, " if status in (401, 403) else ""
         if isinstance(error, GatedRepoError):
-            hint = f"its owners give it to those who accept their terms on its page; then {hint}"
+            hint = f"accept its owners' terms on its page; then {hint}"
         elif isinstance(error, RepositoryNotFoundError) and not sha256:
-            hint = f"there is no such file, folder or repository, or it is private: {hint}"
+            hint = f"there is no such file, folder or repository, or it is private; {hint}"
         raise UserError(
             f"{name}: {repo} could not be downloaded ({first_line(error)}); {hint}{advice}"
         ) from None
-    found = sha256_of(path) if sha256 else sha256
-    if found != sha256:
+    if sha256 and (found := sha256_of(path)) != sha256:
         raise UserError(
-            f"{path}: sha256 is {found[:16]}…, but {repo} has {sha256[:16]}…; delete this file, "
-            "and it is downloaded again"
+            f"{path}: sha256 is {found[:16]}…, but {repo} has {sha256[:16]}…; delete this file "
+            "to download it again"
         )
     return Path(path)

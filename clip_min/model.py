@@ -3,22 +3,22 @@
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv:2103.00020. Parts stand before wholes: attention, block, transformer, the two towers, CLIP.
 
-Letters used in every shape comment: B images, K texts, T tokens, D width of a tower, H heads,
-E size of the shared space; `read` counts the tokens that are read.
+Letters in the shape comments: B images, K texts, T tokens, D width of a tower, H heads, E size of
+the shared space; `read` is the number of tokens whose output is read.
 
 Parameter names are OpenAI's, so that weights are recognisable everywhere, with one exception: the
 fused q/k/v projection is an ordinary `nn.Linear` (`attn.in_proj.weight`, theirs:
 `attn.in_proj_weight`). An adapter therefore replaces one `nn.Linear` and nothing else.
 
-Three things are done differently from the paper's code, with equal results:
-- of the last block's output only some tokens are ever read (the class token of an image, the
-  end-of-text token of a prompt), so from its attention on it computes those tokens alone;
-- the text tower never sees padding and shares common prefixes (see prompts.py);
-- `fast.Linear`, which is an `nn.Linear`, and QuickGELU are computed faster where they can be (see
-  fast.py, which says how to turn that off).
+Three things differ from the paper's code, with equal results:
+- The last block computes only the tokens whose output is read: the class token of an image, the
+  end-of-text token of a prompt.
+- The text tower computes no padding, and computes once the beginnings that prompts share (see
+  prompts.py).
+- `fast.Linear`, a subclass of `nn.Linear`, and QuickGELU run faster where the processor allows it
+  (see fast.py, which also says how to turn that off).
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from clip_min.prompts import Chunk, PromptTree
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The sizes of a CLIP, and what no tensor tells: its activation, and how pictures are prepared.
+    """The sizes of a CLIP, and what its tensors do not show: activation and image preprocessing.
 
     Every OpenAI ViT has heads 64 wide: heads = width / 64.
     """
@@ -50,7 +50,7 @@ class CLIPConfig:
     activation: str = "quick_gelu"  # of every MLP, a key of ACTIVATIONS
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in [0, 1]
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    resize: str = "shortest"  # side to image_size, of which the centre is read; or "squash": both
+    resize: str = "shortest"  # side to image_size, then crop the centre; or "squash": both sides
     interpolation: str = "bicubic"  # or "bilinear"
 
 
@@ -59,7 +59,7 @@ CONFIGS = {  # OpenAI's four ViTs (the paper's table 20), a larger one, and the 
     "ViT-B/16": CLIPConfig(512, 224, 16, 768, 12, 12, 512, 12, 8),
     "ViT-L/14": CLIPConfig(768, 224, 14, 1024, 24, 16, 768, 12, 12),
     "ViT-L/14@336px": CLIPConfig(768, 336, 14, 1024, 24, 16, 768, 12, 12),
-    "ViT-H/14": CLIPConfig(1024, 224, 14, 1280, 32, 16, 1024, 24, 16),  # others'; heads 80 wide
+    "ViT-H/14": CLIPConfig(1024, 224, 14, 1280, 32, 16, 1024, 24, 16),  # LAION's; heads 80 wide
     "demo": CLIPConfig(64, 64, 8, 128, 3, 4, 64, 3, 2),
 }
 
@@ -84,9 +84,10 @@ class Attention(nn.Module):
         self.out_proj = fast.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, read=None) -> Tensor:
-        """x (B, T, D) -> (B, read, D): what the tokens `read` gather (None: all T of them).
+        """x (B, T, D) -> (B, read, D): the output for the tokens `read` (an index of T; None: all).
 
-        `mask` (T, T) is added to the attention scores: 0 where a row's token may look, else -inf.
+        `mask` (T, T) is added to the attention scores: 0 where the row's token may attend to
+        the column's, else -inf.
         """
         q, k, v = (  # (B, T, D) -> (B, T, H, D/H) -> (B, H, T, D/H)
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -99,6 +100,19 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, read, H, D/H) -> (B, read, D)
 
 
+class MLP(nn.Module):
+    """Two linear layers with a nonlinearity between them, on each token alone."""
+
+    def __init__(self, width: int, activation: str = "quick_gelu"):
+        super().__init__()
+        self.c_fc = fast.Linear(width, 4 * width)
+        self.gelu = ACTIVATIONS[activation]()
+        self.c_proj = fast.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))  # (..., D) -> (..., 4D) -> (..., D)
+
+
 class Block(nn.Module):
     """Pre-norm residual block: attention, then an MLP four times as wide."""
 
@@ -106,13 +120,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=fast.Linear(width, 4 * width),
-                gelu=ACTIVATIONS[activation](),
-                c_proj=fast.Linear(4 * width, width),
-            )
-        )
+        self.mlp = MLP(width, activation)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, read=None) -> Tensor:
@@ -128,7 +136,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, read=None, first: int = 0) -> Tensor:
-        """x (B, T, D) -> (B, read, D): the blocks from `first` on, the last for `read` alone."""
+        """x (B, T, D) -> (B, read, D): run the blocks from `first` on, the last only for `read`."""
         *blocks, last = list(self.resblocks)[first:]
         for block in blocks:
             x = block(x, mask)
@@ -151,10 +159,11 @@ class VisionTower(nn.Module):
         self.transformer = Transformer(width, layers, heads, config.activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
-        for block in self.transformer.resblocks:  # as nn.MultiheadAttention starts, which CLIP used
-            nn.init.xavier_uniform_(block.attn.in_proj.weight)
-            nn.init.zeros_(block.attn.in_proj.bias)
-            nn.init.zeros_(block.attn.out_proj.bias)
+        for module in self.transformer.modules():
+            if isinstance(module, Attention):  # starts as nn.MultiheadAttention, which CLIP used
+                nn.init.xavier_uniform_(module.in_proj.weight)
+                nn.init.zeros_(module.in_proj.bias)
+                nn.init.zeros_(module.out_proj.bias)
 
     def embed(self, images: Tensor) -> Tensor:
         """images (B, 3, n, n) -> the tokens (B, 1 + patches, D) the first block reads."""
@@ -200,20 +209,22 @@ class TextTower(nn.Module):
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
 
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj.weight, std=width**-0.5)
-            nn.init.zeros_(block.attn.in_proj.bias)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        for module in self.transformer.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.in_proj.weight, std=width**-0.5)
+                nn.init.zeros_(module.in_proj.bias)
+                nn.init.normal_(module.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+                nn.init.zeros_(module.out_proj.bias)
+            elif isinstance(module, MLP):
+                nn.init.normal_(module.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(module.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
-    def forward(self, prompts: Chunk, context: Tensor | None = None) -> Tensor:
+    def encode_prompts(self, prompts: Chunk, context: Tensor | None = None) -> Tensor:
         """K prompts, laid out as one sequence of T tokens -> features (1, K, E), not normalised.
 
-        Each token knows its position in its own prompt, and the mask lets it see that prompt's
-        tokens before it alone (see prompts.py). Of learned vectors, context (B, M, D), any may
-        stand in place of tokens; the features are then (B, K, E).
+        Each token has its position in its own prompt, and the mask lets it see only the tokens
+        before it in that prompt (see prompts.py). With a context (B, M, D), learned vectors stand
+        in place of some token embeddings, and the features are (B, K, E).
         """
         x = self.token_embedding(prompts.tokens).unsqueeze(0)  # (1, T, D)
         if context is not None:
@@ -226,11 +237,9 @@ class TextTower(nn.Module):
 
 
 class CLIP(TextTower):
-    """The model. OpenAI's names keep the text tower at the root and put the image tower under
-    `visual`; so here CLIP *is* a text tower, which also has eyes.
+    """The model. OpenAI's parameter names put the text tower at the root and the image tower under
+    `visual`. That is why CLIP is a text tower here, with an image tower inside.
     """
-
-    encode_prompts = TextTower.forward  # under a name of its own: CLIP's forward takes images too
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config)
@@ -253,10 +262,10 @@ class CLIP(TextTower):
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """(B, E) and (K, E), or one text row per image (B, K, E) -> logits (B, K).
 
-        The cosine of each image with each text, times the model's own temperature.
+        The cosine of each image with each text, times the model's logit scale.
         """
         dtype = self.logit_scale.dtype
-        # Not autocast: times 100 and rounded to 8 bits, the logits of like classes would be equal.
+        # No autocast: bfloat16 has 8 bits, and at a scale of 100 similar classes would tie.
         with torch.autocast(image_features.device.type, enabled=False):
             image_features = F.normalize(image_features.to(dtype), dim=-1)
             text_features = F.normalize(text_features.to(dtype), dim=-1)

@@ -1,12 +1,12 @@
 """How other libraries name a CLIP's tensors: their names -> ours, and back.
 
-    to_our_names       tensors of OpenAI, open_clip or Hugging Face -> ours, told by their names
-    to_openai_names    ours -> OpenAI's, which are open_clip's, too
-    to_hugging_face    ours -> `transformers.CLIPModel`'s
+    to_our_names       OpenAI's, open_clip's or Hugging Face's names -> ours
+    to_openai_names    ours -> OpenAI's, which open_clip uses as well
+    to_hugging_face    ours -> those of `transformers.CLIPModel`
 
-Ours are OpenAI's, but for the fused q/k/v projection: `attn.in_proj.weight`, theirs
-`attn.in_proj_weight`. Hugging Face has other names throughout, splits that projection in three,
-and keeps the two projections into the shared space as Linear layers, (E, D) where ours are (D, E).
+Our names are OpenAI's, except for the fused q/k/v projection: `attn.in_proj.weight`, theirs
+`attn.in_proj_weight`. Hugging Face has other names throughout, splits that projection in three, and
+keeps the two projections into the shared space as Linear layers: (E, D), where ours are (D, E).
 """
 
 import re
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Ours, Hugging Face's: how a name begins. Read downwards, the first that fits counts.
+# Ours, Hugging Face's: beginnings of names. The first that fits counts.
 _BEGINNINGS = [
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("visual.conv1", "vision_model.embeddings.patch_embedding"),
@@ -30,7 +30,7 @@ _BEGINNINGS = [
     ("transformer.resblocks", "text_model.encoder.layers"),
     ("text_projection", "text_projection.weight"),
 ]
-# Ours, Hugging Face's: what stands in the middle of a block's names.
+# Ours, Hugging Face's: the middle of the names in a block.
 _IN_BLOCKS = [
     (".attn.out_proj.", ".self_attn.out_proj."),
     (".ln_1.", ".layer_norm1."),
@@ -42,22 +42,23 @@ _TO_THEIRS = dict(_BEGINNINGS + _IN_BLOCKS)
 _TO_OURS = {theirs: ours for ours, theirs in _TO_THEIRS.items()}
 _TRANSPOSED = ("visual.proj", "text_projection")  # ours (D, E), theirs (E, D)
 
-# Tensors some files carry that are not weights: sizes, the causal mask, position counters.
+# Tensors in some files that are not weights: sizes, the causal mask, position numbers.
 _NOT_WEIGHTS = re.compile(
     r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask|position_ids)$"
 )
 
 
 def to_our_names(names: list[str], take: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A CLIP's tensors under our names (and, of Hugging Face's, fused and transposed), one by one.
+    """A CLIP's tensors under our names, one by one; Hugging Face's are fused and transposed.
 
-    take: gives the tensor of a name in a file. KeyError, ValueError: what does not fit together.
+    take: returns the tensor that has this name in the file. KeyError, ValueError: a tensor is
+    missing, or shapes do not match.
     """
     known = set(names)
     hugging_face = "vision_model.embeddings.class_embedding" in known
     for name in names:
         if _NOT_WEIGHTS.search(name) or re.search(r"\.self_attn\.[kv]_proj\.", name):
-            continue  # the latter fused with their q_proj
+            continue  # k and v are fused with their q_proj
         if not hugging_face:  # OpenAI's names; open_clip's text tower may be under "text."
             ours = name.removeprefix("text.").replace("attn.in_proj_", "attn.in_proj.")
             yield ours, take(name)
@@ -95,7 +96,7 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:
-    """`name` with its beginning and its middle, where the table has them, replaced."""
+    """`name`, with its beginning and its middle replaced if they are in the table."""
     for old, new in table.items():
         if not old.startswith(".") and name.startswith(old):
             name = new + name[len(old) :]

@@ -1,13 +1,13 @@
-"""What PyTorch pickled (.pt, .pth, .bin), read without running anything that stands in it.
+"""Read PyTorch's pickled files (.pt, .pth, .bin) without running any code in them.
 
-A pickle is a program: it names functions and has them called. So does a TorchScript archive, whose
-objects may bring a `__setstate__` of their own, which torch.jit.load runs. Here
+A pickle is a program: it names functions and calls them. A TorchScript archive is one as well: its
+objects may have a `__setstate__` of their own, which torch.jit.load runs. Here
 
-    torch.save's files      go through torch.load(weights_only=True), which admits tensors and plain
-                            containers alone
-    TorchScript's archives  are zip files: data.pkl says which object holds which part of which of
-                            the storages data/0, data/1, …; it is read here by an unpickler for
-                            which every class and function is an inert `Thing`
+    torch.save's files      are read by torch.load(weights_only=True), which accepts only tensors
+                            and plain containers
+    TorchScript's archives  are zip files. data.pkl maps each object to a part of the storages
+                            data/0, data/1, …; our own unpickler reads it, and turns every class
+                            and function into an inert `Thing`
 """
 
 import io
@@ -37,9 +37,9 @@ DTYPES = {
 
 
 def read_pickled(path: Path) -> object:
-    """What a file of torch.save holds, or the tensors of a TorchScript archive by their names."""
+    """The content of a torch.save file, or the tensors of a TorchScript archive by name."""
     try:
-        with warnings.catch_warnings():  # of deprecated formats, which whoever reads cannot help
+        with warnings.catch_warnings():  # about deprecated formats, which the reader cannot change
             warnings.simplefilter("ignore")
             _check_stored(path)
             if _is_torchscript(path):
@@ -50,17 +50,17 @@ def read_pickled(path: Path) -> object:
     except Exception as error:  # the readers raise a dozen unrelated types
         reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
-            # torch's own message would be the advice to load it the unsafe way
-            reason = "no PyTorch file, or one of other objects too, which could run code"
+            # torch's own message would advise loading it the unsafe way
+            reason = "no PyTorch file, or it holds other objects, which could run code"
         raise UserError(
             f"{path}: not a state dict of plain tensors ({reason}); nothing in it was run"
         ) from None
 
 
 def _check_stored(path: Path) -> None:
-    """ValueError, where parts of a zip file are compressed: a few bytes could fill the memory.
+    """ValueError, if parts of a zip file are compressed: a few bytes could fill the memory.
 
-    TorchScript compresses its code, which is not read.
+    TorchScript compresses only its code, which is not read here.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # as torch.load asks
@@ -69,11 +69,11 @@ def _check_stored(path: Path) -> None:
         for info in archive.infolist():
             code = info.filename.split("/")[1:2] == ["code"]
             if info.compress_type != zipfile.ZIP_STORED and not code:
-                raise ValueError(f"{info.filename} is compressed, which PyTorch's are not")
+                raise ValueError(f"{info.filename} is compressed, which PyTorch never does")
 
 
 def _is_torchscript(path: Path) -> bool:
-    """As torch.load asks, which until torch 2.5 hands such a file to torch.jit.load."""
+    """The test of torch.load, which until torch 2.5 passes such a file to torch.jit.load."""
     with open(path, "rb") as file:
         try:
             return "constants.pkl" in torch._C.PyTorchFileReader(file).get_all_records()
@@ -82,13 +82,15 @@ def _is_torchscript(path: Path) -> bool:
 
 
 class Thing:
-    """All that a pickle says of an object: its class or maker, its arguments, its state."""
+    """What a pickle says about an object: its class or function, its arguments, its state."""
 
     kind = ""
+    arguments: tuple
+    state: object = None
 
-    def __new__(cls, *arguments):
+    def __new__(cls, *arguments):  # a pickle may make objects without calling __init__
         thing = object.__new__(cls)
-        thing.arguments, thing.state = arguments, None
+        thing.arguments = arguments
         return thing
 
     def __setstate__(self, state):
@@ -96,7 +98,7 @@ class Thing:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own, whose memory grows with the file alone, and just what protocol 2 has."""
+    """Python's own unpickler, limited to protocol 2; its memory grows with the file, no faster."""
 
     dispatch = {
         ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]
@@ -114,7 +116,7 @@ class _Unpickler(pickle._Unpickler):
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """The parameters, buffers and other tensors of the module in an archive: {"a.b.c": tensor}.
 
-    An object that stands in two places is read at one of them.
+    An object that occurs in two places is read at one of them.
     """
     tensors, storages, seen = {}, {}, set()
     with zipfile.ZipFile(path) as archive:
@@ -129,7 +131,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
                 storages[key] = torch.frombuffer(whole, dtype=dtype) if whole else torch.empty(0)
             found = storages[key].as_strided(shape, strides, start)
             if found.numel() > len(storages[key]):
-                raise ValueError("a tensor is larger than what is stored of it")
+                raise ValueError("a tensor is larger than its stored data")
             return found
 
         todo = [("", _Unpickler(io.BytesIO(archive.read(name))).load())]
@@ -138,7 +140,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             if not isinstance(thing, Thing) or id(thing) in seen:
                 continue
             seen.add(id(thing))
-            if len(prefix) > 2000:  # names that grow with every level could fill the memory
+            if len(prefix) > 2000:  # names that grow with each level could fill the memory
                 raise ValueError("an object has a name of more than 2,000 letters")
             if thing.kind == "torch._utils._rebuild_tensor_v2":
                 tensors[prefix[:-1]] = tensor(thing.arguments)

@@ -1,15 +1,15 @@
-"""From a picture to what the image tower reads, in two steps.
+"""From an image to the image tower's input, in two steps.
 
     crop       PIL image -> uint8 (3, n, n): short side to n pixels (bicubic), centre square, RGB
     normalize  uint8 -> float: to [0, 1], minus CLIP's mean, over CLIP's standard deviation
 
-OpenAI's transform, pixel for pixel, cut where it can be: everything slow happens before the cut
-(decoding, resizing) and loses nothing by being kept as uint8; what comes after is one pass that
-runs on the device. Like theirs, `crop` resizes in the picture's own mode (palette, grey, RGBA) and
-turns it into RGB afterwards, and does not act on EXIF rotation.
+Together they are OpenAI's transform, pixel for pixel. The first step does the slow work (decoding,
+resizing), and its uint8 result can be stored without loss; the second is a single pass that runs on
+the device. As in OpenAI's transform, `crop` resizes in the image's own mode (palette, grey, RGBA),
+converts to RGB afterwards, and ignores EXIF rotation.
 
-Other models' pictures are prepared otherwise, as their config says: both sides to n pixels
-("squash"), bilinear, another mean and deviation. open_clip's transform is the same, then.
+Other models use another preprocessing, which their config names: both sides resized to n pixels
+("squash"), bilinear interpolation, another mean and deviation. The result equals open_clip's.
 """
 
 from dataclasses import replace
@@ -26,9 +26,9 @@ OPENAI = CONFIGS["ViT-B/16"]  # 224 pixels
 
 
 def crop(image: Image.Image, config: CLIPConfig | int = OPENAI) -> Tensor:
-    """A picture of any size and mode -> its uint8 crop (3, n, n).
+    """An image of any size and mode -> its uint8 crop (3, n, n).
 
-    config: of the model that is to read it; or n, for a crop as OpenAI's models read it.
+    config: the model's; or n, for OpenAI's preprocessing at that size.
     """
     if not isinstance(config, CLIPConfig):
         config = replace(OPENAI, image_size=config)

@@ -10,8 +10,8 @@ example, "A lily-valley’s café" (`Tokenizer.encode` takes these steps):
     merge       c a f Ã ©</w> -> c af Ã ©</w> -> ... -> cafÃ©</w>   most frequent pair first
     ids         [start] 320 10647 268 3136 568 15304 [end] 0 0 ...  padded with 0 to 77
 
-The merges were learned by OpenAI from the texts CLIP was trained on; they are data
-(`assets/bpe_simple_vocab_16e6.txt.gz`, MIT licence, notice beside it), in order of frequency.
+OpenAI learned the merges from the texts that CLIP was trained on. They are data, in order of
+frequency (`assets/bpe_simple_vocab_16e6.txt.gz`, MIT licence, notice beside it).
 """
 
 import functools
@@ -36,8 +36,8 @@ WORDS = regex.compile(
     regex.IGNORECASE,
 )
 
-# A printable character for each of the 256 bytes, so that merges can be plain text. Bytes that
-# print as themselves in Latin-1 do; the other 68 (controls, spaces, soft hyphen) borrow the
+# A printable character for each of the 256 bytes, so that merges can be plain text. A byte that is
+# printable in Latin-1 stands for itself; the other 68 (controls, spaces, soft hyphen) get the
 # characters from U+0100 on: the space, byte 0x20, becomes "Ġ". In this order, printable bytes
 # first, they are the first 256 token ids.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -50,7 +50,7 @@ class Tokenizer:
     """Text <-> token ids. Build one with `tokenizer()`, which reads the merges once."""
 
     def __init__(self, merges: Path = MERGES):
-        # The file's first line is a comment, and it holds more merges than the vocabulary uses.
+        # The first line is a comment, and the file has more merges than the vocabulary uses.
         lines = gzip.decompress(merges.read_bytes()).decode("utf-8").split("\n")
         pairs = [tuple(line.split()) for line in lines[1 : 1 + VOCAB_SIZE - 2 * 256 - 2]]
         letters = list(ALPHABET.values())
@@ -62,7 +62,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end: "a rose." -> [320, 3568, 269]."""
-        # Repair mojibake, unescape HTML (twice: scraped text often is escaped twice), fold spaces.
+        # Repair mojibake, unescape HTML (twice: scraped text often needs it), collapse spaces.
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = regex.sub(r"\s+", " ", text).strip().lower()
         ids = []
@@ -105,8 +105,8 @@ def tokenize(
 ) -> torch.Tensor:
     """Token ids of one text or several: int64 (K, context_length), padded with 0.
 
-    Each row is [start] text [end] 0 … A text that does not fit is an error that names it, or, with
-    `truncate`, loses its tail and keeps [end]. Equal to OpenAI's `clip.tokenize`.
+    Each row is [start] text [end] 0 … A text that does not fit is an error that names it; with
+    `truncate` its tail is cut off before [end]. The result equals OpenAI's `clip.tokenize`.
     """
     texts = [texts] if isinstance(texts, str) else texts
     bpe = tokenizer()

@@ -1,4 +1,4 @@
-"""Values from outside, held against the type hints of what they are to be.
+"""Check values from outside against type hints.
 
     expect(value, dict[str, int], "plan.json", "quotas")
     UserError: plan.json: quotas.rose is 'many', expected a whole number
@@ -60,7 +60,7 @@ def expect_fields(settings) -> None:
 
 
 def words(kind) -> str:
-    """A kind as a reader knows it: "text or null"."""
+    """A kind in plain words: "text or null"."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(str, inner))

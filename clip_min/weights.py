@@ -3,17 +3,16 @@
     load("demo")               the small CLIP that ships with this package
     load("ViT-B/16")           OpenAI's weights, by name (see hub.py)
     load("ViT-B-16.pt")        OpenAI's own file: TorchScript archive or state dict, sha256 checked
-    load("model.safetensors")  OpenAI's, Hugging Face's or open_clip's names, told by the keys
-    load("folder")             the weights in a folder of Hugging Face's or open_clip's
+    load("model.safetensors")  with OpenAI's, Hugging Face's or open_clip's names
+    load("folder")             the weights in a folder of Hugging Face or open_clip
 
     python -m clip_min.weights convert IN OUT.safetensors
-    python -m clip_min.weights list                         models of the hub that are known good
+    python -m clip_min.weights list                         models of the hub that are known to work
 
-What no tensor tells is read in the description beside the weights (see description.py).
+The activation and the preprocessing come from a description beside the weights (description.py).
 
-Loading is strict: a missing, unexpected or misshapen tensor is an error that names it, as are NaN
-and infinity. Nothing that stands in a `.pt` file is run, be it a state dict or a TorchScript
-archive (see pickled.py).
+Loading is strict: a missing, unexpected or misshapen tensor is an error that names the tensor, and
+so are NaN and infinity. No code in a `.pt` file is ever run (see pickled.py).
 """
 
 import argparse
@@ -48,8 +47,8 @@ def load(
 ) -> CLIP:
     """A CLIP with weights, in eval mode. `name_or_path`: see the top of this file.
 
-    image_size: pixels of the pictures it is to read, a multiple of its patches, to which its
-    positions are resized; 0: those it was trained with.
+    image_size: side in pixels of the images to read, a multiple of the patch size; the positional
+    embedding is resized to it. 0: the size the model was trained with.
     """
     if str(name_or_path) == "demo":  # whose names are ours, and whose sizes are known
         state, config = read_safetensors(DEMO)[0], CONFIGS["demo"]
@@ -81,8 +80,8 @@ def load(
     if image_size not in (0, config.image_size):
         if image_size < 1 or image_size % config.patch_size:
             raise UserError(
-                f"{name_or_path}: cannot read pictures of {image_size} pixels; expected a multiple "
-                f"of its patches' {config.patch_size}"
+                f"{name_or_path}: cannot read images of {image_size} pixels; give a multiple of "
+                f"its patch size, {config.patch_size}"
             )
         positions = state["visual.positional_embedding"]
         grid = image_size // config.patch_size
@@ -94,16 +93,17 @@ def load(
 
 
 def resized(positions: Tensor, grid: int) -> Tensor:
-    """An image tower's positions (1 + g·g, D) -> (1 + grid·grid, D), as open_clip resizes them."""
+    """Resize a positional embedding (1 + g·g, D) -> (1 + grid·grid, D), as open_clip does."""
     rows = round((len(positions) - 1) ** 0.5)  # g
     patches = positions[1:].float().unflatten(0, (rows, rows)).permute(2, 0, 1)  # (D, g, g)
-    how = {"mode": "bicubic", "antialias": True, "align_corners": False}
-    patches = F.interpolate(patches[None], (grid, grid), **how)[0]  # (D, grid, grid)
+    patches = F.interpolate(
+        patches[None], (grid, grid), mode="bicubic", antialias=True, align_corners=False
+    )[0]  # (D, grid, grid)
     return torch.cat([positions[:1], patches.flatten(1).T.to(positions.dtype)])
 
 
 def mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """Every tensor that is missing, unexpected or misshapen, in words; empty if all fit."""
+    """A sentence for each tensor that is missing, unexpected or misshapen; empty if all fit."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unexpected" for name in found if name not in expected]
     return problems + [
@@ -119,9 +119,7 @@ def save(
     dtype: torch.dtype = torch.float32,
     about: dict | None = None,
 ) -> None:
-    """Write a CLIP as safetensors under our names, its sizes and `about` in the header; whole or
-    not at all.
-    """
+    """Write a CLIP as safetensors with our names; its config and `about` go into the header."""
     state = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
     header = json.dumps(asdict(clip.config) | (about or {}), ensure_ascii=False)
     write_safetensors(path, state, {"clip_min": header})
@@ -132,21 +130,23 @@ def read(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Tensor], CLIPConfig]:
-    """The tensors of a model under our names, and what it is.
+    """The tensors of a model under our names, and its config.
 
-    Each is cast as it is read, so that memory holds the model once, in the precision asked for.
+    Each tensor is cast when it is read, so that memory holds the model once, in this precision.
     """
     path = locate(str(name_or_path))
-    metadata, state, mapped = {}, {}, path.suffix == ".safetensors"
+    metadata: dict[str, str] = {}
+    state: dict[str, Tensor] = {}
+    mapped = path.suffix == ".safetensors"
     if mapped:
         tensors, metadata = read_safetensors(path)
     elif path.suffix in SUFFIXES:
         tensors = _read_torch(path)
     else:
-        raise UserError(f"{path}: weights are .safetensors, .pt, .pth or .bin, not {path.suffix!r}")
+        raise UserError(f"{path}: is a {path.suffix!r} file; give .safetensors, .pt, .pth or .bin")
 
     def take(name: str) -> Tensor:
-        if mapped and tensors[name].nbytes > 1e6:  # anew, so that it is unmapped once it is copied
+        if mapped and tensors[name].nbytes > 1e6:  # a new mapping, freed after the copy
             return read_safetensors(path, name)[0][name]
         return tensors[name] if mapped else tensors.pop(name)
 
@@ -158,7 +158,7 @@ def read(
         config = infer_config(state)
     except KeyError as missing:
         raise UserError(
-            f"{path}: not a CLIP (ViT) in OpenAI's, Hugging Face's or open_clip's naming: "
+            f"{path}: not a CLIP (ViT) with OpenAI's, Hugging Face's or open_clip's names: "
             f"no tensor {missing}"
         ) from None
     except ValueError as error:
@@ -168,31 +168,31 @@ def read(
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short sha256 of a model: tells whether an adapter meets the one it was made for.
+    """A short sha256 of a model, to check that an adapter is used with the model it was made for.
 
-    It covers all weights and, of a CLIP, all of the config that they do not tell by themselves: the
-    activation where it is not QuickGELU, say. (So most models have the fingerprint that they
-    had when it covered the weights alone.) It is computed once, and kept on the module for as long
-    as no tensor is changed or replaced.
+    It covers all weights and, for a CLIP, what the weights do not show and differs from OpenAI's:
+    the activation, say. (Most models therefore keep the fingerprint that they had when it covered
+    only the weights.) It is computed once, and stored on the module until a tensor is changed or
+    replaced.
     """
     state, config = sorted(module.state_dict().items()), getattr(module, "config", None)
-    tracked = not any(tensor.is_inference() for _, tensor in state)  # else no one counts changes
+    tracked = not any(tensor.is_inference() for _, tensor in state)  # else changes are not counted
     now = (config, [(name, t.data_ptr(), t._version) for name, t in state]) if tracked else None
-    seen, found = getattr(module, "_fingerprint", (None, ""))
+    seen, found = module.__dict__.get("_fingerprint", (None, ""))
     if now is None or now != seen:
         digest = hashlib.sha256()
         if isinstance(module, CLIP):
             usual = {key: getattr(CLIPConfig, key) for key in UNTOLD}
             heads = [max(1, width // 64) for width in (config.vision_width, config.text_width)]
             if replace(config, vision_heads=heads[0], text_heads=heads[1], **usual) != config:
-                told = asdict(config).items()  # less what came later, where it is as it was before
+                told = asdict(module.config).items()  # less newer fields that have the old value
                 told = {k: v for k, v in told if k not in usual or v != usual[k]}
                 digest.update(repr(told).encode())
         for name, tensor in state:
             digest.update(name.encode())
             digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
         found = digest.hexdigest()[:16]
-        module._fingerprint = now, found
+        module.__dict__["_fingerprint"] = now, found
     return found
 
 
@@ -204,7 +204,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if found != expected:
             raise UserError(
                 f"{path}: sha256 is {found[:16]}…, but OpenAI's {path.name} has {expected[:16]}…; "
-                "download it again (or rename the file, if these are weights of your own)"
+                "download it again (or rename the file, if these are your own weights)"
             )
     state = read_pickled(path)
     if isinstance(state, dict) and "state_dict" in state:
@@ -214,8 +214,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise UserError(
-                f"{path}: holds {type(tensor).__name__} under {name!r}, expected tensors under "
-                "their names"
+                f"{path}: holds {type(tensor).__name__} under {name!r}, expected a dictionary of "
+                "names and tensors"
             )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
@@ -230,9 +230,9 @@ def model_name(config: CLIPConfig) -> str:
 
 
 def listed() -> str:
-    """The table of known models; figures are zero-shot accuracies in percent, as published."""
-    rows = [("--model", "size", "activation", "licence", "Flowers102", "ImageNet")]
-    rows += [(*known[:4], *(f"{figure:.2f}" for figure in known[4:])) for known in KNOWN]
+    """The table of known models, with published zero-shot accuracies in percent."""
+    rows = [["--model", "size", "activation", "licence", "Flowers102", "ImageNet"]]
+    rows += [[*known[:4], *(f"{figure:.2f}" for figure in known[4:])] for known in KNOWN]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -254,10 +254,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     convert = commands.add_parser("convert", help="any supported file -> safetensors, our names")
-    convert.add_argument("source", metavar="IN", help="a name, .pt or .safetensors")
-    convert.add_argument("target", metavar="OUT.safetensors", help="a new file")
-    commands.add_parser("list", help="models of the hub that are known to be right here")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+    convert.add_argument("source", metavar="IN", help="a model's name, a .pt or .safetensors file")
+    convert.add_argument("target", metavar="OUT.safetensors", help="the file to write")
+    commands.add_parser("list", help="list models of the hub that are known to work")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold bytes that are not text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = parser.parse_args(argv)
@@ -266,9 +266,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         target = Path(arguments.target)
         if target.suffix != ".safetensors":
-            raise UserError(f"{target}: the output is a .safetensors file; name it so")
+            raise UserError(f"{target}: the output is a .safetensors file; give it that suffix")
         if target.exists():
-            raise UserError(f"{target}: is there already; choose another place, or remove it")
+            raise UserError(f"{target}: exists already; choose another place, or remove it")
         with warnings.catch_warnings(record=True) as notes:
             clip = load(arguments.source)
         remove_half_written(target.parent, target.name)

@@ -1,4 +1,4 @@
-"""Pictures, as batches that a method reads: normalised, augmented, or encoded."""
+"""Batches of pictures for a method: normalised, augmented, or encoded."""
 
 import math
 import warnings
@@ -24,9 +24,9 @@ from clip_min.errors import Note
 from fewshot import cache, ranks
 from fewshot.pictures import READERS, Pictures, Reader, pixel_hash
 
-KEPT = 1e9  # bytes of whole pictures that are kept in memory where crops are drawn anew each time
+KEPT = 1e9  # bytes of uncropped pictures to keep in memory for random crops
 
-# For torch.autocast: matrix products run in bf16 or fp16, weights and sums stay fp32.
+# For torch.autocast: precision of matrix products; weights and sums stay fp32.
 PRECISIONS = {
     "fp32": {"enabled": False},
     "bf16": {"dtype": torch.bfloat16},
@@ -35,16 +35,16 @@ PRECISIONS = {
 
 
 class NeedsPictures(UserError):
-    """A method, or what it is to do, needs more of pictures than their features."""
+    """A method, or its settings, needs pictures, but there are only features."""
 
 
 class Batches:
-    """N labelled pictures, ready to be fed to a method.
+    """N labelled pictures, ready for a method.
 
-    pixels (N, 3, n, n) uint8 crops, in memory; or None, and pictures are read whenever they are
-    needed, and have these hashes (N, 32) of their pixels (`Reader.check`). labels (N,).
-    synthetic (N,) bool: which ones gen/ painted; None if all are real. drawn: numbers of the
-    pictures that are drawn together: all, or the real and the synthetic ones.
+    pixels (N, 3, n, n): uint8 crops in memory; or None, if pictures are read when needed, with
+    `hashes` (N, 32) of their pixels (`Reader.check`). labels (N,). synthetic (N,) bool: the
+    synthetic ones; None if all are real. drawn: indices of pictures that are drawn together: all,
+    or real and synthetic separately.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Batches:
         self.synthetic: Tensor | None = None
         self.drawn = [torch.arange(len(self))]
         self.nbytes = len(self) * 3 * reader.size**2  # of the pixels
-        self.room: float | None = self.nbytes  # for encoded pictures; None: as the reader has it
-        self._encoded: dict[tuple, Tensor] = {}  # by what encodes them
+        self.room: float | None = self.nbytes  # for encoded pictures in memory; None: reader.room
+        self._encoded: dict[tuple, Tensor] = {}  # by encoder
         self._fits: dict[tuple, bool] = {}
-        self._some: dict[int, Batches] = {}  # by how many
+        self._some: dict[int, Batches] = {}  # by number
         self._originals: dict[int, Image.Image] = {}
         self._room = KEPT
 
@@ -80,31 +80,31 @@ class Batches:
 
     @property
     def shots(self) -> int:
-        """Pictures in the largest class, synthetic ones not counted."""
+        """The number of real pictures in the largest class."""
         labels = self.labels if self.synthetic is None else self.labels[~self.synthetic]
         return int(labels.cpu().bincount().max())
 
     def class_weights(self, count: int) -> Tensor:
-        """(K,) N / (K · n_k), for n_k real pictures of each of `count` classes: by these, classes
-        weigh alike, and a picture 1 on average.
+        """Weights (K,): N / (K · n_k), for n_k real pictures in each of `count` classes. They give
+        all classes equal weight, and pictures a weight of 1 on average.
         """
         labels = self.real().labels
         return len(labels) / (count * labels.bincount(minlength=count).clamp(min=1))
 
     def draw_apart(self) -> None:
-        """Draw the real pictures and the synthetic ones, if there are any, into batches apart."""
+        """From now on, draw real and synthetic pictures separately, if there are any."""
         if self.synthetic is not None:
             synthetic = self.synthetic.cpu()
             self.drawn = [(~synthetic).nonzero().flatten(), synthetic.nonzero().flatten()]
 
     def real(self) -> "Batches":
-        """The pictures that are not synthetic, in their order."""
+        """The real pictures, in order."""
         if self.synthetic is None:
             return self
         return self.part((~self.synthetic).nonzero().flatten().cpu())
 
     def some(self, most: int) -> "Batches":
-        """`most` of the real pictures at most, evenly spread over them."""
+        """At most `most` of the real pictures, evenly spaced."""
         if most not in self._some:
             real = self.real()
             numbers = torch.arange(0, len(real), math.ceil(len(real) / most))
@@ -112,14 +112,14 @@ class Batches:
         return self._some[most]
 
     def part(self, chosen: Tensor) -> "Batches":
-        """The pictures with the numbers `chosen` (B,), as real ones."""
+        """The pictures with the indices `chosen` (B,), as real ones."""
         part = Batches(self.pictures[chosen], self.pixels[chosen], self.reader)
         part._encoded = {encoder: x[chosen] for encoder, x in self._encoded.items()}
         part._fits = dict(self._fits)
         return part
 
     def join(self, synthetic: "Batches") -> "Batches":
-        """These pictures, which are real, and then synthetic ones of the same size."""
+        """These real pictures, followed by synthetic ones of the same size."""
         sources = [*self.pictures.source, *synthetic.pictures.source]
         labels = torch.cat([self.pictures.labels, synthetic.pictures.labels])
         pixels = torch.cat([self.pixels, synthetic.pixels])
@@ -130,19 +130,19 @@ class Batches:
         return joined
 
     def targets(self, chosen: Tensor) -> tuple[Tensor, ...]:
-        """What `method.loss` takes besides inputs: labels (B,) and, if any picture here is
-        synthetic, which ones of these are (B,).
+        """The targets for `method.loss`: labels (B,) and, if there are synthetic pictures, which
+        of these are synthetic (B,).
         """
         if self.synthetic is None:
             return (self.labels[chosen],)
         return self.labels[chosen], self.synthetic[chosen]
 
     def autocast(self) -> torch.autocast:
-        """What a method's forward pass on these pictures runs in."""
+        """The autocast context of a method's forward pass on these pictures."""
         return torch.autocast(self.device.type, **PRECISIONS[self.precision])
 
     def images(self, chosen: Tensor, augment: str = "none") -> Tensor:
-        """The pictures with the numbers `chosen` (B,), as the image tower reads them: (B, 3, n, n),
+        """The pictures with the indices `chosen` (B,), as input of the image tower: (B, 3, n, n),
         normalised, on the device.
         """
         if self.pixels is None and augment == "none":
@@ -154,36 +154,36 @@ class Batches:
         return normalize(pixels.to(self.device), config=self.reader.prepared)
 
     def stream(self, parts: list[Tensor]) -> Iterator[Tensor]:
-        """`images` of each part; what has to be decoded for the next ones, is meanwhile."""
+        """`images` of each part; pictures of the next parts are decoded meanwhile."""
         if self.pixels is not None:
             yield from map(self.images, parts)
             return
         for pixels in self.reader.stream(self.pictures, self.hashes, parts):  # (B, 3, n, n)
-            if self.device.type == "cuda":  # copied while the GPU computes with those before
+            if self.device.type == "cuda":  # copied while the GPU computes with the previous ones
                 pixels = pixels.pin_memory()
             pixels = pixels.to(self.device, non_blocking=True)
             yield normalize(pixels, config=self.reader.prepared)
 
     def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
-        """The pictures with the numbers `chosen`, encoded for `method.classify` (B, …); augmented
-        ones each time anew.
+        """The pictures with the indices `chosen`, encoded for `method.classify` (B, …); with new
+        random views, if augmented.
         """
         if augment == "none" and self.keeps(method):
             return self.encoded(method)[chosen]
         return method.encode(self.images(chosen, augment))
 
     def each(self, method, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Of the pictures with the numbers in each part (B,), those of this rank's parts, encoded
-        for `method.classify`, a part (B, …) at a time; see `ranks.collect`.
+        """For each of this rank's parts, the pictures with its indices (B,), encoded for
+        `method.classify` (B, …); see `ranks.collect`.
         """
         if self.keeps(method):
-            encoded = self.encoded(method)  # now: each rank has its part in it
+            encoded = self.encoded(method)  # at once, since all ranks take part
             return (encoded[part] for part in ranks.mine(parts))
         return map(method.encode, self.stream(ranks.mine(parts)))
 
     def keeps(self, method) -> bool:
-        """Whether encoded pictures are kept: not if nothing of the method is frozen, so that they
-        are the pictures themselves; nor if they take more than `room` bytes.
+        """Whether encoded pictures are stored: not if no part of the method is frozen, nor if they
+        take more than `room` bytes.
         """
         if (encoder := method.encoder) is None:
             return False
@@ -195,19 +195,19 @@ class Batches:
             if size > room > self.nbytes:
                 warnings.warn(
                     f"encoded training or validation images take {size / 1e9:.1f} GB, more than "
-                    f"the {room / 1e9:.1f} GB they may (--cache-gb, or half of what is free): "
-                    "the frozen blocks compute them again in each step",
+                    f"the limit of {room / 1e9:.1f} GB (--cache-gb, or half of free memory): "
+                    "the frozen blocks are computed again in each step",
                     Note,
                     stacklevel=1,
                 )
         return self._fits[encoder]
 
     def encoded(self, method, batch_size: int = 64) -> Tensor:
-        """Every picture as `method.encode` gives it (N, …), computed once.
+        """All pictures, encoded by `method.encode` (N, …), computed once.
 
-        What takes no more room than the pixels (features) is kept on disk for the next run, too,
-        under a name that follows from the pixels, from what encodes them, from CLIP's config (its
-        heads) and from what computes (whose rounding may differ).
+        If the result is no larger than the pixels (features), it is also stored on disk for the
+        next run. Its name depends on the pixels, the encoder, CLIP's config (its heads), and on the
+        hardware and versions, whose rounding may differ.
         """
         encoder = method.encoder
         if encoder not in self._encoded:
@@ -216,7 +216,7 @@ class Batches:
             name = cache.key(self.hashes, encoder, method.clip.config, batch_size, machine)
             found = cache.load(self.reader.folder, "features", name)
             there = found is not None and found.shape[:1] == (len(self),)
-            if not all(ranks.together(there)):  # on all ranks, or all encode
+            if not all(ranks.together(there)):  # unless all ranks have it, all encode
                 parts = torch.arange(len(self)).split(batch_size)
                 images = self.stream(ranks.mine(parts))
                 count = len(ranks.mine(parts))
@@ -229,9 +229,9 @@ class Batches:
         return self._encoded[encoder]
 
     def _views(self, chosen: Tensor, augment: str) -> Tensor:
-        """A fresh random view of each picture, uint8 (B, 3, n, n), from torch's global generator.
+        """A new random view of each picture, uint8 (B, 3, n, n), with torch's global generator.
 
-        Most are crops of 8 to 100 % of the area, flipped half the time.
+        Most kinds are crops of 8 to 100 % of the area, flipped half the time.
         """
         size = self.reader.size
         bicubic = InterpolationMode.BICUBIC  # as CLIP's own crop
@@ -247,7 +247,7 @@ class Batches:
         return torch.where(flip[:, None, None, None], crops.flip(-1), crops)  # (B, 3, n, n)
 
     def _whole(self, chosen: Tensor) -> list[Image.Image]:
-        """The pictures, uncropped; decoded once, as long as there is room for them."""
+        """The uncropped pictures, decoded once, as long as memory allows."""
         numbers = chosen.tolist()
         new = [i for i in dict.fromkeys(numbers) if i not in self._originals]
         with ThreadPoolExecutor(READERS) as pool:

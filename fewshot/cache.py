@@ -1,8 +1,8 @@
-"""Tensors kept on disk between runs: decoded pixels, image features.
+"""A cache on disk for decoded pixels and image features.
 
-A file is named by a hash of everything its content follows from, so a stale one is never looked at;
-it is written whole or not at all; it carries a checksum, so a damaged one counts as absent; and
-all together take 10 GB at most, or what --cache-gb says.
+A file's name is a hash of everything that its content depends on, so a stale file is never read. A
+file is written whole or not at all, and has a checksum: a damaged one counts as missing. All files
+together take at most 10 GB, or --cache-gb.
 """
 
 import contextlib
@@ -23,27 +23,27 @@ from clip_min import UserError
 from clip_min.files import read_safetensors, remove_half_written, write_safetensors
 
 KINDS = ("pixels", "hashes", "odd", "features")
-limit = 10e9  # bytes that are kept, at most; see `chosen`
+limit = 10e9  # largest size in bytes; see `chosen`
 
 
 @dataclass
 class Flags:
-    """Where the cache is, and how large; flags of the scripts that read pictures."""
+    """The flags for the cache, of the scripts that read pictures."""
 
     cache: Annotated[
-        str, "folder that keeps decoded pixels and image features, or none [~/.cache/clip_min]"
+        str, "folder for decoded pixels and image features, or none [~/.cache/clip_min]"
     ] = ""
     cache_gb: Annotated[
         float,
-        "its largest size: what was not used for longest goes; the most, too, that encoded images "
-        "take in memory",
+        "largest size of the cache: the least recently used files are removed; also the limit for "
+        "encoded images in memory",
     ] = 10
 
 
 def chosen(given: dict) -> Path | None:
-    """The cache's folder: as --cache says, else CLIP_MIN_CACHE, else ~/.cache/clip_min; "none" is
-    nowhere. Nothing in it is needed: it may be removed at any time. --cache-gb is its largest size
-    from now on.
+    """The cache's folder: --cache, or CLIP_MIN_CACHE, or ~/.cache/clip_min; "none" turns it off.
+
+    The folder can be removed at any time. Also sets its largest size, --cache-gb.
     """
     global limit
     if not 0 <= (gb := given.get("cache_gb", 10)) < float("inf"):
@@ -59,7 +59,7 @@ FOLDER = chosen({})
 
 
 def key(*parts) -> str:
-    """A name for what follows from `parts`: tensors, and anything whose repr is its value."""
+    """A name computed from `parts`: tensors, and anything whose repr shows its value."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -72,7 +72,7 @@ def key(*parts) -> str:
 
 
 def load(folder: Path | None, kind: str, name: str) -> Tensor | None:
-    """The tensor kept as `name`; None if it is not there or not whole."""
+    """The tensor stored as `name`; None, if it is missing or damaged."""
     if folder is None:
         return None
     path = folder / kind / f"{name}.safetensors"
@@ -83,13 +83,13 @@ def load(folder: Path | None, kind: str, name: str) -> Tensor | None:
     tensor = tensors.get(kind)
     if tensor is None or header.get("check") != key(tensor):
         return None
-    with contextlib.suppress(OSError):  # a cache that is there to be read alone
+    with contextlib.suppress(OSError):  # the cache may be read-only
         os.utime(path)  # used now: see `_prune`
     return tensor
 
 
 def save(folder: Path | None, kind: str, name: str, tensor: Tensor) -> None:
-    """Keep a tensor; where that fails (a full disk), the next run only takes longer."""
+    """Store a tensor. If that fails (a full disk), the next run only takes longer."""
     if folder is None:
         return
     try:
@@ -101,16 +101,15 @@ def save(folder: Path | None, kind: str, name: str, tensor: Tensor) -> None:
 
 
 class Spool:
-    """Crops of pictures on disk, for one run, so that each picture is decoded once.
+    """Crops of pictures on disk for a single run, so that each picture is decoded once.
 
-    The file lies in the cache's folder and has no name there: it goes with the run, however that
-    ends. It takes no more than --cache-gb says, and half of what is free on the disk. Threads may
-    write and read it at once.
+    The file is in the cache's folder without a name, so it vanishes with the process. It takes at
+    most --cache-gb, and half of the free disk space. Threads may write and read it at once.
     """
 
     def __init__(self, folder: Path | None, size: int):
         self.shape, self.bytes = (3, size, size), 3 * size * size
-        self.places: dict[str, int] = {}  # sha256 of a picture's file -> place of its crop
+        self.places: dict[str, int] = {}  # sha256 of a picture's file -> index of its crop
         self.file, self.next, self.most = None, itertools.count(), 0
         with contextlib.suppress(OSError):  # without it, a picture is decoded again
             if folder is not None:
@@ -119,14 +118,14 @@ class Spool:
                 self.most = min(limit, shutil.disk_usage(folder).free / 2) // self.bytes  # crops
 
     def put(self, digest: str, crop: Tensor) -> None:
-        """Keep a crop, uint8 (3, size, size), if there is room."""
+        """Store a crop, uint8 (3, size, size), if there is room."""
         if digest and (place := next(self.next)) < self.most:
             with contextlib.suppress(OSError):
                 os.pwrite(self.file.fileno(), crop.numpy().data, place * self.bytes)
                 self.places[digest] = place
 
     def get(self, digest: str) -> Tensor | None:
-        """The crop of the picture whose file has this sha256; None if it was not kept."""
+        """The crop of the picture whose file has this sha256; None, if it was not stored."""
         if digest not in self.places:
             return None
         content = os.pread(self.file.fileno(), self.bytes, self.places[digest] * self.bytes)
@@ -134,9 +133,9 @@ class Spool:
 
 
 def _prune(folder: Path) -> None:
-    """Remove what was not used for longest, until the rest is small enough.
+    """Remove the least recently used files until the rest is small enough.
 
-    Only files that are named as ours in folders that are ours: other things may lie there.
+    Only files and folders with our own names are touched: there may be others.
     """
     files = []
     with contextlib.suppress(OSError):  # another process has removed one

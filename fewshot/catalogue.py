@@ -1,7 +1,7 @@
-"""What is known of each data set before it is read. A row of DATASETS is one of them.
+"""Facts about each data set: a row of DATASETS is one of them.
 
-Among them are the 11 that CoOp is measured on, and ImageNet's variants, with CoOp's templates.
---data-root names the folder that holds all their folders, as CoOp's DATASETS.md lays them out.
+Among them are CoOp's 11 data sets and ImageNet's variants, with CoOp's templates. --data-root is
+the parent of all their folders, laid out as in CoOp's DATASETS.md.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from fewshot.readers import ImageNet, Lists
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a data set before it is read; 0 or empty: not known, or none."""
+    """Facts about a data set; 0 or empty: unknown, or none."""
 
     read: Callable[[Path | None, int], Parts] | None  # None: CoOp's split is the only one
     about: str
-    model: str = "ViT-B/16"  # what is tuned if --model is not given
+    model: str = "ViT-B/16"  # the model, if --model is not given
     template: str = "a photo of a {}."
     classes: int = 0
     images: tuple[int, int, int] | None = None  # train, val, test
     coop_images: tuple[int, int, int] | None = None  # the same three of CoOp's split
-    coop_file: str = ""  # that split; "" though it has images: it is the official one
-    folders: tuple[str, ...] = ()  # where it lies below --data-root: for CoOp, for torchvision
-    fetch: str = ""  # what nothing downloads, and is to be put there
+    coop_file: str = ""  # CoOp's split; "" with images: CoOp uses the official one
+    folders: tuple[str, ...] = ()  # below --data-root: CoOp's, torchvision's
+    fetch: str = ""  # files to download by hand
     url: str = ""
     paper: str = ""
     licence: str = ""
@@ -50,7 +50,7 @@ DATASETS = {
     ),
     "features": Entry(
         embedded.read_features,
-        "features of your own pictures, which embed.py left in --data-root",
+        "features of your own pictures, made by embed.py, in --data-root",
     ),
     "flowers102": Entry(
         readers.read_flowers102,
@@ -169,7 +169,7 @@ DATASETS = {
         coop_file="split_zhou_SUN397.json",
         coop_images=(15880, 3970, 19850),
         folders=("sun397",),
-        fetch="SUN397/, whose address is gone",
+        fetch="SUN397/, whose download is gone",
         url="https://github.com/pytorch/vision/issues/9348",
         paper="Xiao et al., 2010, SUN database: large-scale scene recognition from abbey to zoo",
     ),
@@ -195,7 +195,7 @@ DATASETS = {
     ),
     "ucf101": Entry(
         None,
-        "middle frames of films of 101 actions",
+        "middle frames of videos of 101 actions",
         template="a photo of a person doing {}.",
         classes=101,
         coop_file="split_zhou_UCF101.json",
@@ -220,7 +220,7 @@ DATASETS = {
     ),
     "imagenetv2": Entry(
         ImageNet("imagenetv2", test="imagenetv2-matched-frequency-format-val"),
-        "ImageNet's classes, new pictures; for testing alone",
+        "ImageNet's classes, new pictures; only for testing",
         classes=1000,
         images=(0, 0, 10000),
         coop_images=(0, 0, 10000),
@@ -233,7 +233,7 @@ DATASETS = {
     ),
     "imagenet_sketch": Entry(
         ImageNet("imagenet-sketch", test="images"),
-        "ImageNet's classes as sketches; for testing alone",
+        "ImageNet's classes as sketches; only for testing",
         classes=1000,
         images=(0, 0, 50889),
         coop_images=(0, 0, 50889),
@@ -245,7 +245,7 @@ DATASETS = {
     ),
     "imagenet_a": Entry(
         ImageNet("imagenet-adversarial", test="imagenet-a"),
-        "200 of ImageNet's classes, hard pictures; for testing alone",
+        "200 of ImageNet's classes, hard pictures; only for testing",
         classes=200,
         images=(0, 0, 7500),
         coop_images=(0, 0, 7500),
@@ -257,7 +257,7 @@ DATASETS = {
     ),
     "imagenet_r": Entry(
         ImageNet("imagenet-rendition", test="imagenet-r"),
-        "200 of ImageNet's classes, art; for testing alone",
+        "200 of ImageNet's classes, art; only for testing",
         classes=200,
         images=(0, 0, 30000),
         coop_images=(0, 0, 30000),
@@ -279,7 +279,7 @@ DATASETS = {
     ),
     "hymenoptera": Entry(
         readers.read_hymenoptera,
-        "ants and bees, of PyTorch's transfer-learning tutorial (0.05 GB)",
+        "ants and bees, from PyTorch's transfer-learning tutorial (0.05 GB)",
         template="a photo of a {}, a type of insect.",
         classes=2,
         images=(244, 0, 153),
@@ -289,11 +289,11 @@ DATASETS = {
     ),
 }
 
-GROUPS = {  # what --dataset takes besides: all of these, one after another
+GROUPS = {  # other values of --dataset: all of these, one after another
     "coop-11": (
         *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "flowers102", "food101"),
         *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
     ),
     "imagenet-variants": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
 }
-IMPLIED = {"coop-11": {"split": "coop"}}  # the flags that a group stands for besides
+IMPLIED = {"coop-11": {"split": "coop"}}  # flags that a group implies

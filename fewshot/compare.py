@@ -1,7 +1,7 @@
-"""Several methods on the same pictures: how long they will take, their table, and which to take.
+"""Compare several methods on the same pictures: estimated time, a table, and a recommendation.
 
-What a method is chosen by is its accuracy on validation images, which stands in the table; the test
-images, which all other accuracies are of, choose nothing.
+Methods are compared by accuracy on validation images, a column of the table. All other accuracies
+are on test images, which are never used for a choice.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from fewshot.task import Task
 
 
 def seconds_of(method, task: Task) -> float:
-    """About how many seconds `method`, which is spoilt by it, takes to train and be tested.
+    """Estimate the seconds in which `method` trains and is tested. The method is used up.
 
-    It takes three gradient steps of each stage and names one batch of validation images. What is
-    solved in closed form counts as nothing.
+    It takes three gradient steps of each stage and classifies a batch of validation images. Closed
+    forms are not timed.
     """
     if not hasattr(method.settings, "epochs"):
         return 0.0
@@ -51,16 +51,14 @@ def seconds_of(method, task: Task) -> float:
         return 0.0
 
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with quiet, torch.random.fork_rng(), contextlib.suppress(NotFinite):  # the run will say so
+    with quiet, torch.random.fork_rng(), contextlib.suppress(NotFinite):  # the run reports it
         method.fit(task.train, task.val, tried)
     tested = sum(len(test.batches) for test in task.tests.values())
     return trained + tested * validation_seconds(method, task.val)
 
 
 def within(budget: float, seconds: dict[str, float]) -> list[str]:
-    """The methods, in the order given, that can be run in `budget` seconds: the shortest first, as
-    many as fit.
-    """
+    """The methods that fit into `budget` seconds, fastest first; in the given order."""
     left, fitting = budget, set()
     for name in sorted(seconds, key=seconds.get):
         if seconds[name] > left:
@@ -71,7 +69,7 @@ def within(budget: float, seconds: dict[str, float]) -> list[str]:
 
 
 def announce(seconds: dict[str, float], kept: list[str]) -> str:
-    """What is to come, and what was left out, in a line or two."""
+    """The estimate, and the methods that were left out, in one or two lines."""
     listed = ", ".join(f"{name} {duration(seconds[name])}" for name in kept)
     text = f"about {duration(sum(seconds[name] for name in kept))}: {listed}"
     out = [f"{name} (about {duration(s)})" for name, s in seconds.items() if name not in kept]
@@ -79,10 +77,10 @@ def announce(seconds: dict[str, float], kept: list[str]) -> str:
 
 
 def summarise(runs: dict[str, list[dict]]) -> dict[str, dict]:
-    """Method -> results of its runs, one a seed  =>  what they come to, best on validation first.
+    """Method -> results of its runs, one for each seed  =>  summaries, best on validation first.
 
-    The row "zero-shot" is CLIP as it is. Each has the spreads of its scores (`grid.spread`), and
-    the means of "parameters", "seconds" (of training) and "peak_memory_mb", None for "zero-shot".
+    The row "zero-shot" is zero-shot CLIP. Each row has the spreads of its scores (`grid.spread`),
+    and the means of "parameters", "seconds" (of training) and "peak_memory_mb", None for zero-shot.
     """
     first = next(iter(runs.values()))
     rows = {ZERO_SHOT: [result["zero_shot"] for result in first], **runs}
@@ -98,7 +96,7 @@ COSTS = {"parameters": "parameters", "seconds": "seconds", "peak_memory_mb": "MB
 
 
 def table(rows: dict[str, dict]) -> str:
-    """`summarise`'s rows, a line each; n/a where a method cannot name the classes."""
+    """`summarise`'s rows as a table; n/a if a method cannot name the classes."""
     scores = {"all": "test"} if "all" in rows[ZERO_SHOT] else grid.SHOWN
     shown = {"val": "validation", **scores, **COSTS}
     lines = [["", *shown.values()]]
@@ -115,14 +113,14 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def advice(rows: dict[str, dict], images: int, by_name: set[str]) -> str:
-    """Which of `summarise`'s rows to take, and why.
+    """Which of `summarise`'s methods to take, and why.
 
-    images: how many validation was on. by_name: the methods whose learning reaches names that they
-    were not trained on.
+    images: the number of validation images. by_name: methods whose training also changes the
+    predictions for new names.
     """
     val = {name: row["val"]["mean"] for name, row in rows.items()}  # the best first
     took = {name: row["seconds"] or 0.0 for name, row in rows.items()}
-    called = {name: "CLIP as it is" if name == ZERO_SHOT else name for name in rows}
+    called = {name: "zero-shot CLIP" if name == ZERO_SHOT else name for name in rows}
     best, *others = rows
     share = val[best] / 100
     error = 100 * math.sqrt(share * (1 - share) / images)
@@ -133,14 +131,14 @@ def advice(rows: dict[str, dict], images: int, by_name: set[str]) -> str:
     if near:
         name = min(near, key=took.get)
         text += (
-            f" Within the standard error of that, {error:.1f} points, is {called[name]}, "
-            f"{val[name]:.1f} %, in {took[name]:.1f} s of training, not {took[best]:.1f} s."
+            f" Within the standard error, {error:.1f} points, is {called[name]}, "
+            f"{val[name]:.1f} %, in {took[name]:.1f} s of training instead of {took[best]:.1f} s."
         )
     later = [name for name in rows if name in by_name]
     if "novel" in rows[ZERO_SHOT] and later and best not in (*by_name, ZERO_SHOT):
         text += (
-            " Validation is on the classes that were learned; of methods whose learning reaches "
-            f"other names, {called[later[0]]} is best there, {val[later[0]]:.1f} %."
+            " Validation images show only base classes; of the methods that also learn for new "
+            f"names, {called[later[0]]} is best on them, {val[later[0]]:.1f} %."
         )
     return text
 
@@ -148,10 +146,10 @@ def advice(rows: dict[str, dict], images: int, by_name: set[str]) -> str:
 def show(
     results: dict, folders: dict[str, Path], together: Path, settings: dict, by_name: set[str]
 ) -> None:
-    """Print a table and advice for each data set and number of shots, and keep them as JSON.
+    """Print a table and advice for each data set and number of shots, and write them as JSON.
 
     results: data set -> method -> (shots, seed) -> results.json. folders: data set -> its folder;
-    together: that of all of them. settings: method -> recipe and settings. by_name: see `advice`.
+    together: the folder for all. settings: method -> recipe and settings. by_name: see `advice`.
     """
     tables: dict[str, dict[str, dict]] = {}  # shots -> data set -> rows
     for dataset, methods in results.items():
@@ -179,7 +177,7 @@ def show(
 
 
 def mean_of_data_sets(tables: list[dict[str, dict]]) -> dict[str, dict]:
-    """`summarise`'s rows of several data sets  =>  their means, best on validation first."""
+    """`summarise`'s rows for several data sets  =>  their means, best on validation first."""
     found = {}
     for name in tables[0]:
         costs = {cost: [rows[name][cost] for rows in tables] for cost in COSTS}

@@ -1,25 +1,24 @@
-"""CoOp's splits and few-shot sampling, which most published few-shot numbers rest on.
+"""CoOp's splits and few-shot sampling, on which most published few-shot results are based.
 
-Zhou et al., "Learning to Prompt for Vision-Language Models", arXiv:2109.01134. A split is a JSON
-file of theirs, split_zhou_NAME.json, read as it is:
+Zhou et al., "Learning to Prompt for Vision-Language Models", arXiv:2109.01134. A split is one of
+their JSON files, split_zhou_NAME.json:
 
     {"train": [["image_06765.jpg", 0, "pink primrose"], …], "val": …, "test": …}
 
-where a path is relative to a folder of images whose name differs from data set to data set, and
-"_" in a class name is a space, as it is in their prompts.
+A path is relative to a folder of images, whose name depends on the data set; "_" in a class name
+becomes a space, as in their prompts.
 
 The draw is that of Dassl, the library CoOp runs on: seed Python's `random`; then, for each class in
 the order in which train first names it, `random.sample` S of its training pictures, in the order
 of the file; then min(S, 4) of its validation pictures likewise, with the same generator. All
 classes are drawn before the base half is taken. Draws equal those of a run of Dassl's own code.
 
-A class that has fewer is taken whole, once, and nothing is drawn for it, as in Dassl since October
-2021, which CoOp's README asks for. Dassl before, and the copies that Tip-Adapter and CLIP-LoRA
-keep, repeat its pictures (`random.choices`), and then the draws of later classes differ.
+A class with fewer pictures is used completely, without a draw, as in Dassl since October 2021, the
+version that CoOp's README asks for. Earlier versions, and the copies in Tip-Adapter and CLIP-LoRA,
+repeat its pictures (`random.choices`), which also changes the draws of later classes.
 """
 
 import itertools
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
+from clip_min.files import parse_json
 from fewshot.folder import Parts, read_text, spoken
 from fewshot.manifest import Row, check_files, check_listed_once
 from fewshot.pictures import Pictures, few
@@ -50,7 +50,7 @@ def find_split(places: list[Path], name: str, todo: str = "") -> Path:
     if len(found) != 1:
         many = f"{len(found)} files {name}" if found else f"no {name}"
         raise UserError(
-            f"--split coop: {place} has {many}; say which to read with --split-file (CoOp's "
+            f"--split coop: {place} has {many}; give the right file with --split-file (CoOp's "
             f"DATASETS.md links to them: {DATASETS_MD}){todo and '; '}{todo}"
         )
     return found[0]
@@ -58,10 +58,7 @@ def find_split(places: list[Path], name: str, todo: str = "") -> Path:
 
 def read_split(file: Path, places: list[Path], todo: str = "") -> Parts:
     """The split of `file`, whose pictures lie below one of these folders; `todo`: as above."""
-    try:
-        split = json.loads(read_text(file))
-    except ValueError as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
+    split = parse_json(read_text(file), object, str(file))
     needed = ["train", "test"] + (["val"] if isinstance(split, dict) and split.get("val") else [])
     if not isinstance(split, dict) or not all(_is_part(split.get(part)) for part in needed):
         raise UserError(
@@ -102,10 +99,10 @@ def read_split(file: Path, places: list[Path], todo: str = "") -> Parts:
 
 
 def draw(train: Pictures, val: Pictures | None, shots: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The numbers of the pictures that Dassl would draw from train and from val.
+    """Indices of the pictures that Dassl would draw from train and from val.
 
-    Without val the latter are drawn from train as well, from what the former leave (on ImageNet,
-    CoOp validates on the test pictures).
+    Without val, the latter are drawn from the rest of train (on ImageNet, CoOp validates on the
+    test pictures).
     """
     dice = random.Random(seed)
     chosen = sample(train.labels.tolist(), shots, dice)
@@ -117,7 +114,7 @@ def draw(train: Pictures, val: Pictures | None, shots: int, seed: int) -> tuple[
 
 
 def sample(labels: list[int], count: int, dice: random.Random) -> list[int]:
-    """`count` numbers of each label; all that there are where a label has fewer."""
+    """`count` indices for each label, or all, if a label has fewer."""
     members: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         members.setdefault(label, []).append(i)
@@ -128,7 +125,7 @@ def sample(labels: list[int], count: int, dice: random.Random) -> list[int]:
 
 
 def _is_part(entries) -> bool:
-    """Is this a list of [path, label, classname], with something in it?"""
+    """Whether this is a non-empty list of [path, label, classname]."""
     return bool(entries) and isinstance(entries, list) and all(map(_is_entry, entries))
 
 
@@ -138,16 +135,16 @@ def _is_entry(entry) -> bool:
 
 
 def _image_folder(file: Path, places: list[Path], paths: list[str], todo: str) -> Path:
-    """The folder in or below these that the paths start from: where the first of them is."""
+    """The folder, among these and those below them, in which the first path is found."""
     first = Path(paths[0])
     for path in map(Path, paths):
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{file}: {path}: expected paths below a folder of images")
     for place in itertools.chain(*map(_folders, places), [file.parent]):
-        if os.path.isfile(place / first):  # False too of a name that no file can have
+        if os.path.isfile(place / first):  # also False for an impossible name
             return place
     raise UserError(
-        f"{file}: its first picture, {first}, is nowhere below {places[-1]}; unpack the images "
+        f"{file}: its first picture, {first}, was not found below {places[-1]}; unpack the images "
         f"there, or give the folder that holds them as --data-root{todo and '; '}{todo}"
     )
 
@@ -157,7 +154,7 @@ def _folders(root: Path) -> Iterator[Path]:
     seen = set()
     for folder, below, _ in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
-            below.clear()  # a link back: round and round otherwise
+            below.clear()  # a link back would never end
             continue
         seen.add(real)
         below.sort()

@@ -1,9 +1,9 @@
 """Data sets: pictures with class names, in train, val and test.
 
-    python -m fewshot.datasets      all of them: templates, counts, where from, licences
+    python -m fewshot.datasets      print all of them: templates, counts, sources, licences
 
-Where a data set has no validation part, the experiment sets a few training pictures aside. Counts
-are checked when a set is loaded: a download that was cut short must not become a number.
+If a data set has no validation part, the experiment sets a few training pictures aside. Counts are
+checked when a data set is loaded, so that no result comes from an incomplete download.
 """
 
 import sys
@@ -21,34 +21,34 @@ from fewshot.pictures import Pictures
 
 @dataclass(frozen=True)
 class Dataset:
-    classnames: list[str]  # a label is a number in this list
+    classnames: list[str]  # labels are indices of this list
     template: str
-    train: Pictures  # none, where the data set is for testing alone
+    train: Pictures  # empty, if the data set is only for testing
     val: Pictures | None  # None: the experiment takes a few training pictures
     test: Pictures
     split: str = "official"  # or "coop": then shots are drawn by CoOp's rule
-    own: bool = False  # pictures of one's own: no protocol says how many to validate on
+    own: bool = False  # your own pictures, without a protocol for validation
     notes: Sequence[str] = ()  # what the user should know
 
 
 def load(
     name: str, root: Path | None, seed: int, split: str = "official", split_file: Path | None = None
 ) -> Dataset:
-    """A data set by its name, in its own split ("official") or CoOp's ("coop", of `split_file`)."""
+    """Load a data set by name, with its own split ("official") or CoOp's ("coop", `split_file`)."""
     entry = DATASETS[name]
     split = split if entry.read else "coop"
     root = (root or Path("data")) if entry.folders else root
     if split_file and split != "coop":
-        raise UserError(f"--split-file {split_file}: is for --split coop; add that")
+        raise UserError(f"--split-file {split_file}: works only with --split coop; add that")
     try:
         coops = split == "coop"
         read = _read_coop(name, root, seed, split_file) if coops else entry.read(root, seed)
     except (OSError, RuntimeError) as error:  # no network, no space; RuntimeError: a wrong md5
         if not entry.folders:
             raise
-        todo = f"connect to download it, or give the folder that holds {entry.folders[-1]}/"
+        todo = f"connect to download it, or give the folder that contains {entry.folders[-1]}/"
         todo = _to_fetch(entry, root) or f"{todo} as --data-root"
-        raise UserError(f"--dataset {name}: could not be had in {root} ({error}); {todo}") from None
+        raise UserError(f"--dataset {name}: is not found in {root} ({error}); {todo}") from None
     names, parts = read.names, (read.train, read.val, read.test)
     counts = tuple(0 if part is None else len(part) for part in parts)
     expected = entry.coop_images if split == "coop" else entry.images
@@ -66,17 +66,16 @@ def load(
 
 
 def check_names(where: str, names: list[str], notes: list[str] | None = None) -> None:
-    """UserError, if two names are one to CLIP, since they would always tie, or one is none.
+    """UserError, if CLIP reads two names as equal, which would always tie, or a name as empty.
 
-    It reads tokens: case, HTML, Unicode's ways to write one letter and spaces make no difference.
-    With `notes`, two such names are noted there instead: as published, two of ImageNet's classes
-    are both "missile".
+    CLIP reads tokens: case, HTML, spaces and Unicode variants of a letter make no difference. With
+    `notes`, two equal names only give a note: two of ImageNet's classes are published as "missile".
     """
     first: dict[tuple[int, ...], str] = {}
     for name in names:
         tokens = tuple(tokenizer().encode(name))
         if not tokens:
-            raise UserError(f"{where}: a class is called {name!r}, which CLIP reads as nothing")
+            raise UserError(f"{where}: the class name {name!r} is empty for CLIP; rename it")
         if (other := first.get(tokens)) is None:
             first[tokens] = name
         elif notes is not None:
@@ -103,7 +102,7 @@ def _read_coop(name: str, root: Path | None, seed: int, file: Path | None) -> Pa
 
 
 def _to_fetch(entry: Entry, root: Path) -> str:
-    """What to do about files that nothing downloads."""
+    """What to do about files that must be downloaded by hand."""
     return entry.fetch and f"put into {root / entry.folders[0]}: {entry.fetch}; see {entry.url}"
 
 

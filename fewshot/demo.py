@@ -1,16 +1,16 @@
-"""The demo world: a botany of drawn flowers, so that everything runs with no network and no data.
+"""The demo world: drawn flowers, so that everything runs without a network and without data.
 
-A species is a petal colour x a petal shape x an eye colour, and its name says how it looks: "pink
-star with a yellow eye". 102 species are the task, 51 base and 51 novel as in Flowers102; all others
-are for pretraining, so a model that recognises a task species has put its name together from words
-it learned on other flowers. A flower comes in two styles: a `drawing` on plain paper, and a `photo`
-with leaves, evening light, tilt, blur and grain. The demo CLIP learned from drawings alone, so the
-gap between drawing and photo is what adaptation has to close.
+A species is a petal colour x a petal shape x an eye colour, and its name describes it: "pink star
+with a yellow eye". The task has 102 species, 51 base and 51 novel as in Flowers102. All others are
+for pretraining, so a model recognises a task species by combining words that it learned from other
+flowers. There are two styles: a `drawing` on plain paper, and a `photo` with leaves, evening light,
+tilt, blur and grain. The demo CLIP was pretrained only on drawings, and adaptation has to close the
+gap between drawings and photos.
 
-Petals are polar curves: the pixel at angle t and distance r from the eye is petal where r < R(t);
-one function R a shape is all there is to it. Everything random about an image comes from its own
-row of `dice`, numbers rolled beforehand. So no image depends on its neighbours in a batch, and
-dice that are nearly equal make images that are nearly equal.
+Petals are polar curves: the pixel at angle t and distance r from the eye is petal if r < R(t), with
+a function R for each shape. All randomness of an image comes from its own row of `dice`, random
+numbers drawn in advance. An image therefore does not depend on the rest of its batch, and nearly
+equal dice give nearly equal images.
 
     python -m fewshot.demo OUT      writes the task as a folder of images
 """
@@ -32,7 +32,7 @@ from clip_min.errors import UserError
 
 TEMPLATE = "a photo of a {}, a type of flower."
 PER_CLASS = {"train": 10, "val": 10, "test": 10}  # images
-DICE = 256  # numbers rolled for an image
+DICE = 256  # random numbers for an image
 
 COLOURS = {  # sRGB; petals come in the first twelve
     "red": (214, 36, 40),
@@ -105,14 +105,14 @@ class Species(NamedTuple):
 
 
 def _botany(classes: int = 102, seed: int = 0) -> tuple[list[Species], list[Species]]:
-    """-> the task's species, base half before novel half, and the species left for pretraining."""
+    """-> the task's species, base before novel, and the species for pretraining."""
     left = [Species(c, s, e) for c in PETALS for s in SHAPES for e in EYES if c != e]
     order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
     left = [left[i] for i in order]
     task = []
     for half in ((classes + 1) // 2, classes // 2):
         seen = Counter()
-        for _ in range(half):  # the rarest looks so far go first, so a half gets even shares of all
+        for _ in range(half):  # the rarest looks so far first, so that a half has equal shares
             species = min(left, key=lambda s: sum(seen[look] ** 2 for look in enumerate(s)))
             seen.update(enumerate(species))
             left.remove(species)
@@ -140,8 +140,8 @@ def roll(n: int, seed: int) -> Tensor:
 def split(name: str, size: int = 64) -> tuple[Tensor, Tensor]:
     """The task's "train", "val" or "test" -> images (N, 3, size, size) uint8, labels (N,) int64.
 
-    Photos, sorted by label, a row of CLASSNAMES. Always the same ones: an experiment's seed picks
-    shots, it does not make another world.
+    Photos, sorted by label, an index of CLASSNAMES. They are always the same: an experiment's seed
+    only chooses the shots.
     """
     labels = torch.arange(len(TASK)).repeat_interleave(PER_CLASS[name])  # (N,)
     dice = roll(len(labels), seed=1 + list(PER_CLASS).index(name))
@@ -152,7 +152,7 @@ def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int
     """species (N, 3) from `looks`, dice (N, DICE) -> images (N, 3, size, size) uint8.
 
     style: "drawing" or "photo". `chunk` images are painted at once, about 1 MB each at 64 pixels;
-    the pixels are the same whatever it is.
+    it does not change the pixels.
     """
     paint = {"drawing": _drawing, "photo": _photo}[style]
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
@@ -170,7 +170,7 @@ def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int
 
 @dataclass
 class _Dice:
-    """Hands out the columns of dice (N, DICE), left to right."""
+    """Returns the columns of dice (N, DICE) from left to right."""
 
     left: Tensor
 
@@ -204,7 +204,7 @@ def _photo(species: Tensor, dice: _Dice, x: Tensor, y: Tensor) -> Tensor:
     image = 0.12 + image * dice(0.6, 0.85)  # haze
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     image = torch.lerp(image, soft, dice(0, 1))
-    # Grain is a window, at a random place, of one sheet of film: two dice in place of 3·n².
+    # Grain is a window at a random place of a sheet of film: two dice instead of 3·n².
     film = torch.rand(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(0)) - 0.5
     down, right = (dice(0, size)[:, 0].long() for _ in range(2))  # (N, 1, 1)
     pixel = torch.arange(size)
@@ -219,8 +219,8 @@ def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 def _pose(dice: _Dice, x, y, shift, turn, radius, tilt) -> tuple[Tensor, Tensor]:
     """-> (N, 1, n, n) twice: where each pixel (x, y) lies on a flower of radius 1.
 
-    It stands up to `shift` off the middle, up to `turn` radians off upright, with a radius in the
-    range `radius`, and is seen so aslant that some direction is shortened, at most to `tilt`.
+    The flower is up to `shift` off the middle and rotated by up to `turn` radians, its radius is in
+    the range `radius`, and a tilt shortens it in some direction, at most to `tilt`.
     """
     x, y = x - dice(-shift, shift), y - dice(-shift, shift)
     radius, turn, axis = dice(*radius), dice(-turn, turn), dice(0, pi)
@@ -229,9 +229,9 @@ def _pose(dice: _Dice, x, y, shift, turn, radius, tilt) -> tuple[Tensor, Tensor]
 
 
 def _inside(f: Tensor) -> Tensor:
-    """f (N, 1, n, n) -> 1 where f < 0, 0 where f > 0, and a soft edge one pixel wide between.
+    """f (N, 1, n, n) -> 1 where f < 0, 0 where f > 0, with a soft edge one pixel wide.
 
-    Soft, because f over its own slope is the distance to the edge in pixels.
+    f divided by its slope is the distance to the edge in pixels.
     """
     dy, dx = torch.gradient(f, dim=(-2, -1))
     return (0.5 - f / torch.hypot(dx, dy).clamp(min=1e-6)).clamp(0, 1)
@@ -264,15 +264,15 @@ def _leaf(canvas: Tensor, dice: _Dice, x: Tensor, y: Tensor) -> Tensor:
 
 
 def write(root: str | Path, size: int = 64) -> None:
-    """The task as files root/SPLIT/CLASS/NNN.png, the spaces of a class name as dashes.
+    """Write the task as files root/SPLIT/CLASS/NNN.png, with dashes for spaces in class names.
 
-    UserError if root is anything but a new or empty folder, or an image too small for petals.
+    UserError, if root is not a new or empty folder, or if images would be too small.
     """
     if size < 8:
         raise UserError(f"--size {size}: expected 8 pixels or more")
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root}: the images need a new or empty folder, and this is not one")
+        raise UserError(f"{root}: exists and is not empty; give a new or empty folder")
     for name, per_class in PER_CLASS.items():
         for i, (image, label) in enumerate(zip(*split(name, size), strict=True)):
             folder = root / name / CLASSNAMES[label].replace(" ", "-")

@@ -1,11 +1,11 @@
-"""Features that embed.py wrote, as a data set: for methods that read no more of an image.
+"""Features written by embed.py as a data set, for methods that only need features.
 
-    root/index.json …                           of one folder, list or archive of pictures
-    root/train/index.json root/test/index.json  of each part apart (and root/val/)
+    root/index.json …                           of a folder, list or archive of pictures
+    root/train/index.json root/test/index.json  of separate parts (and root/val/)
 
-Labels and parts are those that the pictures had: folders of classes, a CSV's columns, what lies
-beside a picture in a tar file. Where nothing says what is for training, one tree is split by the
-seed. In every case the pictures, their order and so each draw are those of `--dataset folder`.
+Labels and parts come from the pictures: folders of classes, columns of a CSV, or files beside a
+picture in a tar file. Without parts, the pictures are split by the seed. Pictures, their order and
+therefore all draws are the same as with `--dataset folder`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,13 +37,13 @@ from fewshot.pictures import Pictures, Reader, few
 from fewshot.shards import SHARD
 
 CONFIG = {"data": str, "model": str, "fingerprint": str, "precision": str, "image_size": int}
-INDEX = {"features": int, "unreadable": list, "shards": list}
+INDEX = {"features": int, "unreadable": list[list[str]], "shards": list}
 LISTS = ("names", "labels", "parts", "digests", "unreadable")
-HINT = "expected a folder that embed.py filled to its end; run the same command again"
+HINT = "expected a complete folder of embed.py; run its command again"
 
 
 class Files(Sequence):
-    """Paths of pictures, each made when it is asked for."""
+    """Paths of pictures, built on access."""
 
     def __init__(self, names: list[str]):
         self.names = names
@@ -57,7 +57,7 @@ class Files(Sequence):
 
 @dataclass
 class Rows:
-    """What is known of N pictures, in the order of their features."""
+    """What is known about N pictures, in the order of their features."""
 
     names: list[str]
     labels: list[str]
@@ -75,15 +75,15 @@ class Rows:
         return replace(self, **both, features=self.features.joined(other.features))
 
     def pictures(self, chosen: list[int], labels: Tensor) -> Pictures:
-        """Those with the numbers `chosen`."""
+        """The rows with the indices `chosen`."""
         names, digests = ([of[i] for i in chosen] for of in (self.names, self.digests))
         return Pictures(Files(names), labels, digests, self.features[torch.tensor(chosen)])
 
     def notes(self, left_out: int) -> list[str]:
-        """What the user should know of them."""
+        """Notes for the user."""
         notes = [f"left out {left_out} pictures without a label or a part"] if left_out else []
         if self.unreadable:
-            bad = few(str(name) for name, *_ in self.unreadable)
+            bad = few(name for row in self.unreadable for name in row[:1])
             notes.append(f"{len(self.unreadable)} pictures could not be read by embed.py: {bad}")
         if self.precision != "fp32":
             notes.append(f"the features were made with --precision {self.precision}")
@@ -91,7 +91,7 @@ class Rows:
 
 
 def folders(root: Path) -> dict[str, Path]:
-    """Part -> its folder of features; {"": root} where all lie together."""
+    """Part -> its folder of features; {"": root}, if there are no separate folders."""
     if (root / "config.json").is_file():
         return {"": root}
     parts = parts_of(root)[0] if root.is_dir() else {}
@@ -101,7 +101,7 @@ def folders(root: Path) -> dict[str, Path]:
 
 
 def made_by(root: str) -> tuple[str, int]:
-    """The model, and the size it reads pictures at, of the features in `root`."""
+    """The model and its image size with which the features in `root` were made."""
     if not root:
         return "", 0
     folder = next(iter(folders(Path(root).expanduser()).values()))
@@ -110,16 +110,16 @@ def made_by(root: str) -> tuple[str, int]:
 
 
 def read_features(root: Path | None, seed: int) -> Parts:
-    """The parts of pictures of one's own, as features: see above."""
+    """The parts of your own pictures, as features: see above."""
     if root is None:
-        raise UserError("--dataset features: say where embed.py put them with --data-root FOLDER")
+        raise UserError("--dataset features: give their folder with --data-root FOLDER")
     of = folders(root)
     rows, *others = [read_rows(folder, part) for part, folder in of.items()]
     for more in others:
         if more.features.fingerprint != rows.features.fingerprint:
             raise UserError(
-                f"{root}: its parts are of two models, {rows.features.model} and "
-                f"{more.features.model}, or of one with other weights; make both with one"
+                f"{root}: its parts were made with two models, {rows.features.model} and "
+                f"{more.features.model}, or with other weights; make both with one model"
             )
         rows = rows + more
     known = read_classnames(root) or (read_classnames(of["train"]) if "train" in of else {})
@@ -127,13 +127,13 @@ def read_features(root: Path | None, seed: int) -> Parts:
     chosen = [i for i in range(len(rows)) if rows.labels[i] and (rows.parts[i] or one_tree)]
     if not chosen:
         raise UserError(
-            f"{root}: no picture has a label; make features of folders, each a class, of a CSV "
-            "with the column label, or of tar files with .cls"
+            f"{root}: no picture has a label; make features of class folders, of a CSV with a "
+            "column label, or of tar files with .cls"
         )
     there = dict.fromkeys(rows.parts[i] for i in chosen)
     if not one_tree and ("train" not in there or len(there) == 1):
         has = ", ".join(there)
-        raise UserError(f"{root}: has {has} alone; expected train and test (or val), or one tree")
+        raise UserError(f"{root}: has only {has}; expected train and test (or val), or no parts")
     spelled = classnames(root, {rows.labels[i] for i in chosen}, known)
     learned = {spelled[rows.labels[i]] for i in chosen if rows.parts[i] in ("train", "")}
     names = list(dict.fromkeys(known.values())) or [n for n in spelled.values() if n in learned]
@@ -160,7 +160,7 @@ def read_features(root: Path | None, seed: int) -> Parts:
 
 
 def classnames(root: Path, labels: set[str], known: dict[str, str]) -> dict[str, str]:
-    """Label -> class name, in the order of the labels; UserError if two labels have one."""
+    """Label -> class name, in the order of the labels; UserError, if two labels share a name."""
     spelled = {label: class_of(label, known, str(root)) for label in sorted(labels)}
     last = {name: label for label, name in spelled.items()}
     for label, name in () if known else spelled.items():
@@ -171,7 +171,7 @@ def classnames(root: Path, labels: set[str], known: dict[str, str]) -> dict[str,
 
 
 def read_rows(folder: Path, part: str) -> Rows:
-    """All that one run of embed.py left; `part`: what it is for, where its folder says that."""
+    """Everything from one run of embed.py; `part`: from its folder's name, if it has one."""
     config = read_json(folder / "config.json", HINT, CONFIG)
     index = read_json(folder / "index.json", HINT, INDEX)
     rows: dict[str, list[str]] = {"names": [], "labels": [], "parts": []}
@@ -185,19 +185,19 @@ def read_rows(folder: Path, part: str) -> Rows:
         whole &= (made.dtype, made.shape) == (torch.uint8, (count, 32))
         whole &= not tables or x.shape[1] == tables[0].shape[1]
         if not whole or not {len(told[key]) for key in rows} == {count}:
-            raise UserError(f"{file}: is not what {number:05d}.json beside it tells of; {HINT}")
+            raise UserError(f"{file}: does not match {number:05d}.json beside it; {HINT}")
         for key, values in rows.items():
             values += told[key]
         raw = made.numpy().tobytes().hex()
         digests += [raw[i : i + 64] for i in range(0, len(raw), 64)]
         tables.append(x)
     if len(digests) != index["features"] or not tables:
-        raise UserError(f"{folder}/index.json: tells of other features than are there; {HINT}")
+        raise UserError(f"{folder}/index.json: does not match the features in the folder; {HINT}")
     if part:
         if any(rows["parts"]):
             raise UserError(
-                f"{folder}: its pictures are for training and testing by themselves; give this "
-                "folder as --data-root, or make features of each part"
+                f"{folder}: its pictures have parts of their own; give this folder as --data-root, "
+                "or make features of each part"
             )
         rows["parts"] = [part] * len(digests)
     data = Path(config["data"])
@@ -212,23 +212,23 @@ def read_rows(folder: Path, part: str) -> Rows:
 
 
 class FeatureBatches(Batches):
-    """N labelled pictures of which there are features alone, for methods that read no more of an
-    image. Rows are read from their files when they are needed.
+    """N labelled pictures for which there are only features. Rows are read from their files when
+    they are needed.
     """
 
     def __init__(self, pictures: Pictures, reader: Reader):
         super().__init__(pictures, None, reader)
         self.nbytes = pictures.features.nbytes
-        self.room: float | None = 0  # of those that are tested, none stay in memory
+        self.room: float | None = 0  # test features do not stay in memory
 
     @property
     def hashes(self) -> Tensor:
-        """sha256 of what each picture's file held (N, 32)."""
+        """sha256 of each picture's file (N, 32)."""
         made = bytearray.fromhex("".join(self.pictures.digests))
         return torch.frombuffer(made, dtype=torch.uint8).view(-1, 32)
 
     def check(self, method) -> None:
-        """UserError, unless features of this CLIP are all that the method reads of an image."""
+        """UserError, unless the features are this CLIP's and the method needs nothing else."""
         made, clip, encoder = self.pictures.features, method.lent[0], method.encoder
         augment = getattr(method.settings, "augment", "none")
         if (encoder, augment) in self._fits:
@@ -236,27 +236,27 @@ class FeatureBatches(Batches):
         if (found := fingerprint(clip)) != made.fingerprint:
             raise UserError(
                 f"{made.place}: the features were made by {made.model} with fingerprint "
-                f"{made.fingerprint}, but the model here has {found}; give the right one with "
+                f"{made.fingerprint}, but this model has {found}; give the right model with "
                 "--model, or make features with this one"
             )
         needs = ""
         if encoder != (fingerprint(clip.visual), None, str(torch.float32)):
-            needs = f"what it learns lies in the image tower ({method.title})"
+            needs = f"it learns in the image tower ({method.title})"
         elif augment != "none":
-            needs = f"--augment {augment} changes them"
+            needs = f"--augment {augment} changes pictures"
         if needs:
             raise NeedsPictures(
-                f"{type(method).__name__} needs the pictures themselves, and {made.place} holds "
-                f"their features alone: {needs}; train on the pictures, with --dataset folder"
+                f"{type(method).__name__} needs the pictures themselves, but {made.place} holds "
+                f"only features: {needs}; train on the pictures, with --dataset folder"
             )
         self._fits[encoder, augment] = True
 
     def images(self, chosen: Tensor, augment: str = "none") -> Tensor:
         place = self.pictures.features.place
-        raise NeedsPictures(f"{place}: holds features alone, and the pictures are needed")
+        raise NeedsPictures(f"{place}: holds only features, but this needs the pictures")
 
     def inputs(self, method, chosen: Tensor, augment: str = "none") -> Tensor:
-        """Features of the pictures with the numbers `chosen` (B, E)."""
+        """Features of the pictures with the indices `chosen` (B, E)."""
         if augment != "none" or self.keeps(method):
             return super().inputs(method, chosen, augment)
         return self.pictures.features[chosen].read().to(self.device)
@@ -267,7 +267,7 @@ class FeatureBatches(Batches):
         return (self.inputs(method, part) for part in ranks.mine(parts))
 
     def keeps(self, method) -> bool:
-        """Whether all of them are in memory."""
+        """Whether all features are kept in memory."""
         self.check(method)
         return 0 < self.nbytes <= (self.reader.room if self.room is None else self.room)
 
@@ -285,9 +285,9 @@ class FeatureBatches(Batches):
 
 
 def read(pictures: Pictures, reader: Reader, notes: list[str], keep: bool) -> Batches:
-    """The pictures that can be read, as batches; on what is odd about them, `notes`.
+    """The readable pictures as batches; oddities are added to `notes`.
 
-    keep: their pixels, in memory; else they are read again, whenever they are needed.
+    keep: hold their pixels in memory; otherwise they are read again when needed.
     """
     if pictures.features is not None:
         return FeatureBatches(pictures, reader)

@@ -1,4 +1,4 @@
-"""One experiment from its settings: what train.py runs and eval.py rebuilds."""
+"""An experiment, defined by its settings: train.py runs it, eval.py rebuilds it."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ import torch
 
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import FROM_OUTSIDE, Note, told, unknown
-from clip_min.hub import DEMO, IN_FOLDERS, locate
+from clip_min.hub import DEMO, IN_FOLDERS, local
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets, ranks, shots
 from fewshot.embedded import made_by
@@ -33,47 +33,47 @@ SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
 
 @dataclass
 class Experiment:
-    """Everything but the method and its settings; each field is a flag of train.py."""
+    """All settings except the method's; each field is a flag of train.py."""
 
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
-    data_root: Annotated[str, "where the data set lies or is downloaded to"] = ""
-    model: Annotated[str, "demo, ViT-B/16, …, the hub's OWNER/NAME, a file or folder"] = ""
-    image_size: Annotated[int, "pixels the model reads pictures at; 0: as it was trained"] = 0
-    shots: Annotated[int | str, "training images of a class, S, or all"] = 10
-    seed: Annotated[int, "draws the shots, the initial values and the order"] = 1
+    data_root: Annotated[str, "folder of the data set, or to download it to"] = ""
+    model: Annotated[str, "demo, ViT-B/16, …, OWNER/NAME of the hub, a file or folder"] = ""
+    image_size: Annotated[int, "image size in pixels; 0: as the model was trained"] = 0
+    shots: Annotated[int | str, "S, training images of each class, or all"] = 10
+    seed: Annotated[int, "random seed for shots, initial values and order"] = 1
     classes: Annotated[
-        Literal["base-novel", "all"], "learn half of the classes and test both halves, or all"
+        Literal["base-novel", "all"], "learn half of the classes and test both halves; or all"
     ] = "base-novel"
-    shots_file: Annotated[str, "instead: the training images, JSON lines of path and label"] = ""
-    base_classes: Annotated[str, "file that names the base classes, one a line; default: half"] = ""
+    shots_file: Annotated[str, "file of the training images: JSON lines of path and label"] = ""
+    base_classes: Annotated[str, "file of the base classes, one on each line; default: half"] = ""
     split: Annotated[
         Literal["official", "coop"],
-        "the data set's own split, or CoOp's with its way to draw shots",
+        "the data set's own split, or CoOp's split and draw of shots",
     ] = "official"
-    split_file: Annotated[str, "CoOp's split_zhou_*.json; default: the one below --data-root"] = ""
+    split_file: Annotated[str, "CoOp's split_zhou_*.json; default: the file below --data-root"] = ""
     template: Annotated[str, "text with {} for the class name; default: the data set's own"] = ""
     skip_bad_images: Annotated[bool, "leave out unreadable images, and list them"] = False
     device: Annotated[str, "cpu, cuda, cuda:1, …; default: cuda if there is one"] = ""
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16"], "of the forward pass; what is learned stays fp32"
+        Literal["fp32", "bf16", "fp16"], "precision of the forward pass; learned tensors stay fp32"
     ] = "fp32"
-    threads: Annotated[int, "threads that compute; 0: one for a small model, else all cores"] = 0
+    threads: Annotated[int, "CPU threads; 0: one for a small model, else all cores"] = 0
 
     def __post_init__(self):
-        expect_fields(self)  # a config that is read back may hold anything
+        expect_fields(self)  # a config file that is read back may hold anything
         if self.dataset not in datasets.DATASETS:
             raise unknown("--dataset", self.dataset, datasets.DATASETS)
         if self.dataset == "features" and not self.model:  # the one that made them
             self.model, self.image_size = made_by(self.data_root)
         self.model = self.model or datasets.DATASETS[self.dataset].model
         if not datasets.DATASETS[self.dataset].read:
-            self.split = "coop"  # the only one that it has
+            self.split = "coop"  # the only split
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if self.shots != "all" and not (isinstance(self.shots, int) and self.shots >= 1):
             raise UserError(f"--shots {self.shots}: expected 1 or more, or all")
         if self.shots_file and self.shots not in (type(self).shots, "all"):
             raise UserError(
-                "--shots-file says which images to learn from, so --shots cannot; drop one"
+                "--shots-file and --shots both choose the training images; leave one out"
             )
         self.shots = "all" if self.shots_file else self.shots
         if self.template and "{}" not in self.template:
@@ -84,7 +84,7 @@ class Experiment:
             raise UserError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
         if self.base_classes and self.classes == "all":
             raise UserError(
-                "--base-classes is for base-novel, and --classes all has no halves; drop one"
+                "--base-classes needs two halves, but --classes all has none; leave one out"
             )
         if ranks.size > 1:
             ranks.check_device(self.device)
@@ -99,13 +99,13 @@ class Experiment:
     def load(
         self, folder: Path | None = cache.FOLDER, *, record: Record | None = None
     ) -> tuple[CLIP, Task]:
-        """The model, and the task as it sees it.
+        """The model, and the task with pictures for this model.
 
-        record: of a run, whose task is then to be tested again, on the pictures it names; an empty
-        one: all is to be tested, and nothing learned.
+        record: of a run that is to be tested again, on the pictures it names; if it is empty,
+        everything is tested and nothing is learned.
         """
-        locate(self.model, download=False)  # first: to tell a mistyped name takes no time
-        with ranks.first_alone() if ranks.size > 1 else contextlib.nullcontext():  # who downloads
+        local(self.model)  # first: a mistyped name is an error at once
+        with ranks.first_alone() if ranks.size > 1 else contextlib.nullcontext():  # it downloads
             dataset = self.load_dataset()
             clip = weights.load(self.model, self.device, image_size=self.image_size)
         base = self.base(dataset.classnames) if self.base_classes else None
@@ -126,21 +126,21 @@ class Experiment:
         return clip, task
 
     def prepare(self, clip: CLIP) -> None:
-        """Set how PyTorch computes in this process: which GPU, fp32 as fp32, and the threads.
+        """Configure PyTorch for this process: the GPU, real fp32, and the number of threads.
 
-        Threads wait for one another at every product. Those of a small model are done within
-        microseconds, so more threads gain little; and where another process keeps a core busy,
-        they lose much. The number is part of a run, since sums are rounded by it.
+        Threads wait for each other at every matrix product. Products of a small model take
+        microseconds, so more threads gain little, and lose much if another process keeps a core
+        busy. The number is recorded with a run, since the rounding of sums depends on it.
         """
         if self.device.startswith("cuda:"):
-            torch.cuda.set_device(self.device)  # what names no device now means this one
-        # By default a GPU's convolutions, here the patch embedding, round inputs to 10 bits.
+            torch.cuda.set_device(self.device)  # "cuda" now means this device
+        # By default a GPU rounds inputs of convolutions (the patch embedding) to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
         small = sum(parameter.numel() for parameter in clip.parameters()) < SMALL
         torch.set_num_threads(self.threads or (1 if small else torch.get_num_threads()))
 
     def load_dataset(self) -> datasets.Dataset:
-        """The data set that the flags name, all of it; `load` draws the task from it."""
+        """The whole data set of the flags; `load` draws the task from it."""
         root, file = (
             Path(text).expanduser() if text else None for text in (self.data_root, self.split_file)
         )
@@ -148,7 +148,7 @@ class Experiment:
         return replace(dataset, template=self.template or dataset.template)
 
     def base(self, classnames: list[str]) -> list[int]:
-        """The numbers of the classes that the file `base_classes` names."""
+        """Indices of the classes in the file `base_classes`."""
         file = Path(self.base_classes).expanduser()
         names = [name for line in read_text(file).splitlines() if (name := spoken(line))]
         for name in names:
@@ -157,13 +157,13 @@ class Experiment:
         chosen = {classnames.index(name) for name in names}
         if not 0 < len(chosen) < len(classnames):
             raise UserError(
-                f"{file}: names {len(chosen)} of {len(classnames)} classes; expected some, with "
-                "others left to be novel"
+                f"{file}: names {len(chosen)} of {len(classnames)} classes; name some of them, and "
+                "leave others as novel classes"
             )
         return sorted(chosen)
 
     def folder(self, method: str) -> Path:
-        """Where a run belongs: DATASET/MODEL/METHOD-sSHOTS-seedSEED."""
+        """The folder of a run: DATASET/MODEL/METHOD-sSHOTS-seedSEED."""
         data = self.dataset
         if data in ("folder", "features"):  # resolved, since "." and ".." are no names
             data = Path(self.data_root).expanduser().resolve().name
@@ -171,10 +171,10 @@ class Experiment:
         data += "-all" if self.classes == "all" else ""
         data += f"-{Path(self.base_classes).stem}" if self.base_classes else ""
         model = self.model.replace("/", "-")
-        if locate(self.model, download=False) not in (None, DEMO):
+        if local(self.model) not in (None, DEMO):
             path = Path(os.path.abspath(Path(self.model).expanduser()))  # links are not followed
             model = path.name if path.is_dir() else path.stem
-            if path.name in IN_FOLDERS:  # all are called so
+            if path.name in IN_FOLDERS:  # a generic name
                 model = path.parent.name
         model += f"-{self.image_size}px" if self.image_size else ""
         drawn = Path(self.shots_file).stem if self.shots_file else f"s{self.shots}"
@@ -182,7 +182,7 @@ class Experiment:
 
 
 def named(classes: str) -> list[str]:
-    """The names that a script's --classes gives: "rose,tulip", or a file of one a line."""
+    """The names in a script's --classes: "rose,tulip", or a file with one on each line."""
     path = os.path.expanduser(classes)
     names = read_text(Path(path)).splitlines() if os.path.isfile(path) else classes.split(",")
     names = [name.strip() for name in names if name.strip()]
@@ -195,10 +195,10 @@ def named(classes: str) -> list[str]:
 def evaluate(
     method, task: Task, queries: Queries | None = None
 ) -> tuple[dict, dict[str, Predictions]]:
-    """Test a method on every part -> its scores in percent (`score`), and what they follow from.
+    """Test a method on every part -> its scores in percent (`score`), and its predictions.
 
-    With `queries`, it is scored over transductive tasks instead (fewshot/transductive.py), and
-    nothing is kept of single pictures.
+    With `queries`, it is scored over transductive tasks instead (fewshot/transductive.py), without
+    predictions for single pictures.
     """
     if queries is not None:
         return evaluate_tasks(method, task, queries), {}
@@ -207,7 +207,7 @@ def evaluate(
 
 
 def forget_peak() -> None:
-    """Let `peak_memory_mb` count from here, where the system can."""
+    """Reset the peak for `peak_memory_mb`, if the system supports it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -215,8 +215,8 @@ def forget_peak() -> None:
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held since `forget_peak`, in MB (of the GPU, if it computes
-    there); elsewhere than on Linux, since it started.
+    """The peak memory of this process since `forget_peak` in MB (the GPU's, if it is used). On
+    other systems than Linux, since the process started.
     """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
@@ -227,7 +227,7 @@ def peak_memory_mb() -> float:
 
 
 def _show(otherwise: Callable, message: Warning, category: type, *where) -> None:
-    """A `Note` as a line; every other warning as always."""
+    """Show a `Note` as one line, and other warnings as usual."""
     if issubclass(category, Note):
         print(f"note: {message}")
     else:
@@ -239,12 +239,12 @@ def run_script(
     resume: str = "add --resume to the same command",
     shared: bool = False,
 ) -> None:
-    """Run a script; a user's mistake is one line and exit code 2, never a traceback.
+    """Run a script. A user's mistake gives one line and exit code 2, never a traceback.
 
-    resume: what to do to go on after Ctrl-C. shared: can several processes share the work, as
-    `torchrun` starts them (fewshot/ranks.py)?
+    resume: how to continue after Ctrl-C. shared: whether several processes started by `torchrun`
+    can share the work (fewshot/ranks.py).
     """
-    # Else a log file stays empty for minutes; and names of files need not be text.
+    # Flush lines at once for log files; file names may hold bytes that are not text.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
@@ -254,11 +254,11 @@ def run_script(
                 if ranks.size > 1 and not shared:
                     raise UserError("is for one process; start it without torchrun")
                 main()
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)  # what was to be done may not be
+        sys.exit(1)  # the work may be incomplete
     except (UserError, *FROM_OUTSIDE) as error:
-        if ranks.rank:  # as a rule rank 0 says the same, and torchrun ends this one
+        if ranks.rank:  # usually rank 0 prints the same, and torchrun ends this process
             time.sleep(5)
         print(f"{Path(sys.argv[0]).name}: error: {told(error)}", file=sys.stderr)
         sys.exit(2)

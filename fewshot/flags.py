@@ -1,4 +1,4 @@
-"""Command-line flags made from settings: a dataclass field is a flag, its annotation the help.
+"""Command-line flags from settings: each field of a dataclass is a flag, its annotation the help.
 
 lr: Annotated[float, "peak learning rate"] = 2e-4     ->     --lr FLOAT  peak learning rate [0.0002]
 """
@@ -15,7 +15,7 @@ from clip_min.errors import unknown
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are ours: one line that names the nearest valid flag."""
+    """argparse with our errors: one line that names the nearest valid flag."""
 
     __init__ = functools.partialmethod(
         argparse.ArgumentParser.__init__,
@@ -27,11 +27,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse(self, argv: list[str]) -> dict:
-        """-> the flags that were given, by field name; an unknown one is an error."""
+        """-> the given flags, by field name; an unknown flag is an error."""
         found, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
-            # Dashes count for nothing: all flags share them, and --name would be like --augment.
+            # Compare without dashes, which all flags share: --name would resemble --augment.
             known = [f[2:] for f in self._option_string_actions if f.startswith("--")]
             near = difflib.get_close_matches(flag[2:], known, 1) if flag.startswith("--") else []
             hint = f"did you mean --{near[0]}?" if near else "see --help"
@@ -40,10 +40,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(group, settings: type, shown: dict | None = None, only: Sequence | None = None):
-    """A flag for every field of the dataclass `settings`, or for these `only`; none is required.
+    """Add an optional flag for each field of the dataclass `settings`, or only for these.
 
-    A flag not given is absent from `Parser.parse`, so that a recipe can fill it in. `shown`: the
-    defaults to print, where they are not the dataclass's own.
+    A flag that is not given is absent from the result of `Parser.parse`, so that a recipe can set
+    it. `shown`: defaults to print, if they differ from the dataclass's.
     """
     hints = typing.get_type_hints(settings, include_extras=True)
     for field in (f for f in fields(settings) if only is None or f.name in only):
@@ -55,9 +55,9 @@ def add_flags(group, settings: type, shown: dict | None = None, only: Sequence |
         }
         if typing.get_origin(kind) is typing.Literal:
             options |= {"choices": typing.get_args(kind)}
-        elif typing.get_origin(kind) is tuple:  # one text, which the settings take apart
+        elif typing.get_origin(kind) is tuple:  # one text, which the settings split
             options |= {"metavar": "TEXTS"}
-        elif dict in typing.get_args(kind):  # a file's name, for what the file holds
+        elif dict in typing.get_args(kind):  # a file name; the settings read the file
             options |= {"metavar": "FILE"}
         elif kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}
@@ -93,7 +93,7 @@ def listed(flag: str, text: str, known: dict, groups: dict[str, Sequence[str]]) 
 
 
 def changes(settings, usual) -> str:
-    """What differs from the usual settings, in one line: "lr 0.0002, epochs 15"; "" if nothing."""
+    """The settings that differ from the usual ones, in one line: "lr 0.0002, epochs 15"."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     differ = {name: value for name, value in values.items() if value != getattr(usual, name)}
     for name, value in differ.items():

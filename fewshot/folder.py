@@ -1,13 +1,13 @@
-"""Pictures of your own, as folders: a folder is a class, named as the class is.
+"""Your own pictures in folders: each folder is a class, with the class's name.
 
     root/train/CLASS/*.jpg   root/test/CLASS/*.jpg   (and root/val/CLASS/*.jpg)
-    root/train/CLASS/*.jpg   root/val/CLASS/*.jpg    val is tested on, and this is noted
-    root/CLASS/*.jpg         one tree: split by the seed
+    root/train/CLASS/*.jpg   root/val/CLASS/*.jpg    val is the test set, with a note
+    root/CLASS/*.jpg         without parts: split by the seed
 
-"-" and "_" in a folder's name are spaces. Where folders cannot be named so, a file beside them says
-how the classes are called ("_" is a space there, too), and in which order:
+"-" and "_" in a folder's name become spaces. If folders have other names, a file beside them gives
+the names of the classes ("_" becomes a space there as well), and their order:
 
-    root/classes.txt         a name a line; a folder bears the name, or the line's number from 0
+    root/classes.txt         a name on each line; folders have that name, or the line number from 0
     root/classes.json        {"folder": "name", …}, as {"n01440764": "tench"} or {"1": "rose"}
 """
 
@@ -29,24 +29,24 @@ CLASSES_FILE = "classes.txt or classes.json"
 
 
 class Parts(NamedTuple):
-    """What every reader of a data set gives."""
+    """The result of every reader of a data set."""
 
     names: list[str]
     train: Pictures
-    val: Pictures | None  # None: the experiment takes some training pictures
+    val: Pictures | None  # None: the experiment sets training pictures aside
     test: Pictures
     notes: Sequence[str] = ()  # what the user should know
 
 
 def read_folder(root: Path, seed: int) -> Parts:
-    """Folders of classes, in parts or (then split by `seed`) in one tree: see above."""
+    """Read folders of classes, with parts or without (then split by `seed`): see above."""
     known, left_out, notes = read_classnames(root), {}, []
     parts, alone = parts_of(root)
     if "train" not in parts or len(parts) == 1:
         if parts and (alone or len(parts) > 1):  # one may be a class: a train
             raise UserError(
                 f"{root}: has {', '.join(f'{path.name}/' for path in parts.values())} alone; "
-                "expected train/ and test/ (or val/), or one folder a class"
+                "expected train/ and test/ (or val/), or a folder for each class"
             )
         names, pictures = read_classes(root, known, left_out=left_out)
         found = split(pictures, seed)
@@ -70,8 +70,8 @@ def read_folder(root: Path, seed: int) -> Parts:
 
 
 def parts_of(root: Path) -> tuple[dict[str, Path], bool]:
-    """The folders of `root` that are parts, as "train" -> root/training; whether it has no other
-    folders.
+    """The folders of `root` that are parts, as "train" -> root/training; and whether there are no
+    other folders.
     """
     here = [path for path in visible(root) if path.is_dir()]
     parts: dict[str, Path] = {}
@@ -83,16 +83,16 @@ def parts_of(root: Path) -> tuple[dict[str, Path], bool]:
 
 
 def val_is_test(val: str, train: str) -> str:
-    """The note where one's own pictures have no part to test on."""
+    """The note for your own pictures without a test part."""
     return f"there is no test/: {val}/ is tested on, and some of {train}/ are for validation"
 
 
 def note_numbers(root: Path, names: list[str]) -> list[str]:
-    """A note, if the names of classes are numbers."""
+    """A note, if class names are numbers."""
     if not all(name.isdecimal() for name in names):
         return []
     return [
-        f"the classes are called {few(names, 3)}, and CLIP reads names; say what they are in "
+        f"the classes are called {few(names, 3)}, but CLIP reads names; give their names in "
         f'{root}/classes.json: {{"{names[0]}": "rose", …}} (or classes.txt, a name a line from '
         "0 on)"
     ]
@@ -104,7 +104,7 @@ def readable(label: str) -> str:
 
 
 def spoken(name: str) -> str:
-    """A name as a prompt has it: "_" is a space, as in CoOp, Tip-Adapter and CLIP-LoRA.
+    """A name for a prompt: "_" becomes a space, as in CoOp, Tip-Adapter and CLIP-LoRA.
 
     spoken("ox-eye_daisy") is "ox-eye daisy".
     """
@@ -112,7 +112,7 @@ def spoken(name: str) -> str:
 
 
 def read_classnames(root: Path) -> dict[str, str]:
-    """Label -> class name by root/classes.txt or classes.json, in order; {} where there is none."""
+    """Label -> class name from root/classes.txt or classes.json, in order; {} without a file."""
     text, mapping = root / "classes.txt", root / "classes.json"
     if text.is_file() and mapping.is_file():
         raise UserError(f"{root}: has both classes.txt and classes.json; keep one")
@@ -136,7 +136,7 @@ def read_classnames(root: Path) -> dict[str, str]:
     names = [spoken(name) for name in named.values()]
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise UserError(f"{file}: {twice!r} stands there twice; a class is named once")
+        raise UserError(f"{file}: {twice!r} occurs twice; name each class once")
     if len(names) < 2:
         raise UserError(f"{file}: names {len(names)} classes; expected two or more")
     known = dict(zip(map(str, named), names, strict=True))
@@ -144,7 +144,7 @@ def read_classnames(root: Path) -> dict[str, str]:
 
 
 def class_of(label: str, known: dict[str, str], where: str) -> str:
-    """The name of the class that is written `label` in `where`."""
+    """The name of the class with this label in `where`."""
     if not known:
         return readable(label)
     name = next((known[x] for x in (label, spoken(label), readable(label)) if x in known), None)
@@ -156,12 +156,12 @@ def class_of(label: str, known: dict[str, str], where: str) -> str:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds, in order, but for what file managers hide there (".DS_Store")."""
+    """The entries of a folder in order, without hidden ones (".DS_Store")."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def find_pictures(folder: Path, left_out: dict[str, list[Path]]) -> list[Path]:
-    """The pictures in and below a folder, in order; all else is added to `left_out`, by why."""
+    """The pictures in and below a folder, in order; others are added to `left_out`, by reason."""
     files = []
     try:
         entries = visible(folder)
@@ -193,7 +193,7 @@ def read_classes(
 ) -> tuple[list[str], Pictures]:
     """Class names and pictures of root/CLASS/*; `expected`: the classes that must be there.
 
-    What is not read is added to `left_out`, by why.
+    Other files are added to `left_out`, by reason.
     """
     folders, left_out = {}, {} if left_out is None else left_out
     for folder in visible(root):
@@ -203,13 +203,15 @@ def read_classes(
                 left_out.setdefault("folders without a picture", []).append(folder)
             name = class_of(folder.name, known, str(folder)) if files else readable(folder.name)
             if not name:
-                raise UserError(f"{folder}: a folder's name is its class, and this names none")
+                raise UserError(
+                    f"{folder}: a folder's name is its class, but this is empty; name it"
+                )
             if name in folders:
                 raise UserError(f"{root}: two folders are both the class {name!r}; rename one")
             if files:
                 folders[name] = files
         elif folder.suffix.lower() in ENDINGS:
-            left_out.setdefault("pictures that lie in no class", []).append(folder)
+            left_out.setdefault("pictures outside of class folders", []).append(folder)
     names = expected or list(dict.fromkeys(known.values())) or list(folders)
     if expected is None and len(folders) < 2:
         found = [f"only the class {name!r}" for name in folders] or ["no class folder with images"]
@@ -221,7 +223,7 @@ def read_classes(
 
 
 def check_classes(where: str, found: set[str], expected, of: str) -> None:
-    """Every class of train is in every part, and no other."""
+    """UserError, unless all parts have the same classes."""
     if odd := sorted(found ^ set(expected)):
         more = ", …" if len(odd) > 5 else ""
         raise UserError(
@@ -230,7 +232,7 @@ def check_classes(where: str, found: set[str], expected, of: str) -> None:
 
 
 def split(pictures: Pictures, seed: int) -> tuple[Pictures, Pictures, Pictures]:
-    """Half of each class to train, a fifth to val, the rest to test, drawn by `seed`."""
+    """Draw half of each class for train, a fifth for val, the rest for test."""
     generator = torch.Generator().manual_seed(seed)
     parts = ([], [], [])
     for label in range(int(pictures.labels.max()) + 1):
@@ -238,7 +240,7 @@ def split(pictures: Pictures, seed: int) -> tuple[Pictures, Pictures, Pictures]:
         if len(members) < 3:
             raise UserError(
                 f"{pictures.source[members[0]].parent}: {len(members)} images; a class needs 3 or "
-                "more, to have one each in train, val and test"
+                "more, one each for train, val and test"
             )
         members = members[torch.randperm(len(members), generator=generator)]
         val = max(1, len(members) // 5)
@@ -252,7 +254,7 @@ def split(pictures: Pictures, seed: int) -> tuple[Pictures, Pictures, Pictures]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without the mark that spreadsheets put in front."""
+    """The text of a UTF-8 file, with or without a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

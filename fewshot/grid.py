@@ -1,11 +1,11 @@
-"""A grid of runs: every data set with every number of shots and seed. Its tables, file and plot.
+"""A grid of runs, for each data set, number of shots and seed; its tables, JSON file and plot.
 
-    --shots 1,2,4 --seeds 1,2,3      nine runs, each in a folder of its own, and their mean ± std
-    --dataset dtd,eurosat            the same on each of them, and the mean over data sets
+    --shots 1,2,4 --seeds 1,2,3      nine runs in separate folders, and their mean ± std
+    --dataset dtd,eurosat            the same on each data set, and the mean over data sets
 
-The spread is the sample standard deviation over the seeds (n - 1); one seed has none. The mean over
-data sets is of what they are each: HM is that of the means of base and novel, as it is published,
-and so is that of both among all names ("joint").
+The spread is the sample standard deviation over seeds (n - 1); a single seed has none. The mean
+over data sets averages accuracies; as in publications, HM is computed from the mean base and the
+mean novel accuracy, also among all names ("joint").
 """
 
 import argparse
@@ -20,12 +20,12 @@ from fewshot.run import set_aside
 
 SCORES = dict.fromkeys(("base", "novel", "hm", "all"), float | None)
 JOINT = dict.fromkeys(("base", "novel", "hm"), float)
-# What a table shows, and its heading, where there are two halves.
+# Scores in a table and their headings, if there are two halves.
 SHOWN = {"base": "base", "novel": "novel", "hm": "HM", "joint_hm": "all names"}
 
 
 def read_results(file: Path) -> dict:
-    """What a grid reads of a run's results.json; of one of earlier versions "joint" is None."""
+    """The scores in a run's results.json; "joint" is None in earlier versions."""
     kind = {**SCORES, "zero_shot": SCORES}
     results = read_json(file, "remove the run's folder to run it again", kind)
     for scores, place in ((results, ""), (results["zero_shot"], "zero_shot.")):
@@ -36,7 +36,7 @@ def read_results(file: Path) -> dict:
 
 
 def numbers(text: str, words: tuple[str, ...] = ()) -> list[int | str]:
-    """The type of a flag: "1,2,4" -> [1, 2, 4]; one of `words` stays what it is."""
+    """The type of a flag: "1,2,4" -> [1, 2, 4]; one of `words` is returned unchanged."""
     try:
         values = (value.strip() for value in text.split(","))
         return list(dict.fromkeys(n if n in words else int(n) for n in values))
@@ -46,10 +46,10 @@ def numbers(text: str, words: tuple[str, ...] = ()) -> list[int | str]:
 
 
 def summarise(results: dict[tuple[int, int], dict]) -> dict:
-    """(shots, seed) -> scores of one run  =>  what they come to over seeds.
+    """(shots, seed) -> scores of a run  =>  summaries over seeds.
 
     {"seeds": [1, 2], "zero_shot": {"base": {"mean", "std", "values"}, …}, "shots": {"4": {…}, …}}
-    A score that there is not (novel of a method that cannot name new classes) is left out.
+    Missing scores are left out (novel, if a method cannot name new classes).
     """
     shots = list(dict.fromkeys(s for s, _ in results))
     runs = {s: [result for (of, _), result in results.items() if of == s] for s in shots}
@@ -66,17 +66,17 @@ def spread(runs: list[dict]) -> dict[str, dict]:
     found = {}
     for part in (*SCORES, "val", *(f"joint_{part}" for part in JOINT)):
         values = [_number(run, part) for run in runs]
-        if None not in values:  # of a score that some lack, as of earlier versions, none is told
+        if None not in values:  # left out, if a run of an earlier version lacks it
             std = statistics.stdev(values) if len(values) > 1 else None
             found[part] = {"mean": statistics.mean(values), "std": std, "values": values}
     return found
 
 
 def _number(scores: dict, part: str) -> float | None:
-    """One of the numbers of `evaluate`'s scores; "joint_hm": that of "joint"."""
+    """One of the scores of `evaluate`; "joint_hm": the HM of "joint"."""
     if part in SCORES:
         return scores[part]
-    if part == "val":  # on validation images; not in runs of earlier versions
+    if part == "val":  # on validation images; missing in earlier versions
         return scores.get("val")
     return scores["joint"] and scores["joint"][part.removeprefix("joint_")]
 
@@ -87,7 +87,7 @@ def counted(shots: int | str) -> str:
 
 
 def rows(method: str, summary: dict) -> dict[str, dict]:
-    """Spreads by what they are of: "zero-shot", "lora, 4 shots", …"""
+    """Spreads by name: "zero-shot", "lora, 4 shots", …"""
     named = {"zero-shot": summary["zero_shot"]}
     for shots, scores in summary["shots"].items():
         named[f"{method}, {counted(shots)}"] = scores
@@ -95,7 +95,7 @@ def rows(method: str, summary: dict) -> dict[str, dict]:
 
 
 def mean(spreads: list[dict]) -> dict[str, dict]:
-    """The spreads of several data sets  =>  their mean; a score that one of them lacks has none."""
+    """The spreads of several data sets  =>  their mean, for scores that all data sets have."""
     means = {}
     for part in ("base", "novel", "all", "val", "joint_base", "joint_novel"):
         values = [spread[part]["mean"] for spread in spreads if part in spread]
@@ -108,13 +108,13 @@ def mean(spreads: list[dict]) -> dict[str, dict]:
 
 
 def table(method: str, summary: dict) -> str:
-    """One line of zero-shot CLIP, one for each number of shots."""
+    """A table: a line for zero-shot CLIP, and one for each number of shots."""
     return _lines(rows(method, summary), _columns(summary["zero_shot"]))
 
 
 def table_of_data_sets(of: dict[str, dict[str, dict]]) -> str:
-    """Data set -> `rows` of it  =>  a line for each data set and one of means: in one table where
-    each row is one number, else in a table for each row.
+    """Data set -> its `rows`  =>  a line for each data set, and a line of means: in a single table
+    if each row is one number, otherwise in a table for each row.
     """
     labels = list(next(iter(of.values())))
     of = {**of, "mean": {k: mean([spreads[k] for spreads in of.values()]) for k in labels}}
@@ -128,7 +128,7 @@ def table_of_data_sets(of: dict[str, dict[str, dict]]) -> str:
 
 
 def _lines(scores: dict[str, dict], columns: list[str]) -> str:
-    """name -> column -> score, laid out; n/a where there is none."""
+    """name -> column -> score, as a table; n/a for missing scores."""
     first = max(len(name) for name in scores) + 2
     width = max(16, *(len(column) + 2 for column in columns))
     lines = [" " * first + "".join(f"{_title(column):>{width}}" for column in columns)]
@@ -139,7 +139,7 @@ def _lines(scores: dict[str, dict], columns: list[str]) -> str:
 
 
 def _columns(zero_shot: dict[str, dict]) -> list[str]:
-    """What a table shows: one number, or those of two halves."""
+    """The columns of a table: one number, or those of two halves."""
     return ["all"] if "all" in zero_shot else list(SHOWN)
 
 
@@ -148,7 +148,7 @@ def _title(part: str) -> str:
 
 
 def cell(score: dict | None) -> str:
-    """A spread, as tables have it: "81.20 ± 0.41"."""
+    """A spread as text: "81.20 ± 0.41"."""
     if score is None:
         return "n/a"
     return f"{score['mean']:.2f}" + ("" if score["std"] is None else f" ± {score['std']:.2f}")
@@ -185,7 +185,7 @@ def save_plot(method: str, summary: dict, path: Path) -> None:
 
 
 def show(folder: Path, method: str, settings: dict, summary: dict) -> None:
-    """Print mean and spread over the seeds, and keep them in `folder`, as JSON and as a plot."""
+    """Print mean and spread over seeds, and write them to `folder` as JSON and as a plot."""
     found = {"method": method, **settings, **summary}
     file = keep(folder, f"{method}-grid", summary["shots"], summary["seeds"], found)
     save_plot(method, summary, file.with_suffix(".png"))
@@ -195,7 +195,7 @@ def show(folder: Path, method: str, settings: dict, summary: dict) -> None:
 
 
 def show_data_sets(folder: Path, method: str, settings: dict, summaries: dict[str, dict]) -> None:
-    """The same of several data sets (name -> `summarise`) and their mean, in one JSON file."""
+    """The same for several data sets (name -> `summarise`) and their mean, in one JSON file."""
     of = {dataset: rows(method, summary) for dataset, summary in summaries.items()}
     means = {k: mean([rows[k] for rows in of.values()]) for k in next(iter(of.values()))}
     found = {"method": method, **settings, "datasets": summaries, "mean": means}
@@ -206,7 +206,7 @@ def show_data_sets(folder: Path, method: str, settings: dict, summaries: dict[st
 
 
 def keep(folder: Path, name: str, shots, seeds, content: dict) -> Path:
-    """Write a summary as JSON, and keep another that is in its place -> the file."""
+    """Write a summary as JSON -> the file; an earlier summary is renamed."""
     drawn = "-".join(map(str, shots)), "-".join(map(str, seeds))
     file = folder / "{}-s{}-seed{}.json".format(name, *drawn)
     text = json.dumps(content, indent=2) + "\n"

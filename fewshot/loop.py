@@ -1,10 +1,10 @@
-"""The gradient loop: AdamW or SGD, cosine, early stopping on validation, a way back after a kill.
+"""The gradient loop: AdamW or SGD, cosine schedule, early stopping on validation, resuming.
 
-It is handed a method and knows nothing of what the method is: it lowers `method.loss` by changing
-the tensors of `method.adapter_state()`. Training is a number of gradient steps, in rounds: a round
-ends with a validation, and is an epoch, or the share of all steps that `validations` asks for. The
-tensors of the round with the best validation accuracy are kept or, where a paper does without
-validation, those of the last, or the mean of all rounds'.
+The loop knows no method by name: it minimises `method.loss` over the tensors of
+`method.adapter_state()`. Training is a number of gradient steps, divided into rounds. A round is an
+epoch, or a share of all steps (`validations`), and ends with a validation and a checkpoint. The
+result is the checkpoint with the best validation accuracy or, if a paper does without validation,
+the last one, or the mean over all rounds.
 """
 
 import math
@@ -27,37 +27,37 @@ from fewshot.schedule import Length, announce, duration, learning_rate, seconds_
 
 @dataclass
 class Position:
-    """Where training stands after a round."""
+    """The position of training after a round."""
 
     step: int = 0
     best_val: float = -1.0
     best_step: int = 0
-    waited: int = 0  # validations in a row without a better one
-    seconds: float = 0.0  # of all rounds, those before a kill included
-    stopped: str = ""  # why, where it ended before all steps
+    waited: int = 0  # validations in a row without improvement
+    seconds: float = 0.0  # of all rounds, including those before a kill
+    stopped: str = ""  # the reason, if training ended early
 
 
 class State:
-    """All that the next round depends on: it is saved after each, and read back after a kill."""
+    """Everything that the next round depends on: saved after each round, and read after a kill."""
 
     def __init__(self, method, train: Batches):
         self.learned = method.adapter_state()
-        # Of the best round, the last, or a mean; not views.
+        # Of the best round, the last, or the mean; not views.
         self.kept = {name: tensor.detach().clone() for name, tensor in self.learned.items()}
         trained = {name: tensor for name, tensor in self.learned.items() if tensor.requires_grad}
         self.trained = list(trained.values())
         settings, undecayed = method.settings, method.no_weight_decay
         self.optimizer = new_optimizer(settings, trained, undecayed, method.lr_factors)
-        # fp16 has no small numbers: the loss is multiplied so that gradients do not vanish.
+        # fp16 cannot represent small numbers: the loss is scaled so that gradients do not vanish.
         enabled = train.precision == "fp16"
         self.scaler = torch.amp.GradScaler(train.device.type, enabled=enabled)
         self.at = Position()
 
     def keep(self, share: float) -> None:
-        """Keep what is learned now: alone or, where `share` is below 1, as that part of a mean."""
+        """Keep the current tensors, or with `share` below 1, mix them into the mean."""
         for name, tensor in self.learned.items():
             now = tensor.detach().clone()
-            mixed = share < 1 and now.is_floating_point()  # labels of images are what they are
+            mixed = share < 1 and now.is_floating_point()  # labels are not averaged
             self.kept[name] = self.kept[name].lerp(now, share) if mixed else now
 
     def save(self, run: Run) -> None:
@@ -65,7 +65,7 @@ class State:
         run.save_resume(self.tensors(), asdict(self.at) | scaler)
 
     def load(self, run: Run) -> None:
-        """Go on from what `save` wrote; from the start, if it was not called before the kill."""
+        """Continue from the last `save`, or from the start if there was none."""
         if (saved := run.load_resume(asdict(self.at))) is None:
             return
         tensors, position = saved
@@ -73,8 +73,8 @@ class State:
             self.restore(tensors)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"{run.path}/resume.safetensors: holds other tensors than this run's "
-                f"({first_line(error)}); start it anew, without --resume"
+                f"{run.path}/resume.safetensors: its tensors do not fit this run "
+                f"({first_line(error)}); start again without --resume"
             ) from None
         self.scaler.load_state_dict(position.pop("scaler", {}))
         self.at = Position(**position)
@@ -86,7 +86,7 @@ class State:
             tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
         device = next(iter(self.learned.values())).device
         state = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":  # else not even asked for: that alone takes memory on a GPU
+        if device.type == "cuda":  # asking for it takes memory on a GPU
             state["cuda"] = torch.cuda.get_rng_state(device)
         for rank, of in enumerate(ranks.together(state)):
             tensors |= {f"random/{kind}{rank or ''}": value for kind, value in of.items()}
@@ -94,7 +94,7 @@ class State:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of `tensors`; ValueError, among others, if they are of another run."""
+        """The reverse of `tensors`; ValueError or others, if they are another run's."""
         trained = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         state = self.optimizer.state_dict()
         for name, tensor in tensors.items():
@@ -111,7 +111,7 @@ class State:
                 like.copy_(tensor)
         self.optimizer.load_state_dict(state)
         device = next(iter(self.learned.values())).device
-        own = ranks.rank or ""  # of a rank that there was not, there is no state: it goes its way
+        own = ranks.rank or ""  # a new rank has no saved state
         if own == "" or f"random/cpu{own}" in tensors:
             torch.set_rng_state(tensors[f"random/cpu{own}"])
         if f"random/cuda{own}" in tensors and device.type == "cuda":
@@ -120,19 +120,19 @@ class State:
 
 
 class NotFinite(Exception):
-    """The loss or the weights are no numbers any more: this round is lost, and training ends."""
+    """The loss or the weights are not finite: this round is discarded, and training ends."""
 
 
 def descend(
     method, train: Batches, val: Batches, run: Run, seed: int, resume: bool = False
 ) -> float:
-    """Train `method` on `train`, leave it with its tensors of the best round on `val`, of the last,
-    or their mean, as its settings say.
+    """Train `method` on `train`. Depending on its settings, it ends with the tensors of the best
+    round on `val`, of the last round, or with their mean.
 
-    Everything random follows from `seed` and, for dropout and augmentation, from torch's global
-    generator, whose state is saved with each round: a resumed run ends in the same bits. Returns
-    the seconds of all rounds, those before a kill included. Where the settings have a grid, all of
-    this is `search`'s.
+    Randomness comes from `seed` and, for dropout and augmentation, from torch's global generator,
+    whose state is saved with each round, so that a resumed run ends with the same bits. Returns the
+    seconds of all rounds, including those before a kill. If the settings have a grid, `search` runs
+    instead.
     """
     s = method.settings
     if s.grid:
@@ -149,7 +149,7 @@ def descend(
         print(announce(s, train, val, length, at.step))
         if ranks.size > 1 and not shareable(method):
             print(f"note: this loss is not a mean over images: all {ranks.size} processes do it")
-    third = at.step + 2  # timed: the first ones also read and encode what is then kept
+    third = at.step + 2  # this one is timed: the first ones also read and encode
     bar = tqdm(total=length.total, initial=at.step, unit="step", disable=None)
     while at.step < length.total and not at.stopped:
         started, losses = time.perf_counter(), []
@@ -200,15 +200,15 @@ def descend(
 def gradient_step(
     method, train: Batches, chosen: Tensor, state: State, length: Length, step: int
 ) -> float:
-    """Lower the loss of the pictures `chosen` a little -> what it was."""
+    """A gradient step on the pictures `chosen` -> the loss before it."""
     s, optimizer, scaler = method.settings, state.optimizer, state.scaler
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(s, length, step, group["factor"])
     method.step = step
     if step == length.switch and method.first_stage is not None:
-        method.second_stage()  # a tensor without a gradient stays; with its first one it is new
-    part, weight, several = chosen, 1 / ranks.size, ranks.size > 1  # each rank computes all of it,
-    if several and shareable(method):  # or, where it can be, a part
+        method.second_stage()  # the optimizer state of newly trained tensors is empty
+    part, weight, several = chosen, 1 / ranks.size, ranks.size > 1  # each computes the whole
+    if several and shareable(method):  # batch, or a part of it
         part, method.place, weight = ranks.share(chosen)
         method.whole = train.targets(chosen)
     with train.autocast():
@@ -225,27 +225,27 @@ def gradient_step(
         scaler.unscale_(optimizer)
         clip_grad_norm_(state.trained, s.clip_norm)
     try:
-        scaler.step(optimizer)  # leaves out a step whose gradient is not finite
+        scaler.step(optimizer)  # skips a step whose gradient is not finite
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
         raise UserError(
-            f"--lr {s.lr:g}: the weights are not finite after step {step + 1}; give less"
+            f"--lr {s.lr:g}: the weights are not finite after step {step + 1}; give a smaller --lr"
         ) from None
     scaler.update()
     return whole
 
 
 def shareable(method) -> bool:
-    """Is a batch's loss the mean of its parts'? With --balance it depends on what is in a batch."""
+    """Whether the loss of a batch is the mean over its parts; with --balance it is not."""
     return method.loss_is_mean and method.class_weights is None
 
 
 def judge(
     method, train: Batches, val: Batches, state: State, length: Length, now: int
 ) -> dict[str, float]:
-    """Accuracies after step `now`, to be logged, if validation decides what is kept or when to
-    stop: on `val`, and on as many training images, which decide nothing.
+    """Accuracies after step `now` for the log, if validation is needed: on `val`, and on as many
+    training images, which decide nothing.
     """
     s, at = method.settings, state.at
     if not length.chooses:
@@ -253,7 +253,7 @@ def judge(
             raise NotFinite(f"weights were not finite after {length.place(now)}")
         return {}
     logits = predict(method, val)
-    if not logits.isfinite().all():  # the last step broke the weights; its loss was fine
+    if not logits.isfinite().all():  # the last step broke the weights after a finite loss
         raise NotFinite(f"validation logits were not finite after {length.place(now)}")
     found = accuracy(logits, val.labels.cpu())
     better = found > at.best_val
@@ -266,24 +266,25 @@ def judge(
 
 
 def share_of_mean(method, length: Length, now: int) -> float:
-    """Of the round that ends with step `now`, in the mean of all rounds so far."""
+    """The weight of the round that ends with step `now` in the mean so far."""
     ends = [*range(length.round, now, length.round), now]
     weights = [method.round_weight(end / length.total) for end in ends]
     return weights[-1] / sum(weights)
 
 
 def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
-    """`descend` with each point of the settings' grid; leave the tensors that are best on `val`.
+    """Call `descend` with each point of the settings' grid, and keep the tensors that are best on
+    `val`; of equally good points, the first.
 
-    Of equally good points the first. Each starts from the same tensors and random state, as a run
-    of its own in this one's folder, so that after a kill those before it are not trained again.
+    All points start from the same tensors and random state. Each is a run of its own in this run's
+    folder, so that finished points are not trained again after a kill.
     """
     if ranks.size > 1:
         ranks.agree(method.adapter_state().values())
     s = method.settings
     start = {name: t.detach().clone() for name, t in method.adapter_state().items()}
     best, seconds, points = None, 0.0, list(enumerate(s.points(), 1))
-    for some in (train, val) if ranks.size > 1 else ():  # by all, before these go their ways
+    for some in (train, val) if ranks.size > 1 else ():  # by all, before they separate
         if some.keeps(method):
             some.encoded(method)
     for number, point in ranks.mine(points):
@@ -313,7 +314,7 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
 
 
 def shuffled(train: Batches, size: int, seed: int, epoch: int) -> list[Tensor]:
-    """The batches of an epoch: numbers of the pictures, `size` of all that is drawn together."""
+    """The batches of an epoch, as indices of pictures: `size` from each group."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     orders = [part[torch.randperm(len(part), generator=generator)] for part in train.drawn]
     return [torch.cat(pair) for pair in zip(*(o.split(size) for o in orders), strict=False)]
@@ -322,8 +323,8 @@ def shuffled(train: Batches, size: int, seed: int, epoch: int) -> list[Tensor]:
 def new_optimizer(
     s, trained: dict[str, Tensor], undecayed: tuple[str, ...], factors: dict[str, float]
 ):
-    """AdamW or SGD over `trained`; those in `undecayed` have no weight decay, those in `factors` so
-    many times the learning rate.
+    """AdamW or SGD over `trained`; tensors in `undecayed` have no weight decay, tensors in
+    `factors` a multiple of the learning rate.
     """
     kinds: dict[tuple[bool, float], list[Tensor]] = {}
     for name, tensor in trained.items():

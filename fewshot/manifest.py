@@ -1,14 +1,14 @@
-"""Pictures of your own, as a list: a CSV file says which picture is of which class.
+"""Your own pictures in a list: CSV files give the class of each picture.
 
     root/train.csv, root/test.csv (and root/val.csv)    path,label
                                                         photos/0012.jpg,tiger lily
-    root/data.csv, all in one                           path,label,split
+    root/data.csv, all parts in one file                path,label,split
                                                         photos/0012.jpg,tiger lily,train
 
-A path is absolute, or relative to the CSV's folder; other columns are ignored. The order of
-the rows means nothing: pictures are sorted by class and path, so the draw of the shots depends on
-the seed alone. Without a classes.txt or classes.json (fewshot/folder.py) classes are in the order
-of their labels.
+A path is absolute, or relative to the CSV's folder; other columns are ignored. The order of the
+rows does not matter: pictures are sorted by class and path, so the draw of shots depends only on
+the seed. Without a classes.txt or classes.json (fewshot/folder.py), classes are in the order of
+their labels.
 """
 
 import csv
@@ -44,7 +44,7 @@ def is_manifest(root: Path) -> bool:
 
 
 def read_manifest(root: Path) -> Parts:
-    """The pictures that the CSV files in root list: see above."""
+    """The pictures in the CSV files of root: see above."""
     whole = root / "data.csv"
     beside = [f"{part}.csv" for part in PARTS if (root / f"{part}.csv").is_file()]
     if whole.is_file() and beside:
@@ -61,13 +61,13 @@ def read_manifest(root: Path) -> Parts:
     known = read_classnames(root)
     if not known and all(row.label.isdecimal() for row in rows):
         raise UserError(
-            f"{rows[0].where}: the labels are numbers, and CLIP reads names; list them in "
-            f"{root}/classes.txt, a name a line"
+            f"{rows[0].where}: the labels are numbers, but CLIP reads names; list the names in "
+            f"{root}/classes.txt, one on each line"
         )
-    first = {row.label: row.where for row in reversed(rows)}  # label -> where it is first written
+    first = {row.label: row.where for row in reversed(rows)}  # label -> its first row
     spelled = {label: class_of(label, known, first[label]) for label in sorted(first)}
     if not known:
-        labels = {name: label for label, name in spelled.items()}  # the last of those named so
+        labels = {name: label for label, name in spelled.items()}  # the last label with this name
         for label, name in spelled.items():
             if (other := labels[name]) != label:
                 said = f"{label!r} and {other!r} are both the class {name!r}"
@@ -91,7 +91,7 @@ def read_manifest(root: Path) -> Parts:
 
 
 def read_rows(file: Path, part: str | None = None) -> list[Row]:
-    """The rows of one CSV; `part`: what they are all for, else the column `split` says it."""
+    """The rows of a CSV; `part`: the part of all rows, or from the column `split`."""
     needed = ["path", "label"] + ([] if part else ["split"])
     rows = []
     try:
@@ -101,17 +101,17 @@ def read_rows(file: Path, part: str | None = None) -> list[Row]:
             has = ", ".join(columns) or "none"
             raise UserError(
                 f"{file}: has no column {missing[0]!r}; its first line should name "
-                f"{', '.join(needed)}, and names {has}"
+                f"{', '.join(needed)}, but names {has}"
             )
         if twice := [name for name in needed if columns.count(name) > 1]:
             raise UserError(f"{file}: has two columns {twice[0]!r}; rename one")
         reader.fieldnames = columns
         for cells in reader:
             where = f"{file}, line {reader.line_num}"
-            if any(cells.pop(None, ())):  # None: those under no name; a spreadsheet adds empty ones
+            if any(cells.pop(None, ())):  # None: cells beyond the columns, often empty
                 raise UserError(
                     f"{where}: has more cells than the {len(columns)} columns of the first line; "
-                    'write a text that has a comma in quotes: "a, b"'
+                    'put text with a comma in quotes: "a, b"'
                 )
             values = [(cells[name] or "").strip() for name in needed]
             if not all(values):
@@ -128,20 +128,20 @@ def read_rows(file: Path, part: str | None = None) -> list[Row]:
 
 
 def check_listed_once(rows: list[Row]) -> None:
-    """A picture in train and test would make the test worthless; a repeated row is a slip."""
+    """UserError for a picture that is listed twice, or in both train and test."""
     seen: dict[Path, Row] = {}
     for row in rows:
         if earlier := seen.get(row.path):
             raise UserError(
-                f"{row.where}: {row.path} ({row.part}, {row.label}) is there already "
-                f"({earlier.part}, {earlier.label}: {earlier.where}); a picture is listed once"
+                f"{row.where}: {row.path} ({row.part}, {row.label}) is listed already "
+                f"({earlier.part}, {earlier.label}: {earlier.where}); list each picture once"
             )
         seen[row.path] = row
 
 
 def check_files(paths: list[Path], where: list[str]) -> None:
-    """All of these files are there, or the first that is not is named, and the others counted."""
-    # Of a name that no file can have, os.path says so, and pathlib raises an OSError.
+    """UserError, if files are missing: it names the first and counts the others."""
+    # For an impossible name, os.path returns False, but pathlib raises an OSError.
     if gone := [i for i, path in enumerate(paths) if not os.path.isfile(path)]:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
-        raise UserError(f"{where[gone[0]]}: {paths[gone[0]]} is no file{more}")
+        raise UserError(f"{where[gone[0]]}: {paths[gone[0]]} is not a file{more}")

@@ -1,4 +1,4 @@
-"""Features in files, mapped into memory: those that are asked for are read, and no others."""
+"""Features in files that are mapped into memory: only requested rows are read."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mapped:
-    """Features of n pictures, as a list of where they lie; all are of one CLIP.
+    """Features of n pictures, as a list of their places; all from the same CLIP.
 
-    tables: tensors (N_t, E), mapped into memory, which may hold other rows, too.
+    tables: tensors (N_t, E), mapped into memory, which may also hold other rows.
     """
 
     tables: tuple[Tensor, ...]
-    table: Tensor  # (n,) int64: which of them
-    row: Tensor  # (n,) int64, of that one
+    table: Tensor  # (n,) int64: index of the table
+    row: Tensor  # (n,) int64: row in it
     place: str  # the folder, for messages
     model: str
     fingerprint: str
@@ -25,16 +25,16 @@ class Mapped:
 
     @property
     def nbytes(self) -> int:
-        """What `read` gives."""
+        """The shape of the result of `read`."""
         return len(self) * self.tables[0][:1].nbytes if len(self) else 0
 
     def __getitem__(self, chosen: Tensor) -> "Mapped":
-        """Those of the pictures with the numbers `chosen` (m,)."""
+        """The features of the pictures with the indices `chosen` (m,)."""
         where = self.table[chosen], self.row[chosen]
         return Mapped(self.tables, *where, self.place, self.model, self.fingerprint)
 
     def joined(self, other: "Mapped") -> "Mapped":
-        """These, and then others."""
+        """These features, followed by others."""
         table = torch.cat([self.table, len(self.tables) + other.table])
         row = torch.cat([self.row, other.row])
         tables = self.tables + other.tables
@@ -43,7 +43,7 @@ class Mapped:
     def read(self) -> Tensor:
         """(n, E), in memory."""
         found = self.tables[0].new_empty(len(self), self.tables[0].shape[1])
-        order = self.table.argsort(stable=True)  # each table is looked at once
+        order = self.table.argsort(stable=True)  # read each table once
         numbers, counts = self.table[order].unique_consecutive(return_counts=True)
         for k, part in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
             found[part] = self.tables[k][self.row[part]]

@@ -1,4 +1,4 @@
-"""What is measured, all in percent."""
+"""Metrics, all in percent."""
 
 import torch
 from torch import Tensor
@@ -13,18 +13,18 @@ def predict(method, batches: Batches, batch_size: int = 64) -> Tensor:
     parts = torch.arange(len(batches)).split(batch_size)
     count = len(ranks.mine(parts))
     with method.inference(), batches.autocast():
-        encoded = batches.each(method, parts)  # read and encoded as the loop asks for it
+        encoded = batches.each(method, parts)  # read and encoded on demand
         encoded = tqdm(encoded, "testing", count, leave=False, disable=count <= 8 or None)
         return ranks.collect(parts, (method.classify(x).float() for x in encoded)).cpu()
 
 
 def accuracy_on(method, batches: Batches) -> float:
-    """Percent of the pictures that a method names right."""
+    """Accuracy of a method in percent."""
     return accuracy(predict(method, batches), batches.labels.cpu())
 
 
 def likeliest(logits: Tensor, top: int = 5) -> Tensor:
-    """The numbers of the `top` classes with the largest logits (N, K), or of all -> (N, top)."""
+    """Indices of the `top` classes with the largest logits (N, K), or of all -> (N, top)."""
     return logits.topk(min(top, logits.shape[1]), dim=1).indices
 
 
@@ -34,7 +34,7 @@ def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:
 
 
 def share(guesses: Tensor, labels: Tensor) -> float:
-    """Percent of rows of guesses (N, …) that hold their label."""
+    """Percent of rows of guesses (N, …) that contain their label."""
     return 100 * (guesses == labels[:, None]).any(dim=1).double().mean().item()
 
 
@@ -42,7 +42,7 @@ def per_class(predicted: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Te
     """Accuracy (recall) and F1 of each of `count` classes, (K,) each, float64; predicted (N,).
 
     F1 is 2·tp / (2·tp + fp + fn): 0 for a class that is never right. Accuracy is NaN for a class
-    without pictures. In float32 7 right of 10 would be an F1 just below 0.7, which plans compare.
+    without pictures. float64, since in float32 an F1 of 7 / 10 would be just below the plans' 0.7.
     """
     right = labels[predicted == labels].bincount(minlength=count).double()  # tp
     real = labels.bincount(minlength=count)  # tp + fn

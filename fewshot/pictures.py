@@ -1,10 +1,10 @@
-"""Labelled pictures: as files, and read as uint8 pixels.
+"""Labelled pictures: their files, and how they are read as uint8 pixels.
 
-A JPEG is decoded and resized once. The uint8 crop that comes out is exactly what CLIP's
-normalisation reads, so keeping it loses nothing. Of pictures that are learned from or validated on
-it is kept, in memory for the run and in a cache file for the next one (`Reader.read`). Test
-pictures, which may be many, are read a batch at a time, whenever they are needed (`Reader.stream`);
-their crops stay on disk until the run ends.
+A JPEG is decoded and resized once. The result, a uint8 crop, is the exact input of CLIP's
+normalisation, so storing it loses nothing. Crops of training and validation pictures are kept in
+memory for the run, and in a cache file for the next run (`Reader.read`). Test pictures, which may
+be many, are read in batches when they are needed (`Reader.stream`); their crops stay on disk until
+the run ends.
 """
 
 import contextlib
@@ -29,25 +29,26 @@ from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
 from clip_min import CLIPConfig, UserError, crop
+from clip_min.memory import check_room, free_memory
 from clip_min.preprocess import OPENAI
 from fewshot import cache, ranks
 from fewshot.mapped import Mapped
 
-with contextlib.suppress(ImportError):  # phones' HEIC, which Pillow reads with this alone
+with contextlib.suppress(ImportError):  # HEIC files of phones, which Pillow cannot read by itself
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 
-# All that is opened, whatever a file is called: others start programs (EPS), or are seldom tried.
+# Only these formats are opened: others start programs (EPS), or are rarely tested.
 _WANTED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
-_ENDINGS = Image.registered_extensions()  # of what Pillow was built with; fills Image.OPEN
+_ENDINGS = Image.registered_extensions()  # depends on Pillow's build; fills Image.OPEN
 FORMATS = [name for name in _WANTED if name in Image.OPEN]
 ENDINGS = {ending for ending, name in _ENDINGS.items() if name in FORMATS} - {".pfm"}  # floats
 
-LONGEST = 100  # sides: a picture's longer one is at most so many times its shorter one
-TINY = 16  # pixels: what is smaller is seldom meant
+LONGEST = 100  # largest ratio of a picture's sides
+TINY = 16  # pixels; smaller pictures are probably a mistake
 READERS = min(os.cpu_count() or 1, 8)  # threads: Pillow and hashes work outside Python's lock
-AHEAD = 128  # pictures that are decoded before they are asked for: two batches
+AHEAD = 128  # pictures that are decoded in advance: two batches
 ODD = {1: "animated, and read as their first frame", 2: f"under {TINY} pixels wide or high"}
 
 
@@ -57,14 +58,14 @@ class Pictures:
 
     source: list[Path | Tensor] | Tensor
     labels: Tensor  # (N,) int64
-    digests: list[str] | None = None  # sha256 of what each holds; None: they are not yet read
-    features: Mapped | None = None  # of each, where embed.py made them and the files may be gone
+    digests: list[str] | None = None  # sha256 of each; None: not yet read
+    features: Mapped | None = None  # if embed.py made them; the files may be gone
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, chosen: Tensor) -> "Pictures":
-        """The pictures with the numbers `chosen`, in that order."""
+        """The pictures with the indices `chosen`, in that order."""
         numbers = chosen.tolist()
         digests = self.digests and [self.digests[i] for i in numbers]
         if isinstance(self.source, Tensor):
@@ -74,7 +75,7 @@ class Pictures:
         return Pictures(source, self.labels[chosen], digests, features)
 
     def joined(self, other: "Pictures") -> "Pictures":
-        """These pictures, and then others; of both the digests are known."""
+        """These pictures, followed by others; both have digests."""
         features = None
         if self.features is not None and other.features is not None:
             features = self.features.joined(other.features)
@@ -85,7 +86,7 @@ class Pictures:
         return Pictures(source, labels, made, features)
 
     def name(self, i: int) -> str:
-        """Its file, or its number where it is not a file."""
+        """The picture's file, or its index if it is in memory."""
         picture = self.source[i]
         return f"picture {i}" if isinstance(picture, Tensor) else str(picture)
 
@@ -95,39 +96,39 @@ class Pictures:
 
 
 def open_image(path: Path, content: bytes | None = None) -> Image.Image:
-    """A picture, decoded to its last byte; an unreadable one is an error that names it.
+    """A completely decoded picture; UserError with its name, if it is unreadable.
 
-    content: what the file holds, if it is read already.
+    content: the file's bytes, if they were read already.
     """
     try:
         if content is None and path.exists() and not path.is_file():
             raise OSError("a folder, pipe or device, not a file")  # to open a pipe is to wait
         image = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
         image.load()
-    except Exception as error:  # Pillow's decoders raise more kinds than it documents
+    except Exception as error:  # Pillow's decoders raise more types than documented
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None
     if image.mode.startswith("I") or image.mode == "F":
         raise UserError(
             f"{path}: cannot be used with more than 8 bits a pixel (Pillow's mode {image.mode}): "
-            "CLIP's transform would cut all that is above 255 to white; save it with 8"
+            "CLIP's transform would turn values above 255 to white; save it with 8 bits"
         )
-    if max(image.size) > LONGEST * min(image.size):  # resized, it would fill the memory
+    if max(image.size) > LONGEST * min(image.size):  # resized, it would fill memory
         raise UserError(
             f"{path}: cannot be used with {image.width} x {image.height} pixels: CLIP reads the "
-            f"middle square, and one side is over {LONGEST} times the other; cut it"
+            f"middle square, but one side is over {LONGEST} times the other; crop it"
         )
     return image
 
 
 def cut(image: Image.Image, config: CLIPConfig) -> Tensor:
     """`crop`, for threads: uint8 (3, n, n), contiguous."""
-    # NumPy's copy, in one thread: PyTorch's would start a team of them for each that decodes.
+    # NumPy copies in one thread; PyTorch would start several for each decoding thread.
     return torch.from_numpy(np.ascontiguousarray(crop(image, config).numpy()))
 
 
 def digest(picture: Path | Tensor) -> str:
-    """sha256 of what a file or an image in memory holds; "" if it cannot be read."""
+    """sha256 of a file or of an image in memory; "" if it cannot be read."""
     if isinstance(picture, Tensor):
         return hashlib.sha256(picture.contiguous().numpy().data).hexdigest()
     made = hashlib.sha256()
@@ -148,7 +149,7 @@ def pixel_hash(pixels: Tensor) -> Tensor:
 
 
 def digests(pictures: Pictures) -> list[str]:
-    """The digest of each picture, files read by several threads."""
+    """The digest of each picture; several threads read the files."""
     with ThreadPoolExecutor(READERS) as pool:
         own = list(pool.map(digest, pictures.source[ranks.rank :: ranks.size]))
     every = [own] if ranks.size == 1 else ranks.together(own)
@@ -156,7 +157,7 @@ def digests(pictures: Pictures) -> list[str]:
 
 
 def ahead(work: Callable, items: Iterable) -> Iterator:
-    """work(item) of each item, in their order; threads do AHEAD of them before they are taken."""
+    """work(item) for each item, in order; threads compute AHEAD of them in advance."""
     pool, started = ThreadPoolExecutor(READERS), deque()
     try:
         for item in items:
@@ -169,56 +170,36 @@ def ahead(work: Callable, items: Iterable) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def free_memory() -> float:
-    """The bytes that this process can still take, as far as the system tells; else infinity."""
-    free = float("inf")
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line[:12] == "MemAvailable")
-    with contextlib.suppress(OSError, ValueError):  # a container has a limit of its own, or "max"
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        files = sum(int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
-        free = min(free, limit - used + files)  # copies of files give way
-    return free
-
-
 def check_memory(count: int, size: int) -> None:
     """UserError, if `count` crops of `size` pixels do not fit in memory."""
-    needed, free = count * 3 * size * size, free_memory()
-    if needed > free:
-        raise UserError(
-            f"{count:,} pictures of {size} x {size} pixels take {needed / 1e9:,.1f} GB of memory, "
-            f"and {max(free, 0) / 1e9:,.1f} GB are free; test on fewer, or use a larger machine"
-        )
+    what = f"{count:,} pictures of {size} x {size} pixels take"
+    check_room(count * 3 * size * size, free_memory(), what, "test on fewer")
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a run reads pictures, and what a method computes with on what was read."""
+    """How a run reads pictures, and where and in which precision a method computes."""
 
     size: int  # pixels, the model's
     device: torch.device = torch.device("cpu")
-    skip_bad: bool = False  # leave out files that cannot be read, with a note; else: an error
-    folder: Path | None = cache.FOLDER  # keeps pixels and features for the next run; None: nowhere
+    skip_bad: bool = False  # leave out unreadable files, with a note; else they are an error
+    folder: Path | None = cache.FOLDER  # the cache for pixels and features; None: no cache
     precision: str = "fp32"  # of the forward pass, see `Batches.autocast`
-    prepared: CLIPConfig = OPENAI  # how the model has its pictures prepared, but for their size
+    prepared: CLIPConfig = OPENAI  # the model's preprocessing, except for the size
 
     @functools.cached_property
     def room(self) -> float:
-        """Bytes that encoded training images may take in memory, and as many those of validation:
-        of what is free when the first of them are encoded.
+        """Bytes of memory for encoded training images, and the same for validation images: of what
+        is free when the first are encoded.
         """
-        on_gpu = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()
-        return ranks.same(min(cache.limit, free / 3 / (1 if on_gpu else ranks.size)))
+        share = 3 if self.device.type == "cuda" else 3 * ranks.size
+        return ranks.same(min(cache.limit, free_memory(self.device) / share))
 
     def read(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
         """Decode and crop -> (the readable pictures, uint8 (N, 3, size, size)).
 
-        Pixels are kept in the cache under a name that follows from what the files hold. What was
-        skipped, and what is odd about pictures that can be read, is added to `notes`.
+        Pixels are stored in the cache, under a name that depends on the files' content. Skipped
+        files, and oddities of readable pictures, are added to `notes`.
         """
         source = pictures.source
         if isinstance(source, Tensor) and source.shape[-2:] == (self.size, self.size):
@@ -228,24 +209,24 @@ class Reader:
 
     @functools.cached_property
     def spool(self) -> cache.Spool:
-        """Where `check` leaves the crops on disk, and `stream` finds them."""
+        """The crops on disk, written by `check` and read by `stream`."""
         return cache.Spool(self.folder, self.size)
 
     def check(self, pictures: Pictures, notes: list[str]) -> tuple[Pictures, Tensor]:
-        """The same, but in memory only `pixel_hash` of the pixels is kept -> (…, uint8 (N, 32)).
+        """The same, but only `pixel_hash` of the pixels stays in memory -> (…, uint8 (N, 32)).
 
-        For pictures that `stream` reads when they are needed: what is wrong with them, and which
-        ones they are, is known from here on.
+        For pictures that `stream` reads later: this reports their problems in advance, and
+        identifies them.
         """
         return self._read(pictures, notes, "hashes")
 
     def stream(self, pictures: Pictures, hashes: Tensor, parts: list[Tensor]) -> Iterator[Tensor]:
-        """Of each part, numbers (B,) of pictures that were checked: their crops, uint8
-        (B, 3, size, size). Threads decode the next ones while these are computed with. A picture
-        that is on disk already, since it was checked or tested before, is not decoded again.
+        """For each part, indices (B,) of checked pictures: their crops, uint8 (B, 3, size, size).
+        Threads decode the next parts meanwhile. Pictures whose crops are on disk already, from
+        checking or testing, are not decoded again.
         """
 
-        spool = self.spool  # made here: threads would make one each
+        spool = self.spool  # created before the threads start
         names = pictures.digests or [""] * len(pictures)
 
         def again(i: int) -> Tensor:
@@ -264,10 +245,10 @@ class Reader:
     def _read(
         self, pictures: Pictures, notes: list[str], kind: Literal["pixels", "hashes"]
     ) -> tuple[Pictures, Tensor]:
-        """-> (the readable pictures, what is kept of each).
+        """-> (the readable pictures, the stored data of each).
 
-        One tensor, written in place: as many bytes as are kept, and no more. Flowers102 whole is
-        8,189 x 3 x 224 x 224 = 1.23 GB.
+        The result is a single tensor, written in place, so memory holds it once. All of Flowers102
+        is 8,189 x 3 x 224 x 224 = 1.23 GB.
         """
         pictures = replace(pictures, digests=pictures.digests or digests(pictures))
         kept = odd = name = None
@@ -281,7 +262,7 @@ class Reader:
         shape = (count, 3, self.size, self.size) if kind == "pixels" else (count, 32)
         there = None not in (kept, odd) and (kept.shape, odd.shape) == (shape, (count,))
         if not all(ranks.together(there)):
-            kept = torch.empty(shape, dtype=torch.uint8).fill_(0)  # other ranks fill the rest
+            kept = torch.empty(shape, dtype=torch.uint8).fill_(0)  # other ranks fill the other rows
             odd = torch.zeros(count, dtype=torch.uint8)
             own = ranks.mine(range(count))
             spool = self.spool if kind == "hashes" else None
@@ -296,7 +277,7 @@ class Reader:
                 except UserError as error:
                     return error
 
-            hide = None if count > 200 else True  # None: only where there is a terminal
+            hide = None if count > 200 else True  # None: only in a terminal
             found = tqdm(ahead(attempt, own), "reading", len(own), leave=False, disable=hide)
             for i, one in zip(own, found, strict=True):
                 if isinstance(one, UserError):
@@ -322,16 +303,14 @@ class Reader:
         return pictures, kept
 
     def _decode(self, pictures: Pictures, i: int) -> tuple[Tensor, int]:
-        """-> the crop of picture `i`, uint8 (3, size, size), and what is odd about the picture: 0,
-        or a number in ODD.
-        """
+        """-> the crop of picture `i`, uint8 (3, size, size), and its oddity: 0, or a key of ODD."""
         image = pictures.open(i)
         pixels = cut(image, replace(self.prepared, image_size=self.size))
         moves = image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated
         return pixels, 1 if moves else 2 if min(image.size) < TINY else 0
 
     def _refuse(self, errors: dict[int, UserError], count: int) -> None:
-        """UserError, if these of `count` pictures may not be left out."""
+        """UserError, unless these of `count` pictures may be left out."""
         first, more = next(iter(errors.values())), len(errors) - 1
         if not self.skip_bad:
             more = f" (and {more} more files)" if more else ""

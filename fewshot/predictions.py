@@ -1,9 +1,10 @@
-"""What a method answers to every test picture: a run keeps it, and its accuracies follow from it.
+"""A method's predictions for all test pictures: a run stores them, and scores are computed from
+them.
 
 Each part of the test set (base, novel) is scored among its own names, and among the names of all
 parts in one list, since a user rarely knows which half a picture is from. For most methods a
-class's logit depends on the image and that class alone, so one pass gives both: the part's logits
-are its columns of all logits. Of these the five likeliest classes are kept, and how likely.
+class's logit depends only on the image and that class, so a single pass gives both: the part's
+logits are its columns of all logits. The five likeliest classes and their probabilities are stored.
 """
 
 import contextlib
@@ -21,21 +22,21 @@ from fewshot.metrics import harmonic_mean, likeliest, per_class, share
 from fewshot.task import Task
 
 FILE = "predictions.safetensors"
-ZERO_SHOT = "zero-shot"  # the row of CLIP as it is, as tables have it; no method is called so
+ZERO_SHOT = "zero-shot"  # the row of zero-shot CLIP in tables; not the name of a method
 
 
 @dataclass
 class Predictions:
-    """Answers to the N test pictures of a part, in the order of the run's data.json; on the CPU.
+    """Predictions for the N test pictures of a part, in the order of data.json; on the CPU.
 
     Probabilities are the softmax of float32 logits, over the part's own names or over all names.
     """
 
-    labels: Tensor  # (N,) int32, numbers of the part's own names
-    top: Tensor  # (N, 5) int32, the likeliest of these, best first; fewer where there are fewer
+    labels: Tensor  # (N,) int32, indices of the part's own names
+    top: Tensor  # (N, 5) int32, the likeliest of these, best first; fewer if there are fewer names
     probabilities: Tensor  # (N, 5) float32, of these
     joint_top: Tensor | None = None  # (N, 5) int32, the likeliest of all names: base, then novel
-    joint_probabilities: Tensor | None = None  # (N, 5) float32; None where there are no halves, or
+    joint_probabilities: Tensor | None = None  # (N, 5) float32; None without halves, or if
     # the method cannot name both
 
 
@@ -43,12 +44,12 @@ _KEPT = [field.name for field in fields(Predictions) if field.name != "labels"]
 
 
 def predict_task(method, task: Task, batch_size: int = 64) -> dict[str, Predictions]:
-    """What a method answers to each part of the test set; a part it cannot name is left out."""
+    """A method's predictions for each part of the test set that it can name."""
     every, joint = method, len(task.tests) > 1 and method.names_unseen
     if joint:
         every = method.for_classes([name for t in task.tests.values() for name in t.classnames])
-    found, first = {}, 0  # first: the number of the part's first name among all names
-    with every.inference():  # once, so that class features are computed once for all parts
+    found, first = {}, 0  # first: index of the part's first name among all names
+    with every.inference():  # class features are computed once for all parts
         for part, test in task.tests.items():
             if part == "novel" and not method.names_unseen:
                 continue
@@ -68,11 +69,12 @@ def predict_task(method, task: Task, batch_size: int = 64) -> dict[str, Predicti
 def _answers(every, batches, own, joint: bool, alone, batch_size: int) -> list[Tensor]:
     """`top`, `probabilities` and, if `joint`, those of all names.
 
-    own: the part's columns of the logits of `every`; or `alone`: what gives the part's own logits.
+    own: the part's columns of the logits of `every`; or `alone`: a method for the part's own
+    logits.
     """
     parts = torch.arange(len(batches)).split(batch_size)
     rows, count = [], len(ranks.mine(parts))
-    encoded = batches.each(every, parts)  # read and encoded as the loop asks for it
+    encoded = batches.each(every, parts)  # read and encoded on demand
     encoded = tqdm(encoded, "testing", count, leave=False, disable=count <= 8 or None)
 
     def keep(logits: Tensor) -> list[Tensor]:  # (B, K) -> (B, 5) each
@@ -92,8 +94,8 @@ def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> di
     """Accuracies of `predict_task`'s answers, in percent -> {"base", "novel", "hm", "all", "joint",
     "parts"}.
 
-    classnames: part -> its names. What a method cannot name is None: novel and hm, and joint, the
-    accuracies {"base", "novel", "hm"} of the same pictures among all names.
+    classnames: part -> its names. joint: the accuracies {"base", "novel", "hm"} among all names.
+    Scores that a method cannot have are None: novel, hm and joint.
     """
     scores = {**dict.fromkeys(("base", "novel", "hm", "all", "joint")), "parts": {}}
     joint, first = {}, 0
@@ -103,7 +105,7 @@ def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> di
         of = found[part]
         recall, f1 = per_class(of.top[:, 0], of.labels, len(names))
         least, most = of.labels.bincount(minlength=len(names)).aminmax()
-        # of two classes of one name, as ImageNet has, the number, too
+        # with an index, if two classes share a name, as in ImageNet
         names = [n if names.count(n) == 1 else f"{n} ({k})" for k, n in enumerate(names)]
         scores[part] = share(of.top[:, :1], of.labels)
         scores["parts"][part] = {
@@ -143,7 +145,7 @@ def tensors(rows: dict[str, dict[str, Predictions]]) -> dict[str, Tensor]:
     lora/base/top, lora/base/probabilities              (N, 5) int32 and float32
     lora/base/joint_top, lora/base/joint_probabilities  the same among all names, where scored
 
-    and so for every row and part ("base" and "novel", or "all"); see `Predictions`.
+    and the same for every row and part ("base" and "novel", or "all"); see `Predictions`.
     """
     named = {}
     for row, parts in rows.items():
@@ -156,11 +158,10 @@ def tensors(rows: dict[str, dict[str, Predictions]]) -> dict[str, Tensor]:
 
 
 def read(path: Path, classnames: dict[str, list[str]]) -> dict[str, dict[str, Predictions]]:
-    """A run's predictions.safetensors, as `tensors` names what is in it -> row -> part ->
-    predictions.
+    """A run's predictions.safetensors, with the names of `tensors` -> row -> part -> predictions.
 
-    classnames: those of the run's config.json. UserError if there is no such file, as in runs of
-    earlier versions, or if it is not of these classes.
+    classnames: from the run's config.json. UserError, if there is no such file, as in runs of
+    earlier versions, or if it does not fit these classes.
     """
     named, _ = read_safetensors(path)
     total = sum(map(len, classnames.values()))
@@ -177,14 +178,13 @@ def read(path: Path, classnames: dict[str, list[str]]) -> dict[str, dict[str, Pr
                 raise ValueError
         for prefix in sorted({key.rpartition("/")[0] for key in named if key.count("/") > 1}):
             row, part = prefix.split("/")
-            joint = f"{row}/base/joint_top" in named  # then they are of every part
+            joint = f"{row}/base/joint_top" in named  # then all parts have them
             kept = {kind: named[f"{prefix}/{kind}"] for kind in (_KEPT if joint else _KEPT[:2])}
             rows.setdefault(row, {})[part] = Predictions(named[f"{part}/labels"], **kept)
             if joint and not all(f"{row}/{of}/joint_top" in named for of in classnames):
                 raise ValueError
     except (KeyError, ValueError):
         raise UserError(
-            f"{path}: is not of the run whose config.json this is, or of another version; "
-            "train again"
+            f"{path}: does not fit config.json beside it, or is of another version; train again"
         ) from None
     return rows

@@ -2,19 +2,18 @@
 
     torchrun --nproc-per-node 2 train.py --method lora
 
-N processes, ranks 0 … N-1, run the same program on the same data, one GPU each or the CPU, and
-share the work in three ways:
+N processes, ranks 0 … N-1, run the same program on the same data, each with its own GPU or on the
+CPU. They share the work in three ways:
 
-    batches to encode or to test   are dealt out whole (`mine`), and what comes out of them is put
-                                   together again (`collect`): each picture is computed once
-    a batch to learn from          each rank computes the gradient of a part of it (`share`), and
-                                   these are added (`add_gradients`), Σ_r (B_r / B) · ∇ loss_r
-    whole runs                     each rank takes some, as a process of its own (`apart`)
+    batches to encode or to test   are distributed (`mine`), and the results are collected
+                                   (`collect`): each picture is computed once
+    a batch to learn from          each rank computes the gradient of its part (`share`), and the
+                                   gradients are added (`add_gradients`), Σ_r (B_r / B) · ∇ loss_r
+    whole runs                     each rank takes some, as a separate process (`apart`)
 
-What comes out is the same on every rank, to the bit, so that all of them decide alike when to stop
-and what to keep. What need not be alike (a clock, free memory, files) is asked of rank 0 (`same`),
-and rank 0 alone prints and writes. Without torchrun `size` is 1, and whoever asks that first passes
-by all that is here.
+Results are equal on all ranks, to the bit, so that all ranks make the same decisions. Values that
+may differ (a clock, free memory, files) come from rank 0 (`same`), and only rank 0 prints and
+writes. Without torchrun `size` is 1, and callers that check it skip everything here.
 """
 
 import contextlib
@@ -29,12 +28,12 @@ from torch import Tensor
 
 from clip_min import UserError
 
-WAIT = timedelta(days=1)  # for one another: rank 0 may download, or make images, for hours
-size, rank = 1, 0  # N, the processes that share the work now, and which of them this is
+WAIT = timedelta(days=1)  # for each other: rank 0 may download, or make images, for hours
+size, rank = 1, 0  # the number of processes that share the work, and this one's number
 
 
 def by_first(work: Callable[..., None]) -> Callable[..., None]:
-    """A decorator: what rank 0 alone does."""
+    """A decorator: only rank 0 calls the function."""
 
     @functools.wraps(work)
     def done(*arguments, **named) -> None:
@@ -46,9 +45,9 @@ def by_first(work: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """While open, this process works with the others that torchrun started, if it started any.
+    """A context in which this process works with the others that torchrun started, if any.
 
-    What ranks other than 0 print is dropped, but not what they raise.
+    Output of ranks other than 0 is dropped, but not their errors.
     """
     global size, rank
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -57,7 +56,7 @@ def joined() -> Iterator[None]:
     check_environment()
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus:
-        torch.cuda.set_device(local % gpus)  # what "cuda" means from now on
+        torch.cuda.set_device(local % gpus)  # "cuda" means this GPU from now on
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=WAIT)
     size, rank = dist.get_world_size(), dist.get_rank()
     with contextlib.ExitStack() as stack:
@@ -66,20 +65,20 @@ def joined() -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
-        wait()  # a rank that is done, and ended, would break off what others still ask it for
+        wait()  # a rank that has ended would break requests of the others
     size, rank = 1, 0
     dist.destroy_process_group()
 
 
 def check_environment() -> None:
-    """UserError, if not all is there that torchrun tells the processes it starts."""
+    """UserError, if variables that torchrun sets are missing or wrong."""
     count = os.environ["WORLD_SIZE"]
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         told = os.environ.get(name, "")
         if not told or (name != "MASTER_ADDR" and not told.isdecimal()):
             raise UserError(
-                f"WORLD_SIZE is {count!r} in the environment, as where torchrun starts processes, "
-                f"but {name} is {told!r}; start with torchrun, or unset WORLD_SIZE"
+                f"WORLD_SIZE is {count!r} in the environment, as set by torchrun, but {name} is "
+                f"{told!r}; start with torchrun, or unset WORLD_SIZE"
             )
 
 
@@ -88,9 +87,7 @@ def check_device(device: str) -> None:
     if device == "cpu":
         return
     if device != "cuda":
-        raise UserError(
-            f"--device {device}: each process takes a GPU of its own; give cuda, or cpu"
-        )
+        raise UserError(f"--device {device}: each process uses a GPU of its own; give cuda, or cpu")
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if local > gpus:
         raise UserError(
@@ -101,7 +98,7 @@ def check_device(device: str) -> None:
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """While open, every process is alone (N is 1): does all it is told to, prints, and writes."""
+    """A context in which each process works alone (N is 1), prints and writes."""
     global size, rank
     together, size, rank = (size, rank), 1, 0
     try:
@@ -112,7 +109,7 @@ def apart() -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_alone() -> Iterator[None]:
-    """Rank 0 does what is inside alone, and then the others: they find the files it left."""
+    """A context that rank 0 runs first, and then the others, which find its files."""
     if rank:
         wait()
     with apart():
@@ -122,9 +119,9 @@ def first_alone() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until all ranks are here."""
+    """Wait until all ranks are here."""
     if size > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU, where `WAIT` holds
+        dist.all_reduce(torch.zeros(1))  # on the CPU, where the timeout is `WAIT`
 
 
 def same(value):
@@ -133,7 +130,7 @@ def same(value):
 
 
 def together(value) -> list:
-    """The values of all ranks, in their order; they are copied, and so should be small."""
+    """The values of all ranks in order; they are copied, so they should be small."""
     if size == 1:
         return [value]
     found = [None] * size
@@ -145,14 +142,14 @@ def together(value) -> list:
 
 
 def mine(parts: Sequence) -> Sequence:
-    """The parts of the work that are this rank's: every N-th."""
+    """This rank's parts of the work: every N-th."""
     return parts[rank::size]
 
 
 def collect(parts: Sequence[Tensor], rows: Iterable[Tensor]) -> Tensor:
-    """Rows (B, …) of each of `mine(parts)`, as they come -> those of all parts, in their places.
+    """Rows (B, …) for each of `mine(parts)` -> the rows of all parts, in their places.
 
-    parts: numbers (B,) of rows, each of which is in one of them.
+    parts: indices (B,) of rows; each row is in one part.
     """
     found, count = None, sum(map(len, parts))
     for part, x in zip(mine(parts), rows, strict=True):
@@ -169,18 +166,18 @@ def collect(parts: Sequence[Tensor], rows: Iterable[Tensor]) -> Tensor:
 
 
 def fill(rows: Tensor) -> None:
-    """Of each row one rank has the content, and the others zeros: give it to all of them."""
+    """Give all ranks the rows, of which one rank has the content and the others zeros."""
     if size > 1:
-        dist.all_reduce(rows.view(-1).view(torch.uint8))  # of bytes, so that sums are exact
+        dist.all_reduce(rows.view(-1).view(torch.uint8))  # sums of bytes are exact
 
 
 # ------------------------------------------------------------------------------------ learning
 
 
 def share(batch: Tensor) -> tuple[Tensor, int, float]:
-    """A batch (B,) -> this rank's part of it (B_r,), where in the batch it begins, and B_r / B.
+    """A batch (B,) -> this rank's part (B_r,), its first place in the batch, and B_r / B.
 
-    A rank for which nothing is left takes the first picture, which then weighs 0.
+    A rank without a part takes the first picture with weight 0.
     """
     begin, end = (len(batch) * r // size for r in (rank, rank + 1))
     if begin == end:
@@ -189,7 +186,7 @@ def share(batch: Tensor) -> tuple[Tensor, int, float]:
 
 
 def add_gradients(tensors: list[Tensor]) -> None:
-    """Add up, over the ranks, the gradient of each tensor; in one message."""
+    """Add the gradients of each tensor over the ranks, in one message."""
     grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
@@ -205,9 +202,9 @@ def total(value: Tensor) -> Tensor:
 
 
 def agree(tensors: Iterable[Tensor]) -> None:
-    """Give every rank the tensors of rank 0: equal computations may differ in last bits on GPUs."""
+    """Copy rank 0's tensors to all ranks: on GPUs equal computations may differ in last bits."""
     for tensor in tensors:
-        whole = tensor.data.contiguous()  # which NCCL asks for
+        whole = tensor.data.contiguous()  # required by NCCL
         dist.broadcast(whole, 0)
         tensor.data.copy_(whole)
 
@@ -216,6 +213,6 @@ def agree(tensors: Iterable[Tensor]) -> None:
 
 
 def part_ways(seed: int) -> None:
-    """Give the ranks other than 0 random numbers of their own: other dropout, other crops."""
+    """Give each rank other than 0 its own random numbers, for dropout and crops."""
     if rank:
         torch.manual_seed((1_000_003 * seed + 7919 * rank) % 2**63)

@@ -1,8 +1,8 @@
-"""How published data sets lie on disk, and which pictures their authors train and test on.
+"""The files of published data sets, and their official splits.
 
-A reader takes --data-root and --seed and gives `Parts`. It may raise OSError or RuntimeError where
-files are missing or cannot be downloaded: fewshot/datasets.py, which lists the data sets, says what
-to do then. CoOp's splits are read by fewshot/coop_split.py.
+A reader takes --data-root and --seed and returns `Parts`. It raises OSError or RuntimeError if
+files are missing or cannot be downloaded; fewshot/datasets.py then says what to do. CoOp's splits
+are read by fewshot/coop_split.py.
 """
 
 import os
@@ -22,30 +22,30 @@ from fewshot.pictures import ENDINGS, Pictures
 def read_demo(root: Path | None, seed: int) -> Parts:
     """102 species of drawn flowers, 10 pictures each in train, val and test."""
     if root is not None:
-        raise UserError(f"--data-root {root}: the demo is drawn, not read; add --dataset folder")
+        raise UserError(f"--data-root {root}: the demo needs none; add --dataset folder")
     splits = [Pictures(*demo.split(name)) for name in ("train", "val", "test")]
     return Parts(list(demo.CLASSNAMES), *splits)
 
 
 def read_own(root: Path | None, seed: int) -> Parts:
-    """Pictures of one's own: as folders (fewshot/folder.py) or by CSV (fewshot/manifest.py)."""
+    """Your own pictures: folders (fewshot/folder.py) or CSV files (fewshot/manifest.py)."""
     root = own(root)
     return read_manifest(root) if is_manifest(root) else read_folder(root, seed)
 
 
 def own(root: Path | None) -> Path:
     if root is None:
-        raise UserError("--dataset folder: say where your pictures are with --data-root FOLDER")
+        raise UserError("--dataset folder: give your pictures' folder with --data-root FOLDER")
     if not root.is_dir():
-        raise UserError(f"--data-root {root}: expected a folder of pictures; there is none")
+        raise UserError(f"--data-root {root}: there is no such folder; give a folder of pictures")
     if (root / "index.json").is_file() and (root / "config.json").is_file():
         raise UserError(f"--data-root {root}: holds features; add --dataset features")
     return root
 
 
 def read_flowers102(root: Path, seed: int) -> Parts:
-    """The official split, as torchvision has it: 10 train and 10 val images a class, and its names,
-    of which one is "pink-yellow dahlia?". CoOp's split has names of its own.
+    """The official split in torchvision: 10 train and 10 val images of each class, with its names,
+    one of which is "pink-yellow dahlia?". CoOp's split has its own names.
     """
     from torchvision.datasets import Flowers102
 
@@ -55,7 +55,7 @@ def read_flowers102(root: Path, seed: int) -> Parts:
     return Parts(list(Flowers102.classes), *map(Pictures, files, labels))
 
 
-EUROSAT_NAMES = {  # folder -> a name that CLIP can read: CoOp's
+EUROSAT_NAMES = {  # folder -> CoOp's name, which CLIP can read
     "AnnualCrop": "Annual Crop Land",
     "Forest": "Forest",
     "HerbaceousVegetation": "Herbaceous Vegetation Land",
@@ -70,8 +70,8 @@ EUROSAT_NAMES = {  # folder -> a name that CLIP can read: CoOp's
 
 
 def read_eurosat(root: Path, seed: int) -> Parts:
-    """torchvision's images. They come without a split, so here 70 % of each class, drawn by a fixed
-    seed whatever --seed is, are for training and 30 % for testing; CoOp's split is --split coop.
+    """torchvision's images. They have no official split: 70 % of each class, drawn with a fixed
+    seed, are for training and 30 % for testing. CoOp's split is --split coop.
     """
     from torchvision.datasets import EuroSAT
 
@@ -93,7 +93,7 @@ def read_eurosat(root: Path, seed: int) -> Parts:
 def read_cifar100(root: Path, seed: int) -> Parts:
     """The official train and test images, 32 x 32 pixels, in memory.
 
-    They are published as pickles. torchvision reads them, after it has found their md5 right.
+    They are published as pickles, which torchvision reads after checking their md5.
     """
     from torchvision.datasets import CIFAR100
 
@@ -109,7 +109,7 @@ HYMENOPTERA = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 
 
 def read_hymenoptera(root: Path, seed: int) -> Parts:
-    """Ants and bees: train/, and val/ as test. One file, a GIF, is no picture of either."""
+    """Ants and bees: train/, and val/ as test. One file, a GIF, shows neither."""
     from torchvision.datasets.utils import download_and_extract_archive
 
     base = root if (root / "train").is_dir() else root / "hymenoptera_data"
@@ -131,8 +131,8 @@ JPEG = {".jpg", ".jpeg"}
 
 
 def read_cars(root: Path, seed: int) -> Parts:
-    """The official split, from its MATLAB files; a name has the year in front, as CoOp writes it:
-    "2012 Tesla Model S Sedan".
+    """The official split, from its MATLAB files; names begin with the year, as in CoOp: "2012 Tesla
+    Model S Sedan".
     """
     from torchvision.datasets import StanfordCars
 
@@ -150,14 +150,14 @@ def read_cars(root: Path, seed: int) -> Parts:
 
 @dataclass(frozen=True)
 class Lists:
-    """An official split that is written as text files, a picture a line; pictures lie in images/.
+    """An official split in text files with a picture on each line; pictures are in images/.
 
     With line = "(?P<file>(?P<name>.+)/.+)", "apple_pie/1005649" is images/apple_pie/1005649.jpg, of
     the class "apple pie". Classes are in the order of the alphabet, or of the file `classes`.
     """
 
-    folders: tuple[str, ...]  # below root: as CoOp names it, as torchvision does
-    torchvision: str  # the class that downloads it
+    folders: tuple[str, ...]  # below root: CoOp's name, torchvision's
+    torchvision: str  # the torchvision class that downloads it
     train: str
     test: str
     line: str
@@ -187,11 +187,11 @@ class Lists:
         return Parts(names, train, val if self.val else None, test)
 
     def rows(self, base: Path, file: str) -> list[tuple[Path, str]]:
-        """The pictures that a list names, and their classes; all of them are there."""
+        """The pictures of a list, and their classes; OSError, if one is missing."""
         rows = []
         for line in read_text(base / file).splitlines():
             if not (found := re.fullmatch(self.line, line.strip())):
-                raise UserError(f"{base / file}: has a line that cannot be read: {line!r}")
+                raise UserError(f"{base / file}: has an unreadable line: {line!r}")
             picture = base / "images" / f"{found['file'].removesuffix('.jpg')}.jpg"
             rows.append((picture, spoken(found["name"])))
         check_files([picture for picture, _ in rows], [str(base / file)] * len(rows))
@@ -200,15 +200,15 @@ class Lists:
 
 @dataclass(frozen=True)
 class ImageNet:
-    """ImageNet or a variant of it: a folder a class, as n01440764/*.JPEG, or as 0/*.jpeg (V2).
+    """ImageNet or a variant: a folder for each class, as n01440764/*.JPEG, or as 0/*.jpeg (V2).
 
-    CoOp's classnames.txt says how all 1,000 are called, a line each: "n01440764 tench". Labels
-    count the classes that are there, in its order. It is looked for in imagenet/, too.
+    CoOp's classnames.txt has the names of all 1,000 classes, as "n01440764 tench". Labels count the
+    existing classes in its order. The file is also looked for in imagenet/.
     """
 
     folder: str  # below root
     test: str
-    train: str = ""  # none: the data set is for testing alone
+    train: str = ""  # empty: the data set is only for testing
 
     def __call__(self, root: Path, seed: int) -> Parts:
         base = root / self.folder if (root / self.folder).is_dir() else root
@@ -229,7 +229,7 @@ class ImageNet:
 
 
 def files_of(folder: Path, of: Path, ids: list[str]) -> dict[str, list[Path]]:
-    """The pictures in each class's folder below `folder`, which is one of `ids` or its number."""
+    """The pictures in the class folders below `folder`, each named by one of `ids` or its index."""
     found = {}
     for place in visible(folder):
         if place.is_dir():
@@ -237,9 +237,9 @@ def files_of(folder: Path, of: Path, ids: list[str]) -> dict[str, list[Path]]:
             name = ids[int(name)] if name.isdecimal() and int(name) < len(ids) else name
             if name not in ids:
                 raise UserError(f"{place}: is not the folder of a class that {of} names")
-            # By os.listdir, as there may be a million files.
+            # os.listdir, as there may be a million files.
             names = sorted(name for name in os.listdir(place) if not name.startswith("."))
             found[name] = [place / n for n in names if os.path.splitext(n)[1].lower() in ENDINGS]
     if not found:
-        raise UserError(f"{folder}: has no folders of classes, n01440764/ and so on; sort them so")
+        raise UserError(f"{folder}: has no class folders n01440764/ and so on; make such folders")
     return found

@@ -1,8 +1,8 @@
-"""What a run learned from, chose by and was tested on, kept with it.
+"""The record of a run's training, validation and test pictures.
 
-A row for each picture: its file, its class, and the sha256 of what it holds. So a run goes on with
-the pictures it was begun on, is tested again on those that it was tested on, though others have
-come, and never on one that it has learned from, though the data are split anew.
+There is a row for each picture: its file, its class, and its sha256. With the record, a run resumes
+on the same pictures and is tested again on the same test pictures, even if others were added. It is
+never tested on a picture that it learned from, even if the data are split differently.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from fewshot.datasets import Dataset
 from fewshot.folder import PARTS
 from fewshot.pictures import Pictures, digests
 
-# {"train", "val", "test"} -> a row for each picture: its file, its class, sha256 of what it holds.
+# {"train", "val", "test"} -> a row for each picture: its file, its class, its sha256.
 Record = dict[str, list[list[str]]]
 
 
@@ -35,14 +35,14 @@ def rows(pictures: Pictures, classnames: list[str], root: str = "") -> list[list
 
 
 def summary(record: Record) -> dict[str, str]:
-    """A record in three lines, which are others if a picture, its class or their order is."""
+    """A summary of a record, which changes if a picture, its class or the order changes."""
     bare = {part: repr([row[1:] for row in record[part]]) + ";" for part in PARTS}
     hashes = {part: hashlib.sha256(text.encode()).hexdigest() for part, text in bare.items()}
     return {part: f"{len(record[part])} pictures ({hashes[part][:16]})" for part in PARTS}
 
 
 def kept(path: Path, config: dict) -> Record | None:
-    """The record in a run's folder; None if there is none, as of runs of earlier versions."""
+    """The record in a run's folder; None, if there is none, as in earlier versions."""
     file = path / "data.json"
     if "data" not in config or not file.exists():
         return None
@@ -53,18 +53,18 @@ def kept(path: Path, config: dict) -> Record | None:
         for part in PARTS
     )
     if not whole or summary(record) != config["data"]:
-        raise UserError(f"{file}: is not the one that belongs to its config.json; put that back")
+        raise UserError(f"{file}: does not belong to config.json beside it; put the right one back")
     return record
 
 
 def unseen(dataset: Dataset, record: Record, again: bool) -> tuple[Pictures, list[str]]:
-    """Pictures to test a run on, and notes on them; see `make_test`."""
+    """Pictures to test a run on, and notes about them; see `make_test`."""
     test, names = dataset.test, dataset.classnames
     test = replace(test, digests=test.digests or digests(test))
     seen = {made for part in ("train", "val") for *_, made in record[part]}
     if again:
-        # By class and content, since files may have moved: to another part, if a tree that is
-        # split by the seed has changed.
+        # By class and content, since files may have moved to another folder or, if pictures that
+        # are split by the seed have changed, to another part.
         wanted = [(name, made) for _, name, made in record["test"]]
         for others in ([], [part for part in (dataset.val, dataset.train) if part]):
             pool = test
@@ -81,20 +81,20 @@ def unseen(dataset: Dataset, record: Record, again: bool) -> tuple[Pictures, lis
             if gone := len(wanted) - len(found):
                 notes += [f"{gone} of the run's {len(wanted)} test images are gone or changed"]
             if new := len(test) - sum(i < len(test) for i in found):
-                notes += [f"{new} test images are not those of the run, and are not tested on"]
+                notes += [f"{new} test images are not the run's, and are left out"]
             if twice := sum(made in seen for made in tested.digests):
                 notes += [f"{twice} test images are also learned from or validated on"]
             return tested, notes
     left = [i for i, made in enumerate(test.digests) if made not in seen]
     if not left:
         raise UserError(
-            f"all {len(test)} test images are among those that the run learned from or validated "
-            "on; give others with --data-root"
+            f"all {len(test)} test images are training or validation images of the run; give other "
+            "data with --data-root"
         )
-    notes = ["no test image of the run is there, so others are tested on"] if again else []
+    notes = ["none of the run's test images was found, so others are used"] if again else []
     if out := len(test) - len(left):
         notes += [
-            f"{out} of {len(test)} test images are left out: the run learned from them or "
-            "validated on them"
+            f"{out} of {len(test)} test images are left out: they are training or validation "
+            "images of the run"
         ]
     return test[torch.tensor(left)], notes

@@ -1,16 +1,16 @@
-"""The folder a run leaves: everything needed to trust it, repeat it, resume it or use it.
+"""The folder of a run: everything to check, repeat, resume or use it.
 
-    config.json          all settings, the command, versions, commit; the run it took the place of;
-                         once it has ended, the sha256 of the adapter
-    data.json            which pictures it learned from, chose by, was tested on (fewshot/record.py)
+    config.json          all settings, the command, versions, commit; the run that it replaced; at
+                         the end, the sha256 of the adapter
+    data.json            the training, validation and test pictures (fewshot/record.py)
     log.jsonl            a line for each round of training: an epoch, or a share of the steps
-    adapter.safetensors  what was learned (--keep: after which round), and nothing else
-    resume.safetensors   all that the next round depends on (resume.json: its header, to read)
-    results.json         base, novel, HM, also among all names, zero-shot beside them, per class
-    predictions.safetensors  what these follow from: the five likeliest classes of each test picture
-                         (fewshot/predictions.py)
+    adapter.safetensors  the learned tensors (--keep: after which round), and nothing else
+    resume.safetensors   everything that the next round depends on (resume.json: its header)
+    results.json         base, novel, HM, also among all names and of zero-shot CLIP, per class
+    predictions.safetensors  the five likeliest classes of each test picture, from which results
+                         are computed (fewshot/predictions.py)
     curves.png           loss and validation accuracy
-    grid1/ …             with --grid: the same of each of its points, but results and curves
+    grid1/ …             with --grid: a run for each point, without results and curves
 Every file is written whole or not at all, so that a run killed at any moment can be resumed.
 """
 
@@ -44,7 +44,7 @@ from clip_min.files import (
 from clip_min.typed import expect
 from fewshot import cache, ranks
 
-# What every config has; versions and the command stand beside them.
+# Keys of every config, besides versions and the command.
 KEYS = {
     "method": str,
     "recipe": str,
@@ -55,10 +55,10 @@ KEYS = {
     "classnames": dict[str, list[str]],  # {"base", "novel"} or {"all"} -> names
 }
 LOGGED = {"step": int, "epoch": float, "loss": float, "seconds": float}  # and val, where judged
-# What may differ when a run goes on: it says who computes, or, the last, what came out.
+# Keys that may differ when a run resumes: who computes, and (the last) the result.
 FREE = ("argv", "versions", "commit", "threads", "adapter_sha256")
 
-_claimed: int | None = None  # the open folder of the run that this process writes
+_claimed: int | None = None  # the open folder of this process's run
 
 
 @dataclass
@@ -70,17 +70,17 @@ class Run:
 
     @classmethod
     def start(cls, path: Path, config: dict) -> "Run":
-        """A new run; one that stands in its place already is kept, under another name."""
-        if ranks.rank == 0:  # who alone writes there
+        """Start a new run; an earlier run in its folder is renamed."""
+        if ranks.rank == 0:  # only rank 0 writes
             if path.exists():
                 _claim(path)
                 remove_half_written(path)
-                if not path.is_dir() or any(path.iterdir()):  # else killed before it wrote anything
+                if not path.is_dir() or any(path.iterdir()):  # else killed before any write
                     config = {**config, "earlier_run": set_aside(path, "run").name}
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                why = f"{path}: could not be made ({error}); choose another place with --out"
+                why = f"{path}: could not be created ({error}); choose another place with --out"
                 raise UserError(why) from None
             _claim(path)
             write_json(path / "config.json", config)
@@ -90,23 +90,23 @@ class Run:
 
     @classmethod
     def resume(cls, path: Path, config: dict) -> "Run":
-        """Go on with the run at `path`, which must have been started with the same settings."""
+        """Resume the run at `path`, which must have been started with the same settings."""
         if not (path / "config.json").exists():
             raise UserError(
-                f"--resume: {path}/config.json: there is no such file, so no run was begun there; "
-                "give the flags it had, or start it without --resume"
+                f"--resume: {path}/config.json: there is no such file, so there is no run; give "
+                "the flags of the run, or start a new one without --resume"
             )
-        run = cls(path, _read_config(path, dict.fromkeys(KEYS, object)))  # compared just below
-        config = json.loads(json.dumps(config))  # as it is read back: tuples are lists
-        if isinstance(settings := run.config.get("settings"), dict):  # an older run lacks new ones
+        run = cls(path, _read_config(path, dict.fromkeys(KEYS, object)))  # compared below
+        config = json.loads(json.dumps(config))  # as after reading: tuples become lists
+        if isinstance(settings := run.config.get("settings"), dict):  # an older run lacks some
             run.config["settings"] = dict.fromkeys(config["settings"]) | settings
         for key, value in config.items():
-            told = key not in FREE and (key != "data" or key in run.config)  # none in old ones
+            told = key not in FREE and (key != "data" or key in run.config)  # missing in old runs
             if told and run.config.get(key) != value:
                 difference = _difference(key, run.config.get(key), value)
                 raise UserError(
                     f"--resume: {path} was started with {difference}; "
-                    "give the same flags, or start anew without --resume"
+                    "give the same flags, or start a new run without --resume"
                 )
         if ranks.rank == 0:
             _claim(path)
@@ -115,7 +115,7 @@ class Run:
         return run
 
     def part(self, name: str, settings: dict) -> "Run":
-        """A run in this one's folder, as it was left or new: of one point of a grid of settings."""
+        """The run of a grid's point in this run's folder, resumed or new."""
         run = Run(self.path / name, {**self.config, "settings": settings})
         run.config.pop("adapter_sha256", None)
         run.path.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ class Run:
         return run
 
     def _go_on(self) -> None:
-        """Clear what a kill left half written, also of the log's last line, and read the log."""
+        """Remove half-written files of a kill, and a half-written last line, and read the log."""
         log = self.path / "log.jsonl"
         if ranks.rank == 0:
             remove_half_written(self.path)
@@ -135,7 +135,7 @@ class Run:
         self.log = read_json_lines(log, LOGGED | judged)
 
     def _note_other_bits(self, config: dict) -> None:
-        """Say so, where what computes is not what computed the first part of this run."""
+        """Print a note, if hardware or versions differ from those of the first part of this run."""
 
         def described(config: dict) -> str:
             return f"torch {config['versions'].get('torch')}, {config.get('threads')} threads"
@@ -146,13 +146,13 @@ class Run:
             return
         if before != now:
             print(
-                f"note: this run was begun with {before}, and goes on with {now}: its last bits "
-                "may differ from those of a run in one go"
+                f"note: this run was started with {before}, and continues with {now}: its last "
+                "bits may differ from those of an uninterrupted run"
             )
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        """A run that is there, to read; UserError if `path` is none."""
+        """An existing run, to read; UserError, if there is none at `path`."""
         config = _read_config(path, KEYS)
         if not config["classnames"].keys() & {"base", "all"}:
             raise UserError(
@@ -166,16 +166,16 @@ class Run:
 
     @property
     def learned(self) -> list[str]:
-        """The names of the classes it learned from."""
+        """The names of the learned classes."""
         parts = self.config["classnames"]
         return parts.get("base") or parts["all"]
 
     def check_model(self, found: str) -> None:
-        """UserError, if this is not the fingerprint of the CLIP it was trained on."""
+        """UserError, if the run was trained on a CLIP with another fingerprint."""
         if found != (made := self.config["fingerprint"]):
             raise UserError(
                 f"{self.path}: was trained on {self.config['model']} with fingerprint {made}, but "
-                f"the model here has {found}; give the right one with --model"
+                f"this model has {found}; give the right model with --model"
             )
 
     @ranks.by_first
@@ -189,7 +189,7 @@ class Run:
         write_safetensors(self.path / name, tensors)
 
     def log_round(self, entry: dict) -> None:
-        """Add a line to the log, in place of any later ones a killed run may have left."""
+        """Add a line to the log, and remove later lines that a killed run may have left."""
         log, lines = self.path / "log.jsonl", len(self.log)
         while self.log and self.log[-1]["step"] >= entry["step"]:
             self.log.pop()
@@ -201,21 +201,21 @@ class Run:
         self.log.append(entry)
 
     def save_adapter(self, state: dict[str, Tensor], last: bool = False) -> None:
-        """Write what was learned, and in the header by which method, on which model.
+        """Write the learned tensors, with method and model in the header.
 
-        last: it will not change any more, and config.json is to vouch for it.
+        last: the adapter is final, so its sha256 is written to config.json.
         """
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise UserError(
                     f"{self.path}: training gave numbers that are not finite ({name}), which are "
-                    "not kept; lower --lr, or what else makes them grow"
+                    "not saved; lower --lr"
                 )
         self.learned_last = state
         if ranks.rank:
             return
         self._check_folder()
-        if self.config.pop("adapter_sha256", None):  # of an earlier one: for now, none is vouched
+        if self.config.pop("adapter_sha256", None):  # of an earlier adapter
             self.write_json("config.json", self.config)
         self._write_adapter(self.path / "adapter.safetensors")
         if last:
@@ -224,21 +224,20 @@ class Run:
 
     def _write_adapter(self, file: Path) -> None:
         made = {key: self.config[key] for key in ("method", "model", "fingerprint")}
-        # One entry: safetensors writes several in any order, and equal runs leave equal bytes.
+        # One entry: safetensors writes several in any order, but equal runs must give equal bytes.
         write_safetensors(file, self.learned_last, {"clip_min": json.dumps(made)})
 
     def _check_folder(self) -> None:
-        """UserError if the folder is no longer there; what was learned is then kept beside it."""
+        """UserError, if the folder is gone; the learned tensors are then saved beside it."""
         if (self.path / "config.json").exists():
             return
         kept = "nothing was learned yet"
         if self.learned_last is not None:
             beside = self.path.with_name(f"{self.path.name}.rescued.safetensors")
             self._write_adapter(beside)
-            kept = f"what was learned until now is kept as {beside}"
+            kept = f"the learned tensors are saved as {beside}"
         raise UserError(
-            f"{self.path}: is no longer there; it was deleted or moved while this run, which ends "
-            f"here, trained; {kept}"
+            f"{self.path}: was deleted or moved during training, so the run ends here; {kept}"
         )
 
     def load_adapter(self) -> dict[str, Tensor]:
@@ -249,16 +248,16 @@ class Run:
 
     @ranks.by_first
     def save_resume(self, tensors: dict[str, Tensor], position: dict) -> None:
-        """One atomic file holds both, so that tensors and position cannot disagree."""
+        """Write both to a single file, so that tensors and position always agree."""
         self._check_folder()
         text = json.dumps({**position, "check": _checksum(tensors, position)})
         write_safetensors(self.path / "resume.safetensors", tensors, {"position": text})
         self.write_json("resume.json", position)
 
     def load_resume(self, like: dict | None = None) -> tuple[dict[str, Tensor], dict] | None:
-        """What `save_resume` wrote; None if the run was killed before its first round ended.
+        """The data of `save_resume`; None, if the run was killed in its first round.
 
-        like: a position; the saved one has its keys and the types of its values.
+        like: a position; the saved one must have its keys and types.
         """
         file = self.path / "resume.safetensors"
         if not file.exists():
@@ -266,38 +265,37 @@ class Run:
         tensors, header = read_safetensors(file)
         where = f"{file}: its position"
         position = parse_json(header.get("position", "{}"), dict, where)
-        check = position.pop("check", None)  # none in those of before it was written
+        check = position.pop("check", None)  # missing in older files
         if check is not None and check != _checksum(tensors, position):
             raise UserError(
-                f"{file}: is damaged: its checksum is not that of its content; start the run anew, "
-                "without --resume"
+                f"{file}: is damaged: its checksum is wrong; start the run again, without --resume"
             )
         expect(position, {key: type(value) for key, value in (like or {}).items()}, where)
-        self.write_json("resume.json", position)  # a kill may have come between the two
+        self.write_json("resume.json", position)  # a kill may have left an older one
         return tensors, position
 
 
 def _checksum(tensors: dict[str, Tensor], position: dict) -> str:
-    """A checksum of all that a run goes on from."""
+    """A checksum of all data for resuming."""
     parts = [(n, str(tensors[n].dtype), tensors[n]) for n in sorted(tensors)]
     return cache.key(json.dumps(position, sort_keys=True), *(x for part in parts for x in part))
 
 
 def set_aside(path: Path, what: str) -> Path:
-    """Rename what stands where a new one is to be written -> its new place, which is printed."""
+    """Rename an existing file or folder to make room -> its new name, which is printed."""
     n = 1
     while (old := path.with_name(f"{path.name}.old{n}")).exists():
         n += 1
     try:
         path.rename(old)
     except OSError as error:
-        raise UserError(f"{path}: could not be set aside as {old} ({error})") from None
+        raise UserError(f"{path}: could not be renamed to {old} ({error})") from None
     print(f"an earlier {what} is kept as {old}")
     return old
 
 
 def provenance() -> dict:
-    """The command, the versions of what computes, and the commit of this code, if it has one."""
+    """The command, the versions, and the commit of this code, if it has one."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("clip_min", "torchvision", "numpy", "pillow", "safetensors"):
         try:
@@ -309,12 +307,12 @@ def provenance() -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    threads = torch.get_num_threads()  # sums are split among them, so the last bits follow
+    threads = torch.get_num_threads()  # the last bits of sums depend on it
     return {"argv": sys.argv, "versions": versions, "commit": commit, "threads": threads}
 
 
 def _read_config(path: Path, kind: dict) -> dict:
-    config = read_json(path / "config.json", "a run folder has one", kind)
+    config = read_json(path / "config.json", "expected a run folder", kind)
     settings = config.get("settings")
     if isinstance(settings, dict) and isinstance(settings.get("templates"), str):
         settings["templates"] = [t for t in settings["templates"].split("|") if t]  # older runs
@@ -322,10 +320,10 @@ def _read_config(path: Path, kind: dict) -> dict:
 
 
 def _claim(path: Path) -> None:
-    """Keep other processes out of this folder until this one ends or goes on to another run.
+    """Lock this folder until this process ends or starts another run.
 
-    Two trainings in one folder would leave the config of one beside the adapter of the other. The
-    system drops the lock when the process ends, however it ends.
+    Two trainings in one folder could leave the config of one beside the adapter of the other. The
+    system removes the lock when the process ends for any reason.
     """
     global _claimed
     if _claimed is not None:
@@ -339,12 +337,12 @@ def _claim(path: Path) -> None:
             f"{path}: another process is training there; wait for it, or choose another --out"
         ) from None
     except OSError:
-        pass  # a file system without locks; or no folder, which the first write will say
+        pass  # a file system without locks; or no folder, an error at the first write
 
 
 def _difference(name: str, old, new) -> str:
-    """The first setting that differs, for a message: "lr 0.002, not 0.001"."""
+    """The first difference, for an error: "lr 0.002, not 0.001"."""
     if isinstance(old, dict) and isinstance(new, dict):
-        key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+        key = next(k for k in {**old, **new} if k not in old or k not in new or old[k] != new[k])
         return _difference(key, old.get(key), new.get(key))
     return f"{name} {old!s:.200}, not {new!s:.200}"

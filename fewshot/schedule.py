@@ -1,4 +1,4 @@
-"""How long training is, and at which learning rate each of its gradient steps is taken."""
+"""The length of training, and the learning rate of each gradient step."""
 
 import math
 import time
@@ -12,18 +12,18 @@ from fewshot.metrics import predict
 
 @dataclass(frozen=True)
 class Length:
-    """How long training is, counted in gradient steps."""
+    """The length of training in gradient steps."""
 
-    epoch: int  # in one pass over the training images
+    epoch: int  # steps of a pass over the training images
     total: int
-    round: int  # between two validations; the state to resume from is saved then, too
-    chooses: bool  # does validation decide anything? else there is none
-    switch: int = 0  # the first step of a second stage, with which the rate starts anew
+    round: int  # steps between validations, at which the state for resuming is saved
+    chooses: bool  # is validation needed for a decision?
+    switch: int = 0  # first step of a second stage, at which the schedule restarts
 
     @classmethod
     def of(cls, s, train: Batches, first_stage: float | None = None) -> "Length":
-        """The length that settings `s` ask for, on these training images; first_stage: the share
-        of all steps before a method's second stage, if it has one.
+        """The length for the settings `s` on these training images. first_stage: the share of all
+        steps before a method's second stage, if it has one.
         """
         fewest = min(len(part) for part in train.drawn)
         epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
@@ -35,12 +35,12 @@ class Length:
         return cls(epoch, total, max(1, rounds), chooses, int((first_stage or 0) * total))
 
     def place(self, step: int) -> str:
-        """For people: "epoch 3", or, where rounds are not epochs, "step 120"."""
+        """A position in words: "epoch 3", or "step 120", if rounds are not epochs."""
         return f"epoch {step // self.epoch}" if self.round == self.epoch else f"step {step}"
 
 
 def announce(s, train: Batches, val: Batches, length: Length, done: int) -> str:
-    """What is to come, in a line: gradient steps, and validations."""
+    """The remaining gradient steps and validations, in a line."""
     left = length.total - done
     sizes = [len(part) for part in train.drawn]
     text = f"{left} gradient steps of {sum(min(s.batch_size, size) for size in sizes)} images, "
@@ -59,14 +59,15 @@ def duration(seconds: float) -> str:
 
 
 def learning_rate(s, length: Length, step: int, factor: float = 1.0) -> float:
-    """The rate of a step; time is counted in steps, or in epochs where the schedule says so, and
-    anew in each of two stages.
+    """The learning rate of a step: a warmup, then half a cosine from `factor`·`lr` to `min_lr`.
 
-    A warm-up, and then half a cosine from `factor`·`lr` down to `min_lr`. The warm-up is
-    constant, as CoOp's code has it: the cosine starts late and is cut off, as long as ever;
-    proportional, as cross-modal's code has it: the same, but for a rise from 0, which the first
-    rate itself is not;
-    linear, as VPT's code has it: the cosine fills the time that is left.
+    Time is counted in steps or, with schedule "epoch", in epochs, and restarts in a second stage.
+    The warmup is
+
+        constant       as in CoOp's code: the cosine starts later, keeps its length, and is cut off
+        proportional   as in cross-modal's code: the same with a rise from 0; the first step has
+                       `warmup_lr`
+        linear         as in VPT's code: the cosine fills the remaining time
     """
     start, end = (0, length.switch) if step < length.switch else (length.switch, length.total)
     now, end = step - start, end - start
@@ -79,7 +80,7 @@ def learning_rate(s, length: Length, step: int, factor: float = 1.0) -> float:
     if now < warm:
         share = now / warm
         if s.warmup == "proportional":
-            return share * peak or s.warmup_lr  # of the first step, whose share is 0
+            return share * peak or s.warmup_lr  # the first step, with share 0
         return s.warmup_lr + (share * (peak - s.warmup_lr) if s.warmup == "linear" else 0)
     progress = (now - warm) / (end - warm if s.warmup == "linear" else end)
     return s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -88,7 +89,7 @@ def learning_rate(s, length: Length, step: int, factor: float = 1.0) -> float:
 def seconds_left(
     method, train: Batches, val: Batches, length: Length, done: int, step: float
 ) -> float:
-    """What the rest takes, if one step takes `step` seconds."""
+    """The remaining seconds, if a step takes `step` seconds."""
     left = length.total - done
     if not length.chooses:
         return left * step
@@ -98,7 +99,7 @@ def seconds_left(
 
 
 def validation_seconds(method, val: Batches) -> float:
-    """What a validation image takes; one batch of them is tried."""
+    """Seconds for each validation image, measured on a batch."""
     some = val.part(torch.arange(min(64, len(val))))
     predict(method, some)  # the first one is slower
     started = time.perf_counter()

@@ -1,21 +1,20 @@
-"""Image features of any number of pictures, in files of a few thousand each, made once.
+"""Image features of any number of pictures, in files (shards) of a few thousand each.
 
-    DIR/config.json            of what data and by what model the features are
-    DIR/classes.txt, .json     what the classes are called, if the data came with such a file
-    DIR/00000.safetensors …    "features" (n, E) float32, as the image tower gives them; "sha256"
-                               (n, 32) uint8, of what each picture's file holds
-    DIR/00000.json …           what they are of: n names, labels and parts (train, val, test or ""),
-                               and what could not be read
-    DIR/index.json             once all are there: each shard with its number of features; totals
+    DIR/config.json            the data and the model of the features
+    DIR/classes.txt, .json     the names of the classes, if the data have such a file
+    DIR/00000.safetensors …    "features" (n, E) float32, not normalised; "sha256" (n, 32) uint8, of
+                               each picture's file
+    DIR/00000.json …           n names, labels and parts (train, val, test or ""), and the pictures
+                               that could not be read
+    DIR/index.json             written last: each shard with its number of features; totals
 
-A picture belongs to the shard that its place among all pictures says. A shard is written whole or
-not at all, its features last; so a process that was killed, or another one, does those that are
-missing, and no other. Pictures come from a stream and go to a shard: none but those at work are in
-memory.
+The position of a picture determines its shard. A shard is written whole or not at all, its features
+last, so after a kill only missing shards are made. Pictures are a stream: only those that are being
+processed are in memory.
 
-A source is walked in one order: a folder by its sorted names, tar files (WebDataset's: what belongs
-to one picture stands together and has one name but for its ending) as they are written, a CSV file
-by its rows.
+A source is always read in the same order: a folder by sorted names, tar files (WebDataset's: the
+files of a picture are adjacent, and differ only in their ending) as they are written, a CSV file by
+rows.
 """
 
 import csv
@@ -50,20 +49,20 @@ from fewshot.folder import PARTS, parts_of, read_text
 from fewshot.manifest import is_manifest
 from fewshot.pictures import ENDINGS, ahead, cut, digest, open_image
 
-LABELS = (".cls", ".txt")  # beside a picture in a tar file: its class, by number or name
-SHARD = {"names": list[str], "labels": list[str], "parts": list[str], "unreadable": list}
+LABELS = (".cls", ".txt")  # files beside a picture in a tar file, with its class
+SHARD = {"names": list[str], "labels": list[str], "parts": list[str], "unreadable": list[list[str]]}
 SHARD["digest"] = str  # of all names that there were
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a source."""
+    """A picture of a source."""
 
     name: str  # "tulip/7.jpg", "000.tar/7.jpg"
-    label: str  # "" where the source has none
+    label: str  # "", if the source has none
     file: Path
-    content: bytes | None = None  # what it holds, where it is no file of its own
-    part: str = ""  # train, val or test, where the source says so
+    content: bytes | None = None  # the bytes, if the picture is not a file of its own
+    part: str = ""  # train, val or test, if the source has parts
 
 
 def items(source: Path) -> Iterator[Item]:
@@ -89,15 +88,15 @@ def items(source: Path) -> Iterator[Item]:
 
 
 def _in_folder(root: Path, folder: Path, parts: dict[str, str], depth: int = 0) -> Iterator[Item]:
-    """Pictures below a folder. The label is the name of the folder in `root`, or, where that has
-    `parts` (folder -> train, val, test), in the part; none of a picture beside them.
+    """Pictures below a folder. The label is the name of the folder in `root` or, with `parts`
+    (folder -> train, val, test), in the part. Pictures outside have none.
     """
     with os.scandir(folder) as found:
         entries = sorted((e.name, e.is_dir()) for e in found if not e.name.startswith("."))
     for name, is_dir in entries:
         path = folder / name
         if is_dir and depth > bool(parts) and path.is_symlink():
-            continue  # as fewshot/folder.py: a class may be a link, but none below it, in a circle
+            continue  # as in fewshot/folder.py: links below a class could form a circle
         if is_dir:
             yield from _in_folder(root, path, parts, depth + 1)
         elif path.suffix.lower() in ENDINGS:
@@ -108,8 +107,8 @@ def _in_folder(root: Path, folder: Path, parts: dict[str, str], depth: int = 0) 
 
 
 def _in_csv(file: Path, part: str = "") -> Iterator[Item]:
-    """Rows of path and, if there are, label and split; a path is absolute, or relative to the file.
-    `part`: the split of them all.
+    """Rows with a path and optionally label and split; a path is absolute, or relative to the file.
+    `part`: the split of all rows.
     """
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
@@ -128,7 +127,7 @@ def _in_csv(file: Path, part: str = "") -> Iterator[Item]:
 
 
 def _in_tar(file: Path) -> Iterator[Item]:
-    """Pictures of a tar file, read once from its beginning to its end."""
+    """Pictures of a tar file, read once from beginning to end."""
     name, label, picture = "", "", None
     try:
         with tarfile.open(file, "r|*") as tar:
@@ -153,18 +152,18 @@ def _in_tar(file: Path) -> Iterator[Item]:
 
 
 def _label_in(text: bytes) -> str:
-    """The "label" of a JSON object, a number or a name; "" if there is none."""
+    """The "label" in a JSON object, a number or a name; "", if there is none."""
     try:
         label = json.loads(text).get("label")
-    except (ValueError, AttributeError, RecursionError):  # whatever else lies beside a picture
+    except (ValueError, AttributeError, RecursionError):  # another kind of file
         return ""
     return str(label).strip() if isinstance(label, str | int) else ""
 
 
 class Shards:
-    """The folder of features, as far as it is made.
+    """The folder of features, complete or not.
 
-    `size` pictures belong to a shard, but for the last one.
+    Each shard has `size` pictures, except the last.
     """
 
     def __init__(self, folder: Path, config: dict, size: int):
@@ -177,8 +176,8 @@ class Shards:
                 for key, value in config.items():
                     if found.get(key) != value:
                         raise UserError(
-                            f"{folder}: was begun with {key} {found.get(key)}, not {value}; give "
-                            "the same, or another --out"
+                            f"{folder}: was started with {key} {found.get(key)}, not {value}; "
+                            "give the same value, or another --out"
                         )
             elif folder.exists() and not all(_early(path) for path in folder.iterdir()):
                 raise UserError(f"{folder}: holds other files; choose another --out")
@@ -193,9 +192,9 @@ class Shards:
         return self.folder / f"{shard:05d}{ending}"
 
     def missing(self, source: Iterable[Item]) -> Iterator[tuple[int, Item]]:
-        """Pictures whose shards are neither made nor another rank's, with the numbers of these.
+        """Pictures of missing shards that are this rank's, with the numbers of the shards.
 
-        UserError, if those that are made are of other pictures than the source has now.
+        UserError, if existing shards are of other pictures than those in the source.
         """
         each = itertools.groupby(enumerate(source), key=lambda pair: pair[0] // self.size)
         for shard, pairs in each:
@@ -203,14 +202,14 @@ class Shards:
                 digest = digest_of(item.name for _, item in pairs)
                 if self.told(shard)["digest"] != digest:
                     raise UserError(
-                        f"{self.path(shard, '.json')}: names other pictures than there are now; "
-                        "put those back, or choose another --out"
+                        f"{self.path(shard, '.json')}: was made from other pictures than those in "
+                        "the source; put those back, or choose another --out"
                     )
             elif shard % ranks.size == ranks.rank:
                 yield from ((shard, item) for _, item in pairs)
 
     def told(self, shard: int) -> dict:
-        """What the features of a shard are of."""
+        """The names, labels and parts of a shard."""
         return read_json(self.path(shard, ".json"), "make the features again", SHARD)
 
     def features(self, shard: int) -> Tensor:
@@ -220,9 +219,7 @@ class Shards:
     def write(
         self, shard: int, features: Tensor, made: list[str], rows: list[tuple[Item, str]]
     ) -> None:
-        """Features (n, E), and the sha256 `made` of each picture's file, of those rows that have no
-        reason why they cannot be read.
-        """
+        """Write features (n, E) and the sha256 `made` of each file, for the readable rows."""
         told = {
             "names": [item.name for item, why in rows if not why],
             "labels": [item.label for item, why in rows if not why],
@@ -236,14 +233,14 @@ class Shards:
         write_safetensors(self.path(shard, ".safetensors"), tensors)
 
     def keep_names(self, source: Path) -> None:
-        """Copy the file that says what classes are called, if there is one beside the pictures."""
+        """Copy the file of class names, if there is one beside the pictures."""
         for name in ("classes.txt", "classes.json"):
             file = (source if source.is_dir() else source.parent) / name
             if file.is_file() and not (self.folder / name).exists():
                 write_text(self.folder / name, read_text(file))
 
     def finish(self) -> dict:
-        """Write index.json, of all shards -> what it says."""
+        """Write index.json for all shards -> its content."""
         shards, unreadable = [], []
         for path in sorted(self.folder.glob("[0-9]*.safetensors")):
             told = self.told(int(path.stem))
@@ -256,12 +253,12 @@ class Shards:
 
 
 def _early(path: Path) -> bool:
-    """Can it have been left by a process killed before it had written config.json?"""
+    """Whether a process killed before it wrote config.json can have left this file."""
     return HALF_WRITTEN.fullmatch(path.name) is not None
 
 
 def digest_of(names: Iterable[str]) -> str:
-    """sha256 of names, each with its end."""
+    """sha256 of names, each terminated."""
     made = hashlib.sha256()
     for name in names:
         made.update(name.encode(errors="surrogateescape") + b"\0")
@@ -269,16 +266,15 @@ def digest_of(names: Iterable[str]) -> str:
 
 
 def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precision: str) -> int:
-    """Make the shards that are missing -> how many pictures that took.
+    """Make the missing shards -> the number of encoded pictures.
 
-    While pictures are encoded, threads take others from their source, decode them, and write the
-    shard before.
+    Meanwhile, threads read and decode the next pictures, and write the previous shard.
     """
     config, device, count = clip.config, clip.device, 0
 
     def decode(pair: tuple[int, Item]) -> tuple[int, Item, tuple[Tensor, str] | None, str]:
         shard, item = pair
-        bare = replace(item, content=None)  # which is not needed any more
+        bare = replace(item, content=None)  # frees memory
         try:
             pixels = cut(open_image(item.file, item.content), config)
         except UserError as error:
@@ -296,7 +292,7 @@ def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precis
     decoded = ahead(decode, fed(shards.missing(source)))
     decoded = tqdm(decoded, unit=" pictures", disable=None)
     with ThreadPoolExecutor(1) as writer:
-        written = None  # the shard that is being written
+        written = None  # the shard being written
         for shard, group in itertools.groupby(decoded, key=lambda one: one[0]):
             rows, made, pixels = [], [], []
             features = [torch.empty(0, config.embed_dim, device=device)]
@@ -311,7 +307,7 @@ def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precis
             if pixels:
                 features.append(encode(pixels))
             if written is not None:
-                written.result()  # or its error
+                written.result()  # raises its error
             written = writer.submit(shards.write, shard, torch.cat(features).cpu(), made, rows)
             count += len(rows)
         if written is not None:
@@ -320,9 +316,7 @@ def embed(clip: CLIP, source: Iterable[Item], shards: Shards, batch: int, precis
 
 
 def fed(items: Iterable, most: int = 64) -> Iterator:
-    """The same items; a thread takes up to `most` of them from their source, before they are asked
-    for.
-    """
+    """The same items; a thread reads up to `most` of them in advance."""
     source, end, pool = iter(items), object(), ThreadPoolExecutor(1)
     try:
         taken = deque(pool.submit(next, source, end) for _ in range(most))

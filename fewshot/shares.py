@@ -1,8 +1,8 @@
-"""How base and novel accuracy change with the share of what was learned that is kept.
+"""Base and novel accuracy between zero-shot CLIP and a trained run.
 
     eval.py --run DIR --keep-share 0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1
 
-The curve of WiSE-FT (arXiv:2109.01903): at 0 the method is zero-shot CLIP, at 1 what was learned.
+The curve of WiSE-FT (arXiv:2109.01903): at 0 the method is zero-shot CLIP, at 1 the trained run.
 """
 
 import argparse
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from clip_min.files import replacing
 
-NOTE = "note: these accuracies are of test images: a share that is chosen by them is no result"
+NOTE = "note: these accuracies are on test images: do not report a share chosen from them"
 
 
 def numbers(text: str) -> list[float]:
     """The type of a flag: "0,0.5,1" -> [0.0, 0.5, 1.0]."""
     try:
         values = [float(value) for value in text.split(",")]
-        if not all(0 <= value <= 1 for value in values):  # nor is NaN
+        if not all(0 <= value <= 1 for value in values):  # False for NaN
             raise ValueError
     except ValueError:
         message = f"invalid value: {text!r}; expected a number from 0 to 1, or several as 0,0.5,1"
@@ -39,8 +39,8 @@ def shown(share: float) -> str:
 
 
 def save_curve(method: str, curve: dict[float, dict], path: Path) -> None:
-    """Share -> scores  =>  a picture: base against novel accuracy, a point for each share; where
-    there are no two halves, accuracy against the share.
+    """Plot share -> scores: base against novel accuracy with a point for each share; without two
+    halves, accuracy against the share.
     """
     import matplotlib
 
@@ -59,7 +59,7 @@ def save_curve(method: str, curve: dict[float, dict], path: Path) -> None:
     axes.plot(*zip(*(points[share] for share in order), strict=True), marker="o")
     for share in order:
         axes.annotate(shown(share), points[share], (4, 4), textcoords="offset points", fontsize=8)
-    axes.set_title(f"{method}: share of what was learned")
+    axes.set_title(f"{method}: share of the learned change")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)

@@ -1,10 +1,10 @@
-"""Few-shot draws that others publish as files: which training pictures are learned from.
+"""Few-shot draws from published files, which list the training pictures.
 
     {"path": "jpg/image_06765.jpg", "label": 0}
     {"path": "/elsewhere/oxford_flowers/jpg/image_06734.jpg", "label": "pink primrose"}
 
-A line is a picture; a label is a class's number or name. The folders that a path begins with may be
-those of another machine: the picture is the one whose path ends most like it.
+Each line is a picture; a label is the number or name of a class. A path may begin with folders of
+another machine: it means the picture with the longest common end of paths.
 """
 
 import random
@@ -23,10 +23,10 @@ from fewshot.folder import readable, spoken
 
 
 def fix(dataset: Dataset, file: Path, seed: int) -> Dataset:
-    """The data set with the training pictures of `file` alone, all of which are to be learned from.
+    """The data set with only the training pictures of `file`, all of which are used.
 
-    Where it has no validation part, or CoOp's rule draws from it, min(S, 4) pictures a class are
-    drawn for validation: from that part, or from the training pictures that the file leaves.
+    Without a validation part, or with CoOp's rule, min(S, 4) pictures of each class are drawn for
+    validation: from that part, or from the training pictures that are not in the file.
     """
     chosen = read_shots(file, dataset)
     train, val = dataset.train[chosen], dataset.val
@@ -41,18 +41,18 @@ def fix(dataset: Dataset, file: Path, seed: int) -> Dataset:
 
 
 def read_shots(file: Path, dataset: Dataset) -> Tensor:
-    """The numbers of the training pictures that `file` lists, in its order, each once."""
+    """Indices of the training pictures in `file`, in its order, each once."""
     lines, names = read_json_lines(file, {"path": str, "label": int | str}), dataset.classnames
     if not lines:
         raise UserError(
-            f"--shots-file {file}: lists no pictures, or is no file; expected a line for each, as "
+            f"--shots-file {file}: is not a file, or is empty; expected lines such as "
             '{"path": "jpg/image_06765.jpg", "label": 0}'
         )
-    called = defaultdict(list)  # the name of a file -> the numbers of the pictures that have it
+    called = defaultdict(list)  # file name -> indices of its pictures
     for i, picture in enumerate(dataset.train.source):
         if isinstance(picture, Path):
             called[picture.name].append(i)
-    chosen: dict[int, int] = {}  # number -> line
+    chosen: dict[int, int] = {}  # index -> line
     for n, line in enumerate(lines, 1):
         where, path, label = f"{file}, line {n}", PurePath(line["path"]), line["label"]
         alike = {i: _common_end(dataset.train.source[i], path) for i in called[path.name]}
@@ -78,7 +78,7 @@ def read_shots(file: Path, dataset: Dataset) -> Tensor:
 
 
 def _common_end(path: PurePath, other: PurePath) -> int:
-    """How many parts two paths end alike in: a/b/c.jpg and x/b/c.jpg in 2."""
+    """The number of equal parts at the ends of two paths: 2 for a/b/c.jpg and x/b/c.jpg."""
     count = 0
     for mine, theirs in zip(reversed(path.parts), reversed(other.parts), strict=False):
         if mine != theirs:

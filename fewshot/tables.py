@@ -1,4 +1,4 @@
-"""What a run shows at its end: a small table, and its curves as a picture."""
+"""The output at the end of a run: a small table, and a plot of its curves."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from clip_min.files import replacing
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Name -> scores (as `evaluate` gives them), one line each; n/a where there is no number.
+    """Name -> scores (from `evaluate`), as lines of a table; n/a for missing scores.
 
     "all names": the HM of base and novel pictures, each among the names of both halves.
     """
@@ -26,8 +26,8 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def _classes_alike(rows: dict[str, dict]) -> list[str]:
-    """Where some classes have many more test images than others, so that accuracy is theirs: means
-    over classes, of accuracy and of F1; else nothing.
+    """Means over classes of accuracy and F1, if some classes have many more test images than others
+    and dominate accuracy; otherwise nothing.
     """
     parts = {
         p: of for s in rows.values() for p, of in s.get("parts", {}).items() if "macro_f1" in of
@@ -37,7 +37,7 @@ def _classes_alike(rows: dict[str, dict]) -> list[str]:
     if most < 1.5 * least or not parts:
         return []
     first = max(len(name) for name in rows) + 2
-    lines = [f"test images of a class: {least} to {most}; means over classes, accuracy and F1:"]
+    lines = [f"test images per class: {least} to {most}; means over classes, accuracy and F1:"]
     lines += [" " * first + "".join(f"{part:>8}{'F1':>8}" for part in parts)]
     for name, scores in rows.items():
         found = [scores.get("parts", {}).get(part) for part in parts]
@@ -50,10 +50,10 @@ MACRO = ("macro_accuracy", "macro_f1")
 
 
 def uneven(counts: Tensor, classnames: list[str]) -> str:
-    """A line on classes of which some have many more training images (K,) than others."""
+    """A line on classes with very different numbers of training images, `counts` (K,)."""
     few, many = counts.argmin(), counts.argmax()
     ends = " to ".join(f"{counts[k]} ({classnames[k]})" for k in (few, many))
-    return f"training images of a class: {ends}; --balance weighs classes alike in the loss"
+    return f"training images per class: {ends}; --balance gives classes equal weight in the loss"
 
 
 def doubts(steps: int, train: float) -> list[str]:
@@ -66,14 +66,14 @@ def doubts(steps: int, train: float) -> list[str]:
         )
     if train < 70:
         found.append(
-            f"training accuracy is only {train:.1f} %: it has not learned its own training images; "
-            "try more steps (--min-steps) or a larger --lr"
+            f"training accuracy is only {train:.1f} %: the method has not learned its own training "
+            "images; try more steps (--min-steps) or a larger --lr"
         )
     return found
 
 
 def save_curves(log: list[dict], path: Path) -> None:
-    """Loss and, where there is one, validation accuracy over gradient steps, as a PNG."""
+    """Plot the loss and, if there is one, validation accuracy over gradient steps, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,12 @@
-"""The protocol: halves of the classes, a few pictures of each, and what is tested on what.
+"""The protocol: halves of the classes, a few training pictures of each class, and the test sets.
 
-Base-to-novel: base is the first half of the classes (the larger one, if they are odd) or those that
-are named, novel the rest. A method learns from S pictures of each base class and chooses by
-validation pictures of base classes. Each half of the test set is then scored against its own names
-alone.
+Base-to-novel: base is the first half of the classes (the larger one, if their number is odd) or the
+classes in --base-classes; the rest are novel. A method learns from S pictures of each base class
+and makes choices on validation pictures of base classes. Each half of the test set is then scored
+among its own names.
 
-The test pictures are checked here: each can be read, and none is learned from. Nothing else sees
-them before the final evaluation, which reads them again, a batch at a time: they are never all in
+Test pictures are checked here: all must be readable, and none may be a training picture. Nothing
+else uses them before the final evaluation, which reads them again in batches: they are never all in
 memory.
 """
 
@@ -20,20 +20,20 @@ from torch import Tensor
 from clip_min import UserError
 from fewshot import coop_split
 from fewshot.batches import Batches
-from fewshot.coop_split import FEW_VAL  # validation pictures a class, where they have to be few
+from fewshot.coop_split import FEW_VAL  # validation pictures of a class, if they must be few
 from fewshot.datasets import Dataset
 from fewshot.embedded import read
 from fewshot.pictures import Pictures, Reader, check_memory, few
 from fewshot.record import Record, rows, unseen
 
-# One's own pictures: as many for validation as for training, but never below or above these, for
-# a choice among epochs needs some, and each costs time after every epoch.
+# Your own pictures: as many for validation as for training, within these limits. Choosing a
+# checkpoint needs some pictures, and each of them costs time at every validation.
 VAL = (200, 1000)
 
 
 @dataclass
 class Test:
-    """Test pictures, and the names that they are told apart by."""
+    """Test pictures, and the names to choose from."""
 
     classnames: list[str]
     batches: Batches
@@ -41,12 +41,12 @@ class Test:
 
 @dataclass
 class Task:
-    classnames: list[str]  # those that are learned: labels of train and val count in this list
+    classnames: list[str]  # the learned classes: labels of train and val are indices of this list
     template: str
-    train: Batches | None  # None, as val: the task only tests (`make_test`)
+    train: Batches | None  # None, like val, if the task only tests (`make_test`)
     val: Batches | None
     tests: dict[str, Test]  # {"base", "novel"}, or {"all"}
-    notes: list[str]  # what the user should know: short classes, skipped files
+    notes: list[str]  # for the user: short classes, skipped files
 
     @property
     def tested_names(self) -> list[str]:
@@ -54,7 +54,7 @@ class Task:
         return [name for test in self.tests.values() for name in test.classnames]
 
     def record(self, root: str) -> Record:
-        """What a run learns from, chooses by and is tested on; files are named from `root` on."""
+        """The training, validation and test pictures; files are relative to `root`."""
         parts = {"train": [(self.classnames, self.train)], "val": [(self.classnames, self.val)]}
         parts["test"] = [(test.classnames, test.batches) for test in self.tests.values()]
         return {
@@ -73,7 +73,7 @@ def make_task(
 ) -> Task:
     """Split `dataset` (classes: "base-novel" or "all"), draw the shots, read the pictures.
 
-    base: the base classes' numbers, if they are not the first half.
+    base: indices of the base classes, if they are not the first half.
     """
     learned, parts = halves(dataset, classes, base)
     train, val, notes = draw(dataset, learned, shots, seed)
@@ -100,7 +100,7 @@ def make_task(
 def halves(
     dataset: Dataset, classes: str, base: Sequence[int] | None
 ) -> tuple[Sequence[int], dict[str, Sequence[int]]]:
-    """The classes that are learned, and those of each part that is tested."""
+    """The learned classes, and the classes of each tested part."""
     everything = range(len(dataset.classnames))
     learned = everything
     if classes == "base-novel":
@@ -111,17 +111,17 @@ def halves(
     for part, ids in parts.items():
         if len(ids) == 1:
             raise UserError(
-                f"the {part} half is one class, {dataset.classnames[ids[0]]!r}, and among one name "
-                "every answer is right; add --classes all, or give each half two classes"
+                f"the {part} half has a single class, {dataset.classnames[ids[0]]!r}, so every "
+                "answer would be right; add --classes all, or give each half two classes"
             )
     return learned, parts
 
 
 def twice(learned: list[Batches], tested: list[Batches]) -> list[str]:
-    """Notes on pictures that are learned from and tested on, and on files that hold what another
-    one among those that are learned from, or tested on, holds.
+    """Notes on pictures that are both learned from and tested on, and on files that are copies of
+    another one that is learned from, or tested on.
     """
-    each = [  # of each picture a hash of its pixels; an image in memory is what its digest is of
+    each = [  # a hash of each picture's pixels; for an image in memory, its digest
         b.pictures.digests
         if isinstance(b.pictures.source, Tensor)
         else [*map(tuple, b.hashes.tolist())]
@@ -130,7 +130,7 @@ def twice(learned: list[Batches], tested: list[Batches]) -> list[str]:
     known = {one for of in each[: len(learned)] for one in of}
     notes = []
     if count := sum(one in known for of in each[len(learned) :] for one in of):
-        notes = [f"{count} test images are also learned from or validated on, pixel for pixel"]
+        notes = [f"{count} test images are also training or validation images, pixel for pixel"]
     for some in (learned, tested):
         first: dict[str, Path] = {}
         files = {
@@ -158,10 +158,10 @@ def make_test(
     record: Record | None = None,
     again: bool = False,
 ) -> Task:
-    """What `make_task` tests on, and nothing to learn from: for a run that is tested.
+    """The test sets of `make_task`, without training data: for testing a run.
 
-    record: what the run learned from, which is never tested on. `again`: test on what it was
-    tested on, whatever the split is by now.
+    record: the run's pictures; those it learned from are never tested on. `again`: test on the
+    run's test pictures, even if the split has changed.
     """
     learned, parts = halves(dataset, classes, base)
     notes = list(dataset.notes)
@@ -182,15 +182,15 @@ def draw(
     """`shots` training pictures of each class ("all": all) and its validation pictures
     -> train, val, notes.
 
-    A class with fewer gives what it has. Without a validation part, min(shots, 4) of a class are
-    set aside for validation first, but never more than half of it; of a class that training takes
-    whole, a fifth if that is more. One's own pictures give more, of those that training leaves,
-    and at most as many as `VAL` says. CoOp's split has a rule of its own: fewshot/coop_split.py.
+    A class with fewer pictures gives all it has. Without a validation part, min(shots, 4) pictures
+    of a class are set aside for validation first, but never more than half of it; if training would
+    use the whole class, a fifth, if that is more. Your own pictures give more, from those that
+    training does not use, within `VAL`. CoOp's split has its own rule: fewshot/coop_split.py.
     """
     if len(dataset.train) == 0:
         raise UserError(
-            "there is no training image: the data set is for testing alone; test a run on it with "
-            "eval.py --run DIR --dataset NAME"
+            "there are no training images: this data set is only for testing; test a run on it "
+            "with eval.py --run DIR --dataset NAME"
         )
     if dataset.split == "coop" and shots != "all":
         return draw_coop(dataset, classes, shots, seed)
@@ -221,7 +221,7 @@ def draw(
         if dataset.own:
             count, val = len(val), _at_most(most, val, generator)
             if len(val) < count:
-                notes.append(f"{len(val)} of {count} validation images are used, {most} a class")
+                notes.append(f"{len(val)} of {count} validation images are used, {most} per class")
     if len(val) == 0:
         raise UserError(
             "no class has more than one training image, so none is left for validation; give more, "
@@ -233,7 +233,7 @@ def draw(
 
 
 def _at_most(most: int, pictures: Pictures, generator: torch.Generator) -> Pictures:
-    """`most` pictures of each class, drawn, or all that there are, in their order."""
+    """Draw `most` pictures of each class, or all if there are fewer, in order."""
     kept = []
     for label in pictures.labels.unique():
         members = (pictures.labels == label).nonzero().flatten()
@@ -244,7 +244,7 @@ def _at_most(most: int, pictures: Pictures, generator: torch.Generator) -> Pictu
 def draw_coop(
     dataset: Dataset, classes: Sequence[int], shots: int, seed: int
 ) -> tuple[Pictures, Pictures, list[str]]:
-    """The same by CoOp's rule: all classes are drawn, and these are kept."""
+    """The same by CoOp's rule: draw for all classes, then keep these."""
     train, val = coop_split.draw(dataset.train, dataset.val, shots, seed)
     counts = dataset.train.labels.bincount(minlength=len(dataset.classnames)).tolist()
     short = {dataset.classnames[k]: counts[k] for k in classes if counts[k] < shots}
@@ -253,19 +253,19 @@ def draw_coop(
         _of_classes(part[chosen], classes) for part, chosen in ((dataset.train, train), (of, val))
     )
     if len(val) == 0:
-        raise UserError("training takes every image, so none is left for validation; lower --shots")
+        raise UserError("training uses all images, so none is left for validation; lower --shots")
     return train, val, [_note_short(short, shots)] if short else []
 
 
 def _note_short(short: dict[str, int], shots: int) -> str:
-    """A note on classes with fewer pictures than `shots`: name -> how many."""
+    """A note about classes with fewer pictures than `shots`: name -> number."""
     listed = ", ".join(f"{name} {n}" for name, n in list(short.items())[:5])
     more = ", …" if len(short) > 5 else ""
     return f"fewer than {shots} training images in {len(short)} classes: {listed}{more}"
 
 
 def _of_classes(pictures: Pictures, classes: Sequence[int]) -> Pictures:
-    """The pictures of these classes, labels counted from 0."""
+    """The pictures of these classes, with labels from 0."""
     most = max(max(classes), int(pictures.labels.max()) if len(pictures) else 0)
     new = torch.full((most + 1,), -1)  # old label -> new one
     new[torch.tensor(classes)] = torch.arange(len(classes))

@@ -1,13 +1,13 @@
 """Transductive tasks: batches of test images of a few classes, labelled jointly.
 
-The protocol of Martin et al., arXiv:2405.18437: a task is Q test images of k_eff of the K classes;
-which classes, and that they are few, the method is not told. In their zero-shot tasks k_eff is
-drawn for each task, from 3 to 10. Accuracy is the mean over tasks. A number found this way is not
-comparable with one found image by image. Or there is a single task, of all test images, as in
-TransCLIP's (arXiv:2406.01837).
+The protocol of Martin et al., arXiv:2405.18437: a task is Q test images from k_eff of the K
+classes. The method knows neither the classes nor their number. In the paper's zero-shot tasks k_eff
+is drawn for each task, from 3 to 10. Accuracy is the mean over tasks, and not comparable with
+accuracy of labelling images one by one. Alternatively, a single task has all test images, as in
+TransCLIP (arXiv:2406.01837).
 
-What we do differently: where the classes of a task have fewer than Q images it has fewer; theirs is
-drawn again until it has Q.
+What we do differently: if the classes of a task have fewer than Q images, the task has fewer; the
+published code draws again until a task has Q.
 """
 
 from dataclasses import dataclass
@@ -23,23 +23,23 @@ from fewshot.task import Task
 
 @dataclass(frozen=True)
 class Queries:
-    """How tasks are drawn."""
+    """The parameters for drawing tasks."""
 
-    tasks: int  # 0: one, of all images
-    queries: int  # Q, images of a task; fewer where its classes have fewer
-    k_eff: int  # classes of a task; all of them, where there are fewer
+    tasks: int  # 0: a single task with all images
+    queries: int  # Q, images of a task, at most
+    k_eff: int  # classes of a task, at most
     seed: int
-    k_eff_max: int = 0  # if not 0: each task's classes are k_eff to so many, drawn
+    k_eff_max: int = 0  # if not 0: the number of classes is drawn from k_eff to this
 
     @classmethod
     def of(cls, method_class, settings, seed: int) -> "Queries | None":
-        """Those that a transductive method's settings ask for; None for every other method."""
+        """The tasks in a transductive method's settings; None for other methods."""
         if not method_class.transductive:
             return None
         return cls(settings.tasks, settings.queries, settings.k_eff, seed, settings.k_eff_max)
 
     def draw(self, labels: Tensor) -> list[Tensor]:
-        """labels (N,) of the test images -> for each task the numbers of its images, (Q,)."""
+        """labels (N,) of the test images -> indices of the images of each task, (Q,)."""
         if self.tasks == 0:
             return [torch.arange(len(labels))]
         generator = torch.Generator().manual_seed(self.seed)
@@ -56,12 +56,12 @@ class Queries:
         return tasks
 
     def describe(self, scores: dict) -> str:
-        """What `evaluate_tasks` scored, in a line to stand above its table."""
+        """A line above the table of `evaluate_tasks`, which describes the tasks."""
         if self.tasks == 0:
             return "all test images of each part labelled jointly:"
         parts = scores["parts"].items()
         widths = ", ".join(f"{part} ± {score['interval95']:.2f}" for part, score in parts)
-        counts = sorted({n for _, score in parts for n in score["classes"]})  # that there are
+        counts = sorted({n for _, score in parts for n in score["classes"]})  # actual numbers
         classes = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
         return (
             f"mean of {self.tasks} tasks of {self.queries} images or fewer, {classes} classes "
@@ -70,7 +70,7 @@ class Queries:
 
 
 def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
-    """As `fewshot.predictions.score`, but over tasks, and none among all names; adds half widths of
+    """Like `fewshot.predictions.score`, but over tasks and without all names; adds half widths of
     95 % intervals.
     """
     scores = {**dict.fromkeys(("base", "novel", "hm", "all", "joint")), "parts": {}}

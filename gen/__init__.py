@@ -1,1 +1,1 @@
-"""Synthetic images: caption one real picture, repaint another, keep what CLIP recognises."""
+"""Synthetic images: caption a real image, repaint another, keep those that CLIP recognises."""

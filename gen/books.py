@@ -1,17 +1,17 @@
-"""The books of a folder of synthetic images: what was made, from what, and what became of it.
+"""The records of a folder of synthetic images: each image's source, and what the filter decided.
 
-    settings.json     all that the images follow from; a folder is not continued with others
+    settings.json     everything that determines the images; others cannot continue the folder
     plan.json         how many images each class is to have
-    captions.jsonl    a line a caption
-    manifest.jsonl    a line an attempt, in order of class and attempt
+    captions.jsonl    one caption on each line
+    manifest.jsonl    one attempt on each line, in order of class and attempt
     seconds.json      time spent so far
-    processes/1/…     the same three books of process 1, where several share the work, until they
-                      are put together: at the end of a stage, or when the next command begins
+    processes/1/…     process 1's own versions of these three, if several share the work; they are
+                      merged at the end of a stage, or by the next command
     kept/CLASS/00007.png, rejected/CLASS/predicted_CLASS/00007.png, undecided/CLASS/00007.png
 
-An image is written before the line that lists it, and both whole or not at all. So a process killed
-at any moment leaves books that are true, and at most one batch to be made again, to the same bits.
-Where an image lies follows from its line, and no other file is ever read, moved or removed.
+An image is written before the line that lists it, and each of them whole or not at all. If a
+process is killed, the records stay correct, and at most one batch is made again, with the same
+bits. An image's line determines its place; no other file is ever read, moved or removed.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ from fewshot import cache, ranks
 from fewshot.pictures import Pictures, digests
 
 DONE = ("kept", "waived")  # states of an image that is used in training
-BOOKS = ("captions.jsonl", "manifest.jsonl", "seconds.json")  # that processes write
-SETTINGS = {"classnames": list[str]}  # what is read of settings.json, and of plan.json
+BOOKS = ("captions.jsonl", "manifest.jsonl", "seconds.json")  # files that processes write
+SETTINGS = {"classnames": list[str]}  # keys that are read from settings.json and plan.json
 PLAN = {"quotas": dict[str, int]}
 
 
 @dataclass
 class Caption:
     classname: str
-    member: int  # which real picture of the class, from 0
-    picture: str  # its file
-    number: int  # of the captions of this picture, from 0
+    member: int  # index of the real image in its class, from 0
+    picture: str  # the real image's file
+    number: int  # of this image's captions, from 0
     seed: int
     text: str
     captioner: str
@@ -59,24 +59,24 @@ class Caption:
 
     @property
     def place(self) -> tuple:
-        """Where it stands among those of its class."""
+        """Its place in its class."""
         return self.number, self.member
 
 
 @dataclass
 class Attempt:
     classname: str
-    attempt: int  # of this class, from 0
+    attempt: int  # number in this class, from 0
     image: str  # its file, relative to the folder
     state: Literal["kept", "rejected", "waived", "undecided"]  # waived: kept, not recognised
-    predicted: str | None  # the class the filter sees
-    margin: float | None  # right logit minus the largest other
-    captioned: str  # the real picture whose caption is in the prompt
-    repainted: str  # the real picture that was painted over
+    predicted: str | None  # the class that the filter predicts
+    margin: float | None  # logit of the right class minus the largest other one
+    captioned: str  # the real image whose caption is in the prompt
+    repainted: str  # the real image that was painted over
     caption: str
     prompt: str
     caption_seed: int
-    seed: int  # of the draw of both pictures and of the noise
+    seed: int  # draws both images and the noise
     captioner: str
     captioner_revision: str
     painter: str
@@ -86,12 +86,12 @@ class Attempt:
 
     @property
     def place(self) -> tuple:
-        """Where it stands among those of its class."""
+        """Its place in its class."""
         return (self.attempt,)
 
 
 class Manifest:
-    """settings["classnames"], plan["quotas"] are read here; all else is for people to read."""
+    """Reads settings["classnames"] and plan["quotas"]; the rest of both is for people."""
 
     def __init__(self, folder: Path, settings: dict, plan: dict):
         self.folder, self.settings, self.plan = folder, settings, plan
@@ -111,7 +111,7 @@ class Manifest:
             if row.image != place:  # it could be anywhere: "../mine.png"
                 raise UserError(
                     f"{folder}/manifest.jsonl: image is {row.image!r:.200}, expected {place!r}, "
-                    "where the next one of its class and state lies"
+                    "the next place of its class and state; restore the file"
                 )
         self.seconds = Counter()
         for file in (place / "seconds.json" for place in (folder, *self._parts())):
@@ -119,7 +119,7 @@ class Manifest:
 
     @classmethod
     def start(cls, folder: Path, settings: dict, plan: dict) -> "Manifest":
-        """A new folder, or one that was begun with these settings."""
+        """Start a new folder, or continue one with these settings."""
         if ranks.rank == 0:
             with ranks.apart():
                 cls._begin(folder, settings, plan)
@@ -133,9 +133,9 @@ class Manifest:
             old = cls.open(folder)
             if old.captions or old.attempts:
                 old.check_settings(settings)
-            elif odd := old.settings.keys() ^ settings.keys():  # someone else's: not overwritten
+            elif odd := old.settings.keys() ^ settings.keys():  # another program's
                 raise UserError(
-                    f"{here}: is none of generate.py's, by its {min(odd)}; give a new folder"
+                    f"{here}: was not written by generate.py (key {min(odd)}); give a new folder"
                 )
         elif folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file, expected a folder; give another one")
@@ -149,8 +149,8 @@ class Manifest:
 
     @classmethod
     def open(cls, folder: Path) -> "Manifest":
-        """A folder that exists, to read."""
-        hint = "generate.py leaves one in a folder of images"
+        """Open an existing folder for reading."""
+        hint = "expected a folder of images made by generate.py"
         settings = read_json(folder / "settings.json", hint, SETTINGS)
         plan = read_json(folder / "plan.json", hint, PLAN)
         names, quotas = settings["classnames"], plan["quotas"]
@@ -162,16 +162,16 @@ class Manifest:
         return cls(folder, settings, plan)
 
     def check_settings(self, settings: dict) -> None:
-        """Refuse to go on with other settings."""
+        """UserError, if the settings differ from the folder's."""
         for key, value in settings.items():
             if (made := self.settings.get(key)) != value:
                 raise UserError(
                     f"{self.folder}: its images were made with {key} {made}, not {value}; give the "
-                    "same, or another folder with --synthetic"
+                    "same value, or another folder with --synthetic"
                 )
 
     def chosen(self) -> list[Attempt]:
-        """The images to train on: of every class the first that were kept, as many as planned."""
+        """The images to train on: the first kept images of each class, as many as planned."""
         left = Counter(self.plan["quotas"])
         chosen = []
         for attempt in self.attempts:
@@ -185,7 +185,7 @@ class Manifest:
         return Counter(a.classname for a in self.attempts if a.state in states)
 
     def missing(self) -> int:
-        """Images still to be kept."""
+        """The number of images that are still to be made."""
         done = self.count(*DONE)
         return sum(max(0, n - done[name]) for name, n in self.plan["quotas"].items())
 
@@ -200,7 +200,7 @@ class Manifest:
         self.file(attempts, images)
 
     def file(self, attempts: list[Attempt], images: list[Image.Image]) -> None:
-        """Put images where their states say; an undecided one leaves its old place last."""
+        """Write images to the places of their states; an undecided one is then removed."""
         old = [attempt.image for attempt in attempts]
         for attempt, image in zip(attempts, images, strict=True):
             attempt.image = self._place(attempt)
@@ -219,7 +219,7 @@ class Manifest:
         self._write_seconds(self.seconds if ranks.size == 1 else self.own_seconds)
 
     def share(self) -> None:
-        """All that the processes wrote, to the books of all, which each process then reads."""
+        """Merge the files of all processes into the common ones, which each process then reads."""
         if ranks.size == 1:
             return
         ranks.wait()
@@ -230,7 +230,7 @@ class Manifest:
         self._read_books()
 
     def _put_together(self) -> None:
-        """Write the books of all; then those of single processes, which are read here, may go."""
+        """Write the common files, then remove those of single processes, which were read."""
         if not (parts := self._parts()):
             return
         self._write("captions.jsonl", self.captions)
@@ -240,15 +240,15 @@ class Manifest:
             for name in BOOKS:
                 (part / name).unlink(missing_ok=True)
         for place in (*parts, self.folder / "processes"):
-            with contextlib.suppress(OSError):  # it holds something else
+            with contextlib.suppress(OSError):  # it is not empty
                 place.rmdir()
 
     def _parts(self) -> list[Path]:
-        """The folders of books of single processes."""
+        """The folders of single processes."""
         return sorted(p for p in self.folder.glob("processes/*") if p.name.isdecimal())
 
     def _book(self, name: str) -> Path:
-        """Where this process writes a book: for itself, where others share the work."""
+        """The file that this process writes: its own, if others share the work."""
         return self.folder / (name if ranks.size == 1 else f"processes/{ranks.rank}/{name}")
 
     def _place(self, attempt: Attempt) -> str:
@@ -271,7 +271,7 @@ class Manifest:
         return sorted(lines, key=lambda line: (self.number[line.classname], line.place))
 
     def _read(self, name: str, kind: type) -> list:
-        """The lines of a book, as `kind`; one of a single process is newer than that of all."""
+        """The lines of a record as `kind`; a process's own line is newer than the common one."""
         found = {}
         for place in (self.folder, *self._parts()):
             lines = self._read_lines(place / name, kind)
@@ -279,33 +279,33 @@ class Manifest:
         return self._sorted(found.values()) if self._parts() else list(found.values())
 
     def _read_lines(self, file: Path, kind: type) -> list:
-        """The lines of a file, as `kind`; every class in them is one of this folder's."""
+        """The lines of a file as `kind`; UserError for a class that is not the folder's."""
         hints, lines, seen = typing.get_type_hints(kind), [], set()
         for number, row in enumerate(read_json_lines(file, hints), 1):
             where = f"{file}, line {number}"
             if odd := [key for key in row if key not in hints]:
-                raise UserError(f"{where}: {odd[0]} is no key of such a line")
+                raise UserError(f"{where}: {odd[0]} is not a key of such a line; remove it")
             known = [row["classname"], *filter(None, [row.get("predicted")])]
             if odd := [name for name in known if name not in self.classnames]:
-                raise UserError(f"{where}: {odd[0]!r:.200} is no class of settings.json")
+                raise UserError(f"{where}: {odd[0]!r:.200} is not a class of settings.json")
             if row.get("state") == "rejected" and row["predicted"] is None:
-                raise UserError(f"{where}: predicted is null, expected the class it was taken for")
+                raise UserError(f"{where}: predicted is null, expected a class")
             lines.append(line := kind(**row))
             if (key := (line.classname, line.place)) in seen:
-                raise UserError(f"{where}: tells what a line above tells; remove one of the two")
+                raise UserError(f"{where}: repeats an earlier line; remove one of the two")
             seen.add(key)
         return lines
 
     def _sweep(self) -> None:
-        """Remove what a killed process left half-written, or had moved and not yet removed."""
+        """Remove what killed processes left: temporary files, and images not yet removed."""
         listed = [self.folder / attempt.image for attempt in self.attempts]
         states = [self.folder / state for state in ("kept", "rejected", "undecided")]
         folders = states + [state / slug for state in states for slug in self.slugs.values()]
         folders += [self.folder / "processes", *self._parts()]
         if linked := [f for f in {*folders, *(p.parent for p in listed)} if f.is_symlink()]:
             raise UserError(
-                f"{min(linked)}: is a link, and images are kept in the folder itself; put a folder "
-                "there"
+                f"{min(linked)}: is a link, but images must be in the folder itself; replace it "
+                "with a folder"
             )
         for folder, _, _ in os.walk(self.folder):  # not behind links
             remove_half_written(Path(folder))
@@ -314,23 +314,23 @@ class Manifest:
                 (self.folder / self._place(replace(attempt, state="undecided"))).unlink(True)
         if lost := sorted(path for path in listed if not path.exists()):
             raise UserError(
-                f"{lost[0]}: manifest.jsonl lists it, but it is gone ({len(lost)} files are); put "
-                "it back, or remove the folder to start anew"
+                f"{lost[0]}: is listed in manifest.jsonl but missing ({len(lost)} files in all); "
+                "put it back, or remove the folder to start over"
             )
 
 
 def _early(path: Path) -> bool:
-    """Can it have been left by a process killed before it had written settings.json?"""
+    """Whether a process killed before it wrote settings.json can have left this file."""
     if path.name == "plan.json":
-        read_json(path, "", PLAN)  # else an error: it is someone else's
+        read_json(path, "", PLAN)  # an error, if another program wrote it
         return True
     return HALF_WRITTEN.fullmatch(path.name) is not None
 
 
 def slugs(classnames: list[str]) -> list[str]:
-    """Class names as names of folders: "ox-eye / daisy?" -> "ox-eye-daisy".
+    """Class names as folder names: "ox-eye / daisy?" -> "ox-eye-daisy".
 
-    Where nothing is left, or two would be the same (also where A and a are), a number is added.
+    A number is added if nothing is left, or if two names would be equal up to upper and lower case.
     """
     plain = [re.sub(r"[^\w.]+", "-", name).strip("-.")[:60] for name in classnames]
     count = Counter(slug.lower() for slug in plain)
@@ -341,7 +341,7 @@ def slugs(classnames: list[str]) -> list[str]:
 
 
 def fingerprint(pictures: Pictures) -> str:
-    """Tells whether images were made from these real pictures, by what they hold."""
+    """A hash of the content of the real images, which shows whether images were made from them."""
     source = pictures.source
     if not isinstance(source, torch.Tensor):
         source = pictures.digests or digests(pictures)

@@ -1,9 +1,9 @@
-"""Captions by LLaVA-1.5, told the class.
+"""Captions by LLaVA-1.5, whose question names the class.
 
-Liu et al., "Improved Baselines with Visual Instruction Tuning", arXiv:2310.03744, by transformers.
-The question is put in the chat template that comes with the model's processor: another format (one
-is easily made up) silently gives worse captions. On a GPU the language model's weights are 4-bit
-(nf4, bitsandbytes), 4.8 GB in all in place of 14; the small image tower stays in 16 bits.
+Liu et al., "Improved Baselines with Visual Instruction Tuning", arXiv:2310.03744, in transformers.
+The question uses the chat template of the model's processor; another format would give worse
+captions without an error. On a GPU the language model's weights are 4-bit (nf4, bitsandbytes), 4.8
+GB in all instead of 14; the small image tower stays in 16 bits.
 """
 
 import torch
@@ -18,7 +18,7 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 class Llava:
     """captioner(pictures, class names, seeds) -> captions.
 
-    A caption follows from its own picture, name and seed: not (but for rounding) from the batch.
+    A caption depends only on its image, name and seed, not (except for rounding) on the batch.
     """
 
     def __init__(self, name: str, options, device: str):
@@ -36,7 +36,7 @@ class Llava:
             placed["device_map"] = "auto" if options.offload else device
             placed["quantization_config"] = four_bits(options.offload)
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
-        self.processor.tokenizer.padding_side = "left"  # so that all rows end where answers begin
+        self.processor.tokenizer.padding_side = "left"  # so that all answers start together
         self.model = transformers.LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float16 if cuda else torch.float32, **placed
         ).eval()
@@ -61,7 +61,7 @@ class Llava:
         answers = self.model.generate(
             **inputs,
             max_new_tokens=self.options.caption_tokens,
-            do_sample=False,  # the likeliest word, after `sampler` has made that a random one
+            do_sample=False,  # `sampler` turns the largest logit into a random sample
             num_beams=1,
             logits_processor=[sampler(seeds, self.options.temperature)],
         )
@@ -71,24 +71,24 @@ class Llava:
 
 
 def four_bits(offload: bool = False):
-    """How LLaVA is loaded on a GPU: nf4 for the linear layers of its language model's blocks."""
+    """LLaVA on a GPU: nf4 for the linear layers in the blocks of its language model."""
     import transformers
 
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float16,
-        # Patterns of whole names; without them all but lm_head would be 4-bit, what sees too.
+        # Patterns of full names; without them everything but lm_head would be 4-bit.
         llm_int8_skip_modules=[".*vision_tower", ".*multi_modal_projector", "lm_head"],
         llm_int8_enable_fp32_cpu_offload=offload,
     )
 
 
 def sampler(seeds: list[int], temperature: float):
-    """Makes the largest logit of row i a sample of softmax(logits / temperature), by seeds[i].
+    """Make the largest logit of row i a sample of softmax(logits / temperature), with seeds[i].
 
-    By the Gumbel trick: argmax(z + g), where g = -log(exponential noise), has the distribution
-    softmax(z). Each row has a generator of its own, so neighbours in a batch change nothing.
+    The Gumbel trick: argmax(z + g), where g = -log(exponential noise), has the distribution
+    softmax(z). Each row has its own generator, so that the rest of the batch does not matter.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 

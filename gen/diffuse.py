@@ -1,9 +1,9 @@
-"""Pictures repainted by a diffusion model.
+"""Repaint images with a diffusion model.
 
 Image-to-image (SDEdit: Meng et al., arXiv:2108.01073) with a latent diffusion model (Rombach et
-al., arXiv:2112.10752), by diffusers. A real picture x is encoded, covered with noise up to step
-s·N of N, and denoised from there under a prompt, by DPM-Solver++ (Lu et al., arXiv:2211.01095). At
-strength s = 15/20 the layout of x is left, and little else.
+al., arXiv:2112.10752), in diffusers. A real image x is encoded, covered with noise up to step s·N
+of N, and denoised from there under a prompt with DPM-Solver++ (Lu et al., arXiv:2211.01095). At
+strength s = 15/20 little more than the layout of x remains.
 """
 
 import torch
@@ -13,9 +13,9 @@ from gen.pretrained import locate, quiet
 
 
 class Diffusion:
-    """painter(pictures, prompts, seeds) -> pictures, square, of the model's own size.
+    """painter(images, prompts, seeds) -> square images of the model's own size.
 
-    One generator a picture, so a batch of n equals n batches of one, but for rounding.
+    Each image has its own generator, so a batch of n equals n batches of one, except for rounding.
     """
 
     def __init__(self, name: str, options, device: str):
@@ -28,7 +28,7 @@ class Diffusion:
         self.pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(
             folder, dtype=torch.float16 if cuda else torch.float32
         )
-        if hasattr(self.pipe, "unet"):  # newer families bring a solver of their own kind
+        if hasattr(self.pipe, "unet"):  # newer families have a solver of their own
             self.pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
                 self.pipe.scheduler.config, algorithm_type="dpmsolver++"
             )

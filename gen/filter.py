@@ -1,6 +1,6 @@
-"""What is kept: images in which a model recognises their class.
+"""The filter: it keeps images in which a model recognises their class.
 
-Any method that classifies serves: zero-shot CLIP, as published, or one tuned on the real images.
+Any method can be the filter: zero-shot CLIP, as published, or a method trained on the real images.
 """
 
 import torch
@@ -11,7 +11,7 @@ from clip_min import crop, normalize
 
 
 class Filter:
-    """A method as a judge. name, revision: recorded with every image it judges."""
+    """A method as the filter. name, revision: recorded with each image it judges."""
 
     def __init__(self, method, name: str, revision: str):
         self.method, self.name, self.revision = method, name, revision
@@ -19,7 +19,7 @@ class Filter:
     def __call__(self, images: list[Image.Image], labels: list[int]) -> tuple[list[int], list]:
         """-> the class of the largest logit of each image, and its margin.
 
-        margin: the right class's logit minus the largest other one; above 0 where it is recognised.
+        margin: the logit of the right class minus the largest other one; above 0 if recognised.
         """
         clip = self.method.clip
         pixels = torch.stack([crop(image, clip.config) for image in images])

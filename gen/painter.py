@@ -1,14 +1,14 @@
 """A captioner and a painter for the demo task: offline, in milliseconds, and sometimes wrong.
 
-They stand in for LLaVA and Stable Diffusion, with the same interface. The demo world draws every
-picture from a species and a row of dice (fewshot/demo.py), so here
+They replace LLaVA and Stable Diffusion, with the same interface. The demo draws each picture from a
+species and a row of random numbers, its dice (fewshot/demo.py). Here
 
-    to look at a picture   is to find which of the training pictures it is
-    to repaint it          is to roll some of its dice again: `strength` is the share rolled anew
-    to go wrong            is to paint another petal colour, shape or eye than the prompt says
+    looking at a picture   means finding which training picture it is
+    repainting it          means rolling some of its dice again; `strength` is their share
+    making a mistake       means painting another petal colour, shape or eye than the prompt says
 
-A real diffusion model errs in more ways, and its pictures differ from photos in ways these do not:
-they come from the renderer that made the task.
+A real diffusion model makes more kinds of mistakes, and its pictures look less like photos than
+these, which come from the task's own renderer.
 """
 
 import functools
@@ -21,7 +21,7 @@ from torchvision.transforms import functional as tv
 from clip_min import UserError
 from fewshot import demo
 
-WRONG = 0.25  # share of repainted pictures with one look changed
+WRONG = 0.25  # share of repainted pictures with a mistake
 LOOKS = (demo.PETALS, list(demo.SHAPES), demo.EYES)
 SPECIES = re.compile("({}) ({}) with a ({}) eye".format(*map("|".join, LOOKS)))
 
@@ -66,11 +66,11 @@ class DemoPainter:
     def redraw(
         self, image: Image.Image, prompt: str, seed: int
     ) -> tuple[demo.Species, torch.Tensor]:
-        """-> what is painted, and its dice (DICE,)."""
+        """-> the species to paint, and its dice (DICE,)."""
         found = SPECIES.search(prompt)
         if not found:
             raise UserError(
-                f"--painter demo: paints the demo's flowers alone, and the prompt {prompt!r} names "
+                f"--painter demo: paints only the demo's flowers, but the prompt {prompt!r} names "
                 "none; give a diffusion model"
             )
         generator = torch.Generator().manual_seed(seed)
@@ -83,9 +83,9 @@ class DemoPainter:
 
 
 def _another(species: demo.Species, generator: torch.Generator) -> demo.Species:
-    """The same flower but for one look."""
+    """The same flower with a mistake in petal colour, shape or eye."""
     look = int(torch.randint(3, (), generator=generator))
-    others = [kind for kind in LOOKS[look] if kind not in species]  # nor an eye of petal colour
+    others = [kind for kind in LOOKS[look] if kind not in species]  # not an eye of petal colour
     other = others[int(torch.randint(len(others), (), generator=generator))]
     return species._replace(**{species._fields[look]: other})
 
@@ -101,7 +101,7 @@ def _album() -> dict[bytes, torch.Tensor]:
 def _look_up(album: dict[bytes, torch.Tensor], image: Image.Image) -> torch.Tensor:
     if (key := image.tobytes()) not in album:
         raise UserError(
-            "--captioner and --painter demo: know the demo's own training pictures alone, and this "
+            "--captioner and --painter demo: know only the demo's own training pictures, and this "
             "is none of them; give a LLaVA and a diffusion model"
         )
     return album[key]

@@ -1,10 +1,10 @@
-"""How many images of each class are made, and from what; nothing here depends on what ran before.
+"""Plan how many images of each class to make, and from what; this depends only on the arguments.
 
-    uniform   per_class images of every class
+    uniform   per_class images of each class
     f1        the same, but only of classes whose validation F1 is below a threshold
-    deficit   n_k in proportion to 1 - F1_k, as many in all as uniform
+    deficit   n_k proportional to 1 - F1_k, with the same total as uniform
 
-f1 is the improved DISEF's plan, by zero-shot CLIP's F1 (there: 23 of 51 classes).
+f1 is the plan of the improved DISEF, with zero-shot CLIP's F1 (there: 23 of 51 classes).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from gen.settings import Generation
 
 
 def plan(options: Generation, classnames: list[str], f1: Tensor | None) -> dict:
-    """Images to make of each class. f1 (K,), float64 from 0 to 1, is read by all but uniform."""
+    """Images to make of each class. f1 (K,), float64 from 0 to 1; uniform does not read it."""
     counts = [options.per_class] * len(classnames)
     if options.plan == "f1":
         counts = [
@@ -29,9 +29,9 @@ def plan(options: Generation, classnames: list[str], f1: Tensor | None) -> dict:
 
 
 def shares(total: int, weights: list[float]) -> list[int]:
-    """`total` things shared out in proportion to `weights`, by the largest remainders.
+    """Divide `total` in proportion to `weights`, by the largest remainders.
 
-    shares(10, [1, 1, 2]) is [3, 2, 5]: 2.5, 2.5 and 5, and the one left over goes to the first.
+    shares(10, [1, 1, 2]) is [3, 2, 5]: 2.5, 2.5 and 5, and the remaining one goes to the first.
     """
     if sum(weights) == 0:
         weights = [1.0] * len(weights)
@@ -44,14 +44,14 @@ def shares(total: int, weights: list[float]) -> list[int]:
 
 
 def seed_of(*parts) -> int:
-    """A seed, 32 bits, that follows from `parts` alone: seed_of(1, "rose", 7)."""
+    """A 32-bit seed computed from `parts`: seed_of(1, "rose", 7)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
 
 
 def draw(seed: int, pictures: int, captions: int) -> tuple[int, int, int]:
-    """-> which picture is captioned, with which of its captions, and which one is repainted.
+    """-> the index of the image that is captioned, of its caption, and of the image to repaint.
 
-    Two different pictures of the class, or the same one where there is only one.
+    The two images differ, unless the class has only one.
     """
     dice = torch.Generator().manual_seed(seed)
     order = torch.randperm(pictures, generator=dice).tolist()

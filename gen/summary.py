@@ -1,4 +1,4 @@
-"""What generation shows at its end: a table of the classes, and a sheet of pictures."""
+"""The summary of generate.py: a table of the classes, and a sheet of images."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from clip_min.files import replacing
 from fewshot.pictures import Pictures, open_image
 from gen.books import DONE, Attempt, Manifest
 
-CELL, LABEL = 96, 16  # pixels: a picture's side, the height of a line of text
-CLASSES, KEPT, REJECTED = 8, 6, 3  # on the sheet: classes, and of each so many images
+CELL, LABEL = 96, 16  # pixels: side of an image, height of a line of text
+CLASSES, KEPT, REJECTED = 8, 6, 3  # on the sheet: classes, and images of each
 FRAME = {"kept": "seagreen", "waived": "goldenrod", "rejected": "firebrick"}
 
 
 def table(manifest: Manifest) -> str:
-    """A line a class: kept, rejected, waived; share of attempts the filter passed; seconds."""
+    """A line for each class: kept, rejected, waived; share accepted by the filter; seconds."""
     counts = [manifest.count(state) for state in ("kept", "rejected", "waived")]
     names = [name for name, quota in manifest.plan["quotas"].items() if quota]
     rows = {name: [count[name] for count in counts] for name in names}
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)] or [0, 0, 0]
-    # Every attempt costs about the same, so the time is shared out by attempts.
+    # Attempts cost about the same, so time is divided by their number.
     each = sum(manifest.seconds.values()) / max(sum(rows["all"]), 1)
     width = max(len(name) for name in rows) + 2
     lines = [f"{'':<{width}}    kept  rejected  waived  accepted  s/image"]
@@ -32,9 +32,10 @@ def table(manifest: Manifest) -> str:
 
 
 def contact_sheet(manifest: Manifest, pictures: Pictures, path: Path) -> None:
-    """Of the first classes: each synthetic image under the real picture it was painted over.
+    """For the first classes: each synthetic image below the real image it was painted over.
 
-    Green: kept; yellow: kept because the filter was waived; red: rejected. pictures: the real ones.
+    Green: kept; yellow: kept because the filter was waived; red: rejected. pictures: the real
+    images.
     """
     numbers = {pictures.name(i): i for i in range(len(pictures))}
     shown = [name for name, quota in manifest.plan["quotas"].items() if quota][:CLASSES]

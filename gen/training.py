@@ -1,4 +1,4 @@
-"""Synthetic images as training pictures."""
+"""Synthetic images as training images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,10 @@ from gen.books import Manifest, fingerprint
 
 
 def finished(folder: Path, experiment: Experiment, task: Task, settings, filter) -> Manifest:
-    """The books of a folder that has all its images, made from this task's training pictures.
+    """The records of a complete folder of images, made from this task's training images.
 
-    settings: DISEF's, whose plan, filter and per_class must be the folder's, as a run records them.
-    filter: "zero_shot", or the folder of a run that filters, for a message.
+    settings: DISEF's; its plan, filter and per_class must be the folder's, since a run records
+    them. filter: "zero_shot", or the folder of a run that filters, for a message.
     """
     root = f"--data-root {experiment.data_root} " if experiment.data_root else ""
     command = (
@@ -27,7 +27,7 @@ def finished(folder: Path, experiment: Experiment, task: Task, settings, filter)
         f"--synthetic {folder}"
     )
     if not (folder / "settings.json").exists():
-        raise UserError(f"{folder}: there are no synthetic images yet; make them first: {command}")
+        raise UserError(f"{folder}: has no synthetic images yet; make them first: {command}")
     manifest = Manifest.open(folder)
     wanted = {"plan": settings.plan, "filter": settings.filter}
     manifest.check_settings({**made_from(experiment, task), **wanted})
@@ -35,19 +35,19 @@ def finished(folder: Path, experiment: Experiment, task: Task, settings, filter)
     each = sum(quotas) // len(quotas) if settings.plan == "deficit" else max(quotas)
     if each not in (0, settings.per_class):  # 0: no class is weak
         raise UserError(
-            f"{folder}: has {each} images a class, not {settings.per_class}; add --per-class "
+            f"{folder}: has {each} images of each class, not {settings.per_class}; add --per-class "
             f"{each}, or make the others: {command}"
         )
     if missing := manifest.missing():
         raise UserError(
-            f"{folder}: {missing} images are still to be made; go on with: {command} and the flags "
-            "it was begun with"
+            f"{folder}: {missing} images are still missing; continue with: {command} and the flags "
+            "that started it"
         )
     return manifest
 
 
 def made_from(experiment: Experiment, task: Task) -> dict:
-    """What ties images to a task: others may have been painted over its test pictures."""
+    """What ties images to a task. Images of another task may show this task's test images."""
     return {
         **{key: getattr(experiment, key) for key in ("dataset", "classes", "shots", "seed")},
         "classnames": task.classnames,
@@ -56,7 +56,7 @@ def made_from(experiment: Experiment, task: Task) -> dict:
 
 
 def join(train: Batches, manifest: Manifest) -> Batches:
-    """The real pictures, and the synthetic ones to train on."""
+    """The real images and the synthetic ones, to train on."""
     chosen = manifest.chosen()
     if not chosen:
         return train

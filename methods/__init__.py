@@ -1,6 +1,6 @@
 """The methods by name, in the order a learner may read them: each file adds one idea."""
 
-from methods.base import Method, Settings, TrainingSettings
+from methods.base import BaseSettings, Method, TrainingSettings
 from methods.clip_adapter import ClipAdapter
 from methods.cocoop import CoCoOp
 from methods.coop import CoOp
@@ -47,4 +47,4 @@ METHODS: dict[str, type[Method]] = {
     "transclip": TransCLIP,
 }
 
-__all__ = ["METHODS", "Method", "Settings", "TrainingSettings"]
+__all__ = ["METHODS", "Method", "BaseSettings", "TrainingSettings"]

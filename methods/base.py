@@ -1,9 +1,10 @@
-"""What every adaptation method is: a CLIP, a list of class names, and something learned.
+"""What every adaptation method is: a CLIP, a list of class names, and learned parameters.
 
-A method turns a batch into logits, B images by K classes: `encode` computes what stays as it is
-while the method learns, `classify` the rest. It owns its parameters and knows its hyperparameters,
-but not where images come from, how they are batched, or what is measured: that is the experiment's
-(fewshot/). To add one, write a file (prolip.py is short) and name it in methods/__init__.py.
+A method turns a batch of B images into logits for K classes (B, K), in two halves: `encode`
+computes what does not change during training, `classify` the rest. A method owns its parameters and
+its hyperparameters. Where images come from, how they are batched and what is measured belongs to
+the experiment (fewshot/). To add a method, write a file (prolip.py is short) and name it in
+methods/__init__.py.
 """
 
 import contextlib
@@ -28,13 +29,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Hyperparameters of a method: fields annotated with their meaning, which become its flags."""
+class BaseSettings:
+    """Hyperparameters of a method. Each field becomes a flag, and its annotation the help text."""
 
-    # Field -> the least and the most it may be. Checked first: a value out of range would fail
-    # after minutes of work, or, worse, train.
+    # Field -> its smallest and largest value. Checked at once: a value out of range would otherwise
+    # fail after minutes of work or, worse, train.
     limits: ClassVar[dict[str, tuple[float, float]]] = {}
-    # Field -> what reads its value from a text or file that is given for it.
+    # Field -> the function that reads its value from a given text or file.
     readers: ClassVar[dict[str, Callable]] = {}
 
     def __post_init__(self):
@@ -46,59 +47,59 @@ class Settings:
             if isinstance(value, int | float) and not least <= value <= most:
                 expected = f"{least} or more" if most == inf else f"{least} to {most}"
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
-        expect_fields(self)  # a config that is read back may hold anything
+        expect_fields(self)  # a config file that is read back may hold anything
 
 
 Augment = Literal["none", "crop-flip", "random-crop", "randaugment", "randaugment-crop"]
 
 
 @dataclass(frozen=True)
-class TrainingSettings(Settings):
+class TrainingSettings(BaseSettings):
     """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
 
     optimizer: Annotated[Literal["adamw", "sgd"], "AdamW, or SGD with momentum 0.9"] = "adamw"
     lr: Annotated[float, "peak learning rate"] = 2e-4
     weight_decay: Annotated[float, "weight decay (AdamW's is decoupled)"] = 1e-2
-    epochs: Annotated[int, "passes over the training images, at most"] = 15
-    min_steps: Annotated[int, "gradient steps at least, however few make an epoch"] = 0
-    steps_per_shot: Annotated[int, "if not 0: train this many steps x shots, whatever epochs"] = 0
-    batch_size: Annotated[int, "images in one step"] = 32
-    drop_last: Annotated[bool, "leave out the last batch of an epoch, if it is not full"] = False
-    schedule: Annotated[Literal["epoch", "step"], "the cosine moves once per epoch or step"] = (
-        "epoch"
-    )
+    epochs: Annotated[int, "epochs to train, at most: passes over the training images"] = 15
+    min_steps: Annotated[int, "gradient steps to train at least, even beyond --epochs"] = 0
+    steps_per_shot: Annotated[int, "if not 0: steps to train per shot, instead of --epochs"] = 0
+    batch_size: Annotated[int, "images in a gradient step"] = 32
+    drop_last: Annotated[bool, "skip the last batch of an epoch if it is not full"] = False
+    schedule: Annotated[
+        Literal["epoch", "step"], "lower the learning rate after each epoch, or each step (cosine)"
+    ] = "epoch"
     min_lr: Annotated[float, "learning rate at the end of the cosine"] = 0.0
-    warmup_epochs: Annotated[int, "first epochs, before the cosine starts at its peak"] = 0
-    warmup_steps: Annotated[int, "the same, counted in steps: with --schedule step"] = 0
+    warmup_epochs: Annotated[int, "epochs of warmup, before the cosine"] = 0
+    warmup_steps: Annotated[int, "steps of warmup, before the cosine: with --schedule step"] = 0
     warmup: Annotated[
         Literal["constant", "linear", "proportional"],
-        "in these the rate is --warmup-lr, or rises from it to --lr, or is the share of --lr that "
-        "is the share of these",
+        "learning rate during warmup: --warmup-lr; or rising from it to --lr; or --lr times the "
+        "share of the warmup that is done",
     ] = "constant"
-    warmup_lr: Annotated[float, "learning rate of these, or of the first"] = 1e-5
-    validations: Annotated[int, "times to validate, evenly spread; 0: after each epoch"] = 0
-    patience: Annotated[int, "validations in a row without a better one to stop; 0: never"] = 3
+    warmup_lr: Annotated[float, "learning rate of the warmup, or at its start"] = 1e-5
+    validations: Annotated[int, "number of validations, evenly spread; 0: one an epoch"] = 0
+    patience: Annotated[int, "stop after so many validations without improvement; 0: never"] = 3
     keep: Annotated[
         Literal["best", "latest-best", "last", "mean"],
-        "weights that are kept: the best on validation, the first or the latest of equally good "
-        "ones, the last, or the mean of those after each epoch (or --validations)",
+        "weights to keep: the best on validation (if several are, the first, or latest-best: the "
+        "latest); the last; or the mean over all epochs (or --validations)",
     ] = "best"
     grid: Annotated[
         str,
-        "numbers to choose by validation: 'lr=1e-3,1e-4 weight_decay=0,0.01' trains with each of "
-        "the four pairs, and keeps the best",
+        "settings to choose on validation: 'lr=1e-3,1e-4 weight_decay=0,0.01' trains with each of "
+        "the four pairs and keeps the best",
     ] = ""
     clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
     eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
     balance: Annotated[
-        bool, "weigh each class in the loss by 1 / its training images, so that rare ones count"
+        bool, "weight each class in the loss by 1 / its number of training images"
     ] = False
     augment: Annotated[
         Augment,
         "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip; "
-        "random-crop: resized to 8/7 of the size, a random crop of the size, and flip; "
+        "random-crop: resize to 8/7 of the input size, then random crop of that size and flip; "
         "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719; "
-        "randaugment-crop: RandAugment of the whole picture, then random resized crop",
+        "randaugment-crop: RandAugment of the whole image, then random resized crop",
     ] = "none"
 
     limits = {
@@ -114,15 +115,15 @@ class TrainingSettings(Settings):
         super().__post_init__()
         if self.warmup_steps and self.schedule == "epoch":
             raise UserError(
-                f"--warmup-steps {self.warmup_steps}: the rate changes once an epoch; add "
-                "--schedule step, or give --warmup-epochs"
+                f"--warmup-steps {self.warmup_steps}: the learning rate changes only after each "
+                "epoch; add --schedule step, or give --warmup-epochs"
             )
         for point in self.points() if self.grid else ():
-            replace(self, grid="", **point)  # in range
+            replace(self, grid="", **point)  # raises if out of range
 
-    def points(self) -> list[dict[str, float]]:
+    def points(self) -> list[dict]:
         """The combinations of the values in `grid`: [{"lr": 1e-3, "weight_decay": 0.0}, …]."""
-        kinds = {f.name: type(f.default) for f in fields(TrainingSettings)}
+        kinds: dict[str, type] = {f.name: type(f.default) for f in fields(TrainingSettings)}
         numbers: dict[str, list] = {}
         try:
             for axis in self.grid.split():
@@ -132,16 +133,16 @@ class TrainingSettings(Settings):
                 numbers[name] = [kinds[name](text) for text in texts.split(",")]
         except (KeyError, ValueError):
             raise UserError(
-                f"--grid: {axis!r} is not a setting's name with numbers for it; expected, for "
-                "example, lr=1e-3,1e-4 or batch_size=8,32"
+                f"--grid: {axis!r} is not the name of a setting with numbers; give, for example, "
+                "lr=1e-3,1e-4 or batch_size=8,32"
             ) from None
         points = itertools.product(*numbers.values())
         return [dict(zip(numbers, point, strict=True)) for point in points]
 
 
-# For pictures that no published recipe is for. Few classes make an epoch of one or two steps, so
-# training is as long as its steps say: enough for 2 classes, and ten epochs of 500. Ten
-# validations, whatever its length. Methods whose step costs little take more of them.
+# For data without a published recipe. With few classes an epoch is only one or two steps, so the
+# length has a minimum in steps: enough for 2 classes, while 500 classes train ten epochs. There are
+# ten validations, whatever the length. Methods with cheap steps raise the minimum.
 DEFAULT = {"epochs": 10, "min_steps": 400, "schedule": "step", "validations": 10}
 DEFAULT |= {"patience": 0, "keep": "latest-best"}
 
@@ -149,51 +150,52 @@ DEFAULT |= {"patience": 0, "keep": "latest-best"}
 class Method(nn.Module):
     """Base class: zero-shot CLIP, in the two halves that every method has.
 
-        encode(images)   what never changes while the method learns: computed once, and kept
-        classify(x)      what learns: encoded images -> logits (B, K)
+        encode(images)   the frozen part: computed once for each image, then stored
+        classify(x)      the part that learns: encoded images -> logits (B, K)
 
-    clip: the model. The method makes a tree of modules of its own over its tensors (`self.clip`),
-    puts its parts there, and leaves the lent one as it is: other methods may use it, too.
+    clip: the model. The method makes a module tree of its own (`self.clip`) that shares the model's
+    tensors, and adds its parts there. It never changes the lent model, which other methods may use.
     classnames: K names; template: a text with one {} for the name.
 
-    A subclass calls super().__init__ first and then adds its parameters, so `prompt_tree`, called
-    from there, may read `settings` and `classnames`, but nothing that is learned.
+    A subclass first calls super().__init__, then adds its parameters. `prompt_tree` is called from
+    that __init__, so it may read `settings` and `classnames`, but no learned parameter.
     """
 
     title: ClassVar[str] = ""  # one line for --help
-    Settings: ClassVar[type] = Settings
+    Settings: ClassVar[type[BaseSettings]] = BaseSettings
     # Name -> settings that differ from the defaults above.
-    # "default": for pictures of one's own; "paper": as published; "notebook": the course notebook's
-    # that the README quotes, taken on its data set, flowers102; "demo": taken on the demo task.
+    # "default": for your own images; "paper": as published; "notebook": from the course notebook
+    # that the README quotes, used on its data set, flowers102; "demo": used on the demo task.
     recipes: ClassVar[dict[str, dict]] = {"default": {}}
-    demo_model: ClassVar[dict] = {}  # changes to "default" on the demo's small model
-    names_unseen: ClassVar[bool] = True  # can it classify among classes it was not trained on?
-    logits_apart: ClassVar[bool] = True  # does a class's logit depend on image and class alone?
-    reaches_unseen: ClassVar[bool] = True  # does what it learns change how it names those?
-    transductive: ClassVar[bool] = False  # does classify label the images of a batch jointly?
+    demo_model: ClassVar[dict] = {}  # changes to "default" for the demo's small model
+    names_unseen: bool = True  # can it classify among classes it was not trained on?
+    logits_apart: bool = True  # does a class's logit depend only on the image and that class?
+    reaches_unseen: ClassVar[bool] = True  # does training change its logits for unseen classes?
+    transductive: ClassVar[bool] = False  # does `classify` label the images of a batch jointly?
     zero_shot_state: Callable | None = None  # () -> learned tensors of zero-shot CLIP; wise_ft.py
-    starts_over: ClassVar[bool] = False  # does `fit` set all it learns, whatever it was before?
-    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # what of `adapter_state` is not decayed
-    lr_factors: ClassVar[dict[str, float]] = {}  # what of it learns at so many times the rate
+    starts_over: ClassVar[bool] = False  # does `fit` ignore the values that it starts from?
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # tensors of `adapter_state` without it
+    lr_factors: dict[str, float] = {}  # tensors of `adapter_state` that learn at a multiple of --lr
     first_stage: float | None = None  # share of the steps before the loop calls `second_stage`
-    first_block: int | None = None  # of the image tower that learns; None: the tower is frozen
-    text_learns: bool = False  # do class features change while it learns?
-    class_weights: Tensor | None = None  # (K,), of --balance: set by the loop before it starts
-    step = 0  # of training, from 0: set by the loop before it asks for the loss of that step
-    place, whole = 0, None  # where processes share a batch: of the first image; targets of them all
-    loss_is_mean: bool = True  # over images? else none of them can take a part of a batch
-    _inferring, _text = False, None  # see `inference`; class features that are kept
+    first_block: int | None = None  # first block of the image tower that learns; None: none does
+    text_learns: bool = False  # do class features change during training?
+    class_weights: Tensor | None = None  # (K,), for --balance: set by the loop before it starts
+    step = 0  # the gradient step, from 0: set by the loop before it calls `loss`
+    # Where processes share a batch: the number of its first image here; the targets of them all.
+    place, whole = 0, None
+    loss_is_mean: bool = True  # over images? Else processes cannot share a batch.
+    _inferring, _text = False, None  # see `inference`; the stored class features
 
     @classmethod
     def preset(cls, recipe: str, model: str) -> dict:
-        """The settings of a recipe; of the default one, those that fit this model."""
+        """The settings of a recipe; the default recipe depends on the model."""
         small = cls.demo_model if (recipe, model) == ("default", "demo") else {}
         return {**cls.recipes[recipe], **small}
 
-    def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: Settings):
+    def __init__(self, clip: CLIP, classnames: list[str], template: str, settings: BaseSettings):
         super().__init__()
-        self.lent = (clip,)  # in a tuple, for its parameters are not this module's
-        # Modules of its own over the same tensors, frozen: deepcopy takes these as copied already.
+        self.lent = (clip,)  # a tuple hides it from nn.Module: its parameters are not this module's
+        # A copy of the modules that shares the tensors, frozen: deepcopy takes these as copied.
         tensors = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}
         self.clip = copy.deepcopy(clip, tensors)
         self.templates = getattr(settings, "templates", ()) or (template,)
@@ -201,13 +203,13 @@ class Method(nn.Module):
         self.set_classes(classnames)
 
     def set_classes(self, classnames: list[str]) -> None:
-        """Make `classnames` the K classes that classify chooses from."""
+        """Set the K classes that `classify` chooses from."""
         self.classnames = list(classnames)
         self.prompts = self.prompt_tree().to(self.clip.device)
         self._text = None
 
     def written_prompts(self) -> list[list[str]]:
-        """The prompts of each class: those written for it, or one of each template."""
+        """The prompts of each class: those written for it, or one for each template."""
         if prompts := getattr(self.settings, "prompts", None):
             return class_texts(self.classnames, prompts)
         if bad := [template for template in self.templates if "{}" not in template]:
@@ -218,20 +220,20 @@ class Method(nn.Module):
         """The prompts of the classes, class after class: J in all."""
         return PromptTree(tokenize(list(itertools.chain(*self.written_prompts()))))
 
-    # ------------------------------------------------------------------- images, to logits
+    # ------------------------------------------------------------------- images to logits
 
     @property
     def encoder(self) -> tuple | None:
-        """Names what `encode` computes, so that it can be kept; None: it hands images on."""
+        """A key for what `encode` computes, to store it under; None: it returns the images."""
         if self.first_block == 0:
             return None
-        dtype = str(self.clip.visual.proj.dtype)  # it may compute in another one than the lent CLIP
+        dtype = str(self.clip.visual.proj.dtype)  # may differ from the lent CLIP's
         return fingerprint(self.lent[0].visual), self.first_block, dtype
 
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, n, n), normalised -> what is frozen of the way to the logits: features
-        (B, E); where the last blocks of the image tower learn, tokens (B, T, D) before the first
-        of these; where all do, the images.
+        """images (B, 3, n, n), normalised -> the output of the frozen part: features (B, E) if the
+        image tower is frozen; the tokens (B, T, D) before its first block that learns; the images
+        themselves if all blocks learn.
         """
         if self.first_block == 0:
             return images
@@ -257,14 +259,14 @@ class Method(nn.Module):
         return self.clip.visual.finish(x, self.first_block)
 
     def text_features(self) -> Tensor:
-        """One text feature per class (K, E): of several, W_k = mean_j norm(text(prompt_kj))."""
+        """A text feature for each class (K, E); of several prompts mean_j norm(text(prompt_kj))."""
         x = self.prompts(self.clip)  # (J, E)
         if len(x) == len(self.classnames):
             return x
         return mean_per_class(F.normalize(x, dim=-1), self.written_prompts())  # (K, E)
 
     def class_features(self) -> Tensor:
-        """`text_features`, computed once where nothing in them learns, and in `inference`."""
+        """`text_features`, computed only once if they do not learn, or within `inference`."""
         if self.text_learns and not self._inferring:
             return self.text_features()
         if self._text is None:
@@ -273,40 +275,39 @@ class Method(nn.Module):
         return self._text
 
     def matrix(self) -> dict[str, Tensor]:
-        """What the logits of an image feature f (E,) come to, for export: weight (K, E), with
-        logit_scale s, if they are s · norm(f) · weightᵀ, or with bias (K,), if they are
-        f · weightᵀ + bias.
+        """The classifier of image features f (E,), for export: weight (K, E), with logit_scale s if
+        logits are s · norm(f) · weightᵀ, or with bias (K,) if they are f · weightᵀ + bias.
         """
         rows = F.normalize(self.class_features(), dim=-1)
         return {"weight": rows, "logit_scale": self.clip.logit_scale.exp()}
 
     def float32(self) -> torch.autocast:
-        """A context without autocast, for logits: in 16 bits those of like classes would tie."""
+        """A context without autocast, for logits: in 16 bits similar classes would tie."""
         return torch.autocast(self.clip.device.type, enabled=False)
 
     # ---------------------------------------------------------------------------- learning
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """What a gradient step lowers; cross-entropy. x (B, …) encoded, labels (B,) -> scalar."""
+        """The loss of a gradient step: cross-entropy. x (B, …) encoded, labels (B,) -> scalar."""
         return F.cross_entropy(self.classify(x), labels, self.class_weights)
 
     def fit(self, train, val, descend: Callable) -> None:
-        """Learn from `train`, choosing by `val`. Default: `descend`, the gradient loop, if anything
-        is learned. A method with a closed form overrides this and does not call `descend`.
+        """Learn from `train`; make choices on `val`. By default this calls `descend`, the gradient
+        loop, if the method has parameters to learn. A closed form overrides it.
 
-        Both are `Batches`: labels (N,), encoded(method) (N, …) and images(chosen) (B, 3, n, n),
-        `chosen` being B numbers of pictures.
+        `train` and `val` are `Batches`: labels (N,), encoded(method) (N, …) and images(chosen)
+        (B, 3, n, n), where `chosen` holds B indices of images.
         """
         if self.adapter_state():
             descend(self, train, val)
 
     def round_weight(self, progress: float) -> float:
-        """What the tensors after this share of training, of 1, weigh where their mean is kept."""
+        """For --keep mean: the weight of the tensors after this share of training, 0 to 1."""
         return 1.0
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """While open: no gradients, no dropout, and class features are computed once."""
+        """A context without gradients and dropout, in which class features are computed once."""
         training = self.training
         self.eval()
         self._inferring = True
@@ -319,21 +320,21 @@ class Method(nn.Module):
             self.train(training)
 
     def for_classes(self, classnames: list[str]) -> "Method":
-        """The same learned parameters (the same tensors) for other class names."""
+        """The same learned tensors, shared, for other class names."""
         if not self.names_unseen:
             raise UserError(f"{type(self).__name__} cannot name classes it was not trained on")
-        other = copy.copy(self)  # shares every tensor; only the tables of names are its own
+        other = copy.copy(self)  # shares all tensors: only the tables of them are copied
         for table in ("_modules", "_parameters", "_buffers"):
             setattr(other, table, getattr(self, table).copy())
         other.set_classes(classnames)
         return other
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Exactly what is learned, by name: what is saved, and nothing else."""
+        """The learned tensors by name: exactly what a run saves."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def load_adapter(self, state: dict[str, Tensor]) -> None:
-        """Copy `state`, as `adapter_state` gave it, into this method; strict."""
+        """Copy `state`, from `adapter_state`, into this method. UserError unless all fits."""
         mine = self.adapter_state()
         problems = mismatches(state, mine)
         for name, tensor in () if problems else state.items():

@@ -1,13 +1,13 @@
 """The prompts of each class: its name in every template, or texts written for it alone.
 
-A template says the same of every class. Texts written for each class may say what it looks like, or
-what kind of thing it is, and such texts name the right class more often (CuPL: Pratt et al., "What
-does a platypus look like?", arXiv:2209.03320). `--prompts FILE` reads them:
+A template says the same about every class. Texts written for a class can say what it looks like or
+what kind of thing it is, which improves accuracy (CuPL: Pratt et al., "What does a platypus look
+like?", arXiv:2209.03320). `--prompts FILE` reads them:
 
     {"rose":       ["a photo of a rose, a kind of flower.", "a rose has thorns."],
      "tiger lily": ["a photo of a tiger lily: orange petals with dark spots."]}
 
-A class's text feature is the mean of its prompts on the unit sphere, however many there are.
+A class's text feature is the mean of its prompts' features on the unit sphere.
 """
 
 import difflib
@@ -33,9 +33,9 @@ def spoken(name: str) -> str:
 
 
 def read_prompts(given: str | Prompts | None) -> Prompts | None:
-    """A JSON file's name, or what such a file holds -> texts by class name, checked; "" -> None.
+    """The name of a JSON file, or its content -> texts by class name, checked; "" -> None.
 
-    What the file holds stands in for its name, so that a run does not depend on the file.
+    The settings keep the content instead of the name, so that a run does not depend on the file.
     """
     if not given:
         return None
@@ -48,7 +48,7 @@ def read_prompts(given: str | Prompts | None) -> Prompts | None:
     for key, texts in given.items():
         name = spoken(key)
         if name in prompts:
-            raise UserError(f"{where}: {name} is there twice; give all its texts in one list")
+            raise UserError(f"{where}: {name} occurs twice; give all its texts in one list")
         if not texts:
             raise UserError(f"{where}: {name} has no text; give one or more, or leave it out")
         for text in texts:
@@ -60,9 +60,9 @@ def read_prompts(given: str | Prompts | None) -> Prompts | None:
 
 
 def check_text(text: str, where: str) -> None:
-    """UserError unless there is a text, and the text tower can read it to its end."""
+    """UserError if a text is empty, or too long for the text tower."""
     if not text.strip():
-        raise UserError(f"{where}: {text!r} says nothing; write a text, or leave it out")
+        raise UserError(f"{where}: {text!r} is empty; write a text, or leave it out")
     length = len(tokenizer().encode(text)) + 2
     if length > LONGEST:
         raise UserError(
@@ -72,27 +72,27 @@ def check_text(text: str, where: str) -> None:
 
 
 def class_texts(classnames: Sequence[str], prompts: Prompts) -> list[list[str]]:
-    """The texts written for each of K classes. "{}" in them is the name."""
+    """The texts written for each of K classes. "{}" is the name."""
     if missing := [name for name in classnames if spoken(name) not in prompts]:
         others = prompts.keys() - {spoken(name) for name in classnames}
         near = difflib.get_close_matches(spoken(missing[0]), sorted(others), 1)
-        hint = f"; is {near[0]!r}, which has some, meant by the first?" if near else ""
+        hint = f"; did you mean {missing[0]} by {near[0]!r}?" if near else ""
         raise UserError(
             f"--prompts: no texts for {some(missing)}{hint}; every class that is learned or tested "
-            "needs its own, novel ones too"
+            "needs texts, also each novel class"
         )
     return [[t.replace("{}", name) for t in prompts[spoken(name)]] for name in classnames]
 
 
 def strangers(prompts: Prompts, classnames: Sequence[str]) -> list[str]:
-    """A note, if there are texts for names that are no classes: those names, and what is near."""
+    """A note, if there are texts for names that are not classes, with the nearest class names."""
     known = {spoken(name) for name in classnames}
     others = [name for name in prompts if name not in known]
     near = {name: difflib.get_close_matches(name, sorted(known), 1) for name in others[:20]}
     told = [name + (f" (near {near[name][0]})" if near.get(name) else "") for name in others]
-    return [f"--prompts: has texts for what is no class here: {some(told)}"] if told else []
+    return [f"--prompts: has texts for names that are not classes: {some(told)}"] if told else []
 
 
 def mean_per_class(x: Tensor, texts: list[list[str]]) -> Tensor:
-    """Features of all prompts, x (J, E), class after class -> the mean of each class's (K, E)."""
+    """Features of all prompts x (J, E), in order of class -> their mean for each class (K, E)."""
     return torch.stack([rows.mean(dim=0) for rows in x.split([len(own) for own in texts])])

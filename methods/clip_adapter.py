@@ -1,4 +1,4 @@
-"""CLIP-Adapter: a small network after a frozen tower, mixed with what it was given.
+"""CLIP-Adapter: a small network after a frozen tower, mixed with its input.
 
 Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", arXiv:2110.04544.
 On the feature f (E,) of an image, not normalised,
@@ -6,10 +6,10 @@ On the feature f (E,) of an image, not normalised,
     A(f) = relu(relu(f·W₁ᵀ)·W₂ᵀ)         W₁ (E/4, E), W₂ (E, E/4), no biases
     f'   = r·A(f) + (1 - r)·f            r = 0.2: most of CLIP's own feature stays
 
-and the rest is zero-shot CLIP. A second adapter may change the text features W in the same way
-(`--adapters both`, known from JCLIP), and r may be learned, as the sigmoid of a free number.
+and the rest is zero-shot CLIP. A second adapter can change the text features W in the same way
+(`--adapters both`, as in JCLIP), and r can be learned, as the sigmoid of a free number.
 
-The published code has no recipe of its own, and trains as CoOp's does; so does `--recipe paper`.
+The published code trains with CoOp's settings, and so does `--recipe paper`.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Adapter(nn.Module):
 
     @property
     def ratio(self) -> Tensor | float:
-        """r, fixed or learned."""
+        """The mixing ratio r, fixed or learned."""
         return self.fixed if self.free is None else self.free.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,16 +52,16 @@ class Adapter(nn.Module):
 
 @dataclass(frozen=True)
 class ClipAdapterSettings(TrainingSettings, TemplateSettings, DepthHeadSettings):
-    adapters: Annotated[Literal["image", "text", "both"], "features that are adapted"] = "image"
+    adapters: Annotated[Literal["image", "text", "both"], "features to adapt"] = "image"
     ratio: Annotated[float, "r, the share of the adapter's output; 0 is zero-shot CLIP"] = 0.2
-    learn_ratio: Annotated[bool, "learn r too, from that value on"] = False
-    reduction: Annotated[int, "E over the width between the layers"] = 4
+    learn_ratio: Annotated[bool, "learn r, starting from --ratio"] = False
+    reduction: Annotated[int, "E divided by the width between the two layers"] = 4
     limits = {**TrainingSettings.limits, "ratio": (0, 1), "reduction": (1, inf)}
 
     def __post_init__(self):
         super().__post_init__()
         if self.learn_ratio and not 0 < self.ratio < 1:
-            raise UserError(f"--ratio {self.ratio}: a learned r starts between 0 and 1, not at one")
+            raise UserError(f"--ratio {self.ratio}: --learn-ratio needs a start between 0 and 1")
 
 
 OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
@@ -85,7 +85,7 @@ class ClipAdapter(WithDepthHead):
         self.adapters = nn.ModuleDict({side: Adapter(*shape) for side in sides}).to(clip.device)
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Image features x (B, E) -> those of images (B, E) and texts (K, E), adapted."""
+        """Image features x (B, E) -> adapted features of images (B, E) and classes (K, E)."""
         features = {"image": x, "text": self.class_features()}
         for side, adapter in self.adapters.items():
             features[side] = adapter(features[side].float())

@@ -1,17 +1,17 @@
 """CoCoOp: prompt vectors that depend on the image.
 
 Zhou et al., "Conditional Prompt Learning for Vision-Language Models", arXiv:2203.05557. CoOp's
-vectors v fit the classes they were trained on; CoCoOp lets a small network π shift them by what is
-in the image, which keeps them from fitting too closely:
+vectors v overfit the classes they were trained on. CoCoOp lets a small network π shift them by the
+content of the image, which reduces overfitting:
 
     v_m(f)   = v_m + π(norm(f)),   m = 1 … M        π = Linear(E, E/16) - ReLU - Linear(E/16, D)
     logits_k = s · cos(f, text([start] v_1(f) … v_M(f) name_k . [end]))
 
-So every image has K prompts of its own, and as published a step on B images encodes B·K prompts of
-77 tokens: batch size 1 is all that fits, and 1000 classes do not. What we do differently: all
-prompts of one image are one PromptTree, in which the padding is never computed and the context
-stands once, not K times; B images are a batch of B trees. The same numbers from a tenth of the
-work, at any batch size; evaluation is batched as well.
+Each image therefore has K prompts of its own. The published code encodes B·K prompts of 77 tokens
+in a step on B images: only batch size 1 fits into memory, and 1000 classes do not fit at all. What
+we do differently: all prompts of an image form a PromptTree, which computes no padding, and
+computes the context once instead of K times; B images are a batch of B trees. The numbers are the
+same for a tenth of the work, at any batch size, and evaluation is batched as well.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,13 @@ from methods.coop import OWN, PUBLISHED, ContextSettings, LearnedContext, contex
 
 @dataclass(frozen=True)
 class CoCoOpSettings(ContextSettings):
-    max_tokens: Annotated[int, "prompt tokens in memory at once, images x classes"] = 16384
+    max_tokens: Annotated[int, "prompt tokens to compute at once, over images and classes"] = 16384
 
 
 class CoCoOp(LearnedContext):
     title = "prompt vectors that depend on the image"
     Settings = CoCoOpSettings
+    settings: CoCoOpSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "batch_size": 16},
         "notebook": {**OWN, "batch_size": 1, "patience": 4},
@@ -44,16 +45,20 @@ class CoCoOp(LearnedContext):
     def __init__(self, clip, classnames, template, settings: CoCoOpSettings):
         super().__init__(clip, classnames, template, settings)
         width, embed = self.context.shape[1], clip.config.embed_dim  # D, E
+        # A bottleneck of E/16 keeps π small: it has to be learned from a few images.
         self.meta_net = nn.Sequential(
             nn.Linear(embed, embed // 16), nn.ReLU(), nn.Linear(embed // 16, width)
         ).to(clip.device)
 
     def prompt_tree(self) -> PromptTree:
+        # The name stands at the end: then all classes share the context's nodes in the tree.
         return context_tree(self.classnames, self.settings.n_ctx)
 
     def classify(self, f: Tensor) -> Tensor:
         """Image features f (B, E) -> logits (B, K)."""
+        # All M vectors get the same shift: π sees the image, not the vector.
         shift = self.meta_net(F.normalize(f.float(), dim=-1))  # (B, D)
         context = self.context + shift.unsqueeze(1)  # (M, D) + (B, 1, D) -> (B, M, D)
+        # One tree per image, computed as a batch of B trees; logits then take text b for image b.
         text = self.prompts(self.clip, context, self.settings.max_tokens)  # (B, K, E)
         return self.clip.logits(f, text)

@@ -1,4 +1,4 @@
-"""CLIP's own training loss, for batches in which a class comes more than once."""
+"""CLIP's contrastive loss, for batches in which a class occurs more than once."""
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,10 @@ from clip_min import UserError
 
 
 def check_objective(settings) -> None:
-    """UserError, where settings ask the contrastive loss for what it cannot do."""
+    """UserError if the settings do not fit the contrastive loss."""
     if settings.objective == "contrastive" and settings.balance:
         raise UserError(
-            "--balance weighs classes, and the contrastive loss has pairs; add --objective class"
+            "--balance weights classes, but the contrastive loss has pairs; add --objective class"
         )
 
 
@@ -19,11 +19,10 @@ def contrastive_loss(logits: Tensor, labels: Tensor, plain: bool = False) -> Ten
     """Symmetric cross-entropy over B images and the captions of their classes.
 
     logits (B, B): image i with the caption of image j. In CLIP's pretraining (arXiv:2103.00020,
-    figure 3) every caption is its image's own, and the right answer is the diagonal. Here images
-    of one class have the same caption, so off-diagonal pairs may be true ones; each row and column
-    then has its probability spread evenly over the pairs of one class (as in supervised
-    contrastive learning, Khosla et al., arXiv:2004.11362). `plain` keeps the diagonal alone, and so
-    punishes them.
+    figure 3) every image has a caption of its own, and the targets are the diagonal. Here images of
+    a class share their caption, so pairs off the diagonal may be right. The target of each row and
+    column is then uniform over the pairs of the same class (as in supervised contrastive learning,
+    Khosla et al., arXiv:2004.11362). With `plain`, only the diagonal is right.
     """
     if plain:
         target = torch.eye(len(labels), device=labels.device)  # (B, B)

@@ -1,18 +1,18 @@
 """CoOp: learn the words around the class name, as vectors.
 
 Zhou et al., "Learning to Prompt for Vision-Language Models", arXiv:2109.01134. The template
-"a photo of a {}." becomes M free vectors v, in the place of word embeddings,
+"a photo of a {}." becomes M free vectors v, in place of word embeddings,
 
     prompt_k = [start] v_1 … v_M  name_k .  [end]          v (M, D), shared by all classes
     logits   = s · norm(f) · norm(text(prompt))ᵀ           f: frozen image feature (E,)
 
-and v is all that trains. v starts from the words of `ctx_init` ("a photo of a": zero-shot CLIP) or,
-if that is empty, at random. The name may stand at the end, in the middle or in front. With
-`class_specific` every class has vectors of its own, (K, M, D): such a model knows no new class.
+and only v is trained. v starts from the words of `ctx_init` ("a photo of a": zero-shot CLIP) or, if
+that is empty, at random. The name stands at the end, in the middle or in front. With
+`class_specific` every class has its own vectors, (K, M, D); such a model cannot name new classes.
 
 What we do differently: the prompts go through a PromptTree, so [start] v_1 … v_M is computed once
-per step, not once per class; and unless images are augmented, the frozen image tower sees each
-image once, and training is on its features.
+per step, not once per class. Without augmentation the frozen image tower encodes each image only
+once, and training uses the stored features.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from methods.depth_head import DepthHeadSettings, WithDepthHead
 
 PLACEHOLDER = "X"  # one token, whose embedding the context replaces
 
-PUBLISHED = {  # how CoOp's and CoCoOp's code trains: nothing is chosen on validation
+PUBLISHED = {  # as in CoOp's and CoCoOp's code, which choose nothing on validation
     "optimizer": "sgd",
     "lr": 2e-3,
     "weight_decay": 5e-4,
@@ -47,16 +47,15 @@ OWN = {"lr": 2e-3, "epochs": 10}
 @dataclass(frozen=True)
 class ContextSettings(TrainingSettings):
     n_ctx: Annotated[int, "M, the number of learned vectors"] = 4
-    ctx_init: Annotated[str, "words they start from, M tokens of them; empty: N(0, 0.02)"] = (
-        "a photo of a"
-    )
+    ctx_init: Annotated[str, "words to start from, M tokens; empty: N(0, 0.02)"] = "a photo of a"
     limits = {**TrainingSettings.limits, "n_ctx": (1, 75)}
 
 
 class LearnedContext(Method):
-    """What CoOp and its successors share: learned vectors in the prompts, in place of words."""
+    """The base of CoOp and its successors: learned vectors in the prompts, in place of words."""
 
-    text_learns = True
+    text_learns = True  # class features change in every step
+    _written: Tensor | None = None  # see `written_features`
 
     def __init__(self, clip, classnames, template, settings: ContextSettings):
         super().__init__(clip, classnames, template, settings)
@@ -67,8 +66,8 @@ class LearnedContext(Method):
         self._written = None
 
     def written_features(self) -> Tensor:
-        """The classes' text features (K, E) in the prompts as they are written, by the CLIP that
-        was lent, computed once; of several prompts the mean, not normalised.
+        """The text features (K, E) of the written prompts, from frozen CLIP, computed once. With
+        several prompts for a class, their mean; not normalised.
         """
         if self._written is None:
             tree = Method.prompt_tree(self).to(self.clip.device)
@@ -81,16 +80,17 @@ class LearnedContext(Method):
 @dataclass(frozen=True)
 class CoOpSettings(ContextSettings, DepthHeadSettings):
     position: Annotated[Literal["end", "middle", "front"], "where the class name stands"] = "end"
-    class_specific: Annotated[bool, "vectors for every class, instead of shared ones"] = False
+    class_specific: Annotated[bool, "learn vectors for each class, instead of shared ones"] = False
 
 
 class CoOp(WithDepthHead, LearnedContext):
     title = "learned prompt vectors, shared by all classes"
     Settings = CoOpSettings
+    settings: CoOpSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "notebook": OWN,
-        # 8 or 16 shots; with fewer, the paper trains 50 epochs (1 shot) or 100 (2 and 4), and 50
+        # For 8 or 16 shots. The paper trains 50 epochs with 1 shot, 100 with 2 or 4 shots, and 50
         # on ImageNet.
         "paper": {**PUBLISHED, "epochs": 200},  # base-to-novel: M = 4, from "a photo of a"
         "few-shot": {**PUBLISHED, "epochs": 200, "n_ctx": 16, "ctx_init": ""},  # all classes
@@ -101,15 +101,15 @@ class CoOp(WithDepthHead, LearnedContext):
     def __init__(self, clip, classnames, template, settings: CoOpSettings):
         super().__init__(clip, classnames, template, settings)
         if settings.class_specific:
-            # Anew for each class: vectors that start at random start apart, as published.
+            # Drawn for each class, so that random vectors differ between classes, as published.
             each = [
                 initial_context(self.clip, settings.n_ctx, settings.ctx_init) for _ in classnames
             ]
             self.context = nn.Parameter(torch.cat(each))  # (K·M, D)
-            self.names_unseen = False
+            self.names_unseen = False  # an unseen class has no vectors
 
     def zero_shot_state(self) -> dict[str, Tensor] | None:
-        """The words of `ctx_init`, if these and the name are the template."""
+        """The embedded words of `ctx_init`, if they make up the template."""
         s, words = self.settings, self.settings.ctx_init
         written = not (s.class_specific or s.depth_head) and s.position == "end" and words
         if not written or self.templates != (f"{words} {{}}.",):
@@ -129,14 +129,16 @@ def initial_context(clip, n_ctx: int, words: str) -> Tensor:
     """The embeddings of `words`, or N(0, 0.02): (M, D), float32."""
     if not words:
         width = clip.token_embedding.embedding_dim
+        # Drawn on the CPU, so that a seed gives the same vectors on every device.
         return 0.02 * torch.randn(n_ctx, width).to(clip.device)
     tokens = tokenize(words)[0]
     tokens = tokens[1 : tokens.argmax()]  # without start and end
     if len(tokens) != n_ctx:
         raise UserError(
-            f"--n-ctx {n_ctx}: but --ctx-init {words!r} is {len(tokens)} tokens; give as many, or "
-            "--ctx-init '' for random vectors"
+            f"--n-ctx {n_ctx}: --ctx-init {words!r} has {len(tokens)} tokens; give --n-ctx "
+            f"{len(tokens)}, or --ctx-init '' for random vectors"
         )
+    # A copy: the lent CLIP's embeddings must not learn.
     return clip.token_embedding.weight[tokens.to(clip.device)].detach().float().clone()
 
 
@@ -147,8 +149,8 @@ def context_tree(
 
     "end", M = 4:  [start] X X X X name . [end]      slots  -1 0 1 2 3 -1 …
     "middle":      [start] X X name X X . [end]      slots  -1 0 1 -1 … 2 3 -1 -1
-    Names differ in length, so slots before the name are counted from the start of the prompt, and
-    those behind it from the end. With `class_specific`, class k has the slots k·M … k·M + M - 1.
+    Names differ in length, so the slots before the name are counted from the start of the prompt,
+    those after it from the end. With `class_specific`, class k has the slots k·M … k·M + M - 1.
     """
     before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[position]
     after = n_ctx - before
@@ -158,9 +160,9 @@ def context_tree(
     ]
     tokens = tokenize(texts)  # (K, 77)
     slots = torch.full_like(tokens, -1)
-    for k, end in enumerate(tokens.argmax(dim=-1).tolist()):
+    for k, end in enumerate(tokens.argmax(dim=-1).tolist()):  # [end] has the largest token id
         first = k * n_ctx if class_specific else 0
         rows = torch.arange(first, first + n_ctx)
-        slots[k, 1 : 1 + before] = rows[:before]
+        slots[k, 1 : 1 + before] = rows[:before]  # [start] stands at 0
         slots[k, end - 1 - after : end - 1] = rows[before:]  # the full stop stands at end - 1
     return PromptTree(tokens, slots)

@@ -2,22 +2,23 @@
 
 Lin et al., "Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with Multimodal Models",
 arXiv:2301.06267. CLIP puts images and texts into one space, so a classifier of images may learn
-from texts as well. The classifier is one matrix H (K, E), without bias, which starts at the text
-features, that is at zero-shot CLIP:
+from texts as well. The classifier is a matrix H (K, E) without bias. It starts at the text
+features, which is zero-shot CLIP:
 
     logits = s · norm(x)·Hᵀ             x an image's or a text's feature (E,);  H = norm(W) at first
 
-and half of every batch are text features, each a sample of its own class:
+and half of each batch are text features, each a sample of its own class:
 
     loss = CE over B images and B texts
 
-which come in shuffled passes over the class prompts, as the images do over theirs; of a pass that B
-does not divide, the rest is left out. The paper counts both: its batches of 32 or 8 are 16 or 4
-images here.
+The texts come in shuffled passes over the class prompts, as the images do over the training images;
+the rest of a pass that B does not divide is skipped. The paper counts both kinds: its batches of 32
+or 8 are 16 or 4 images here.
 
 As published, learning rate, weight decay and batch size are chosen on validation (`--grid`), and so
-is one of 128 moments of 12,800 steps. What the `paper` recipe does differently: these moments are
-after steps 100, 200 … (there 1, 101 …); and a batch may be larger than the images or the texts.
+is one of 128 checkpoints of 12,800 steps. What the `paper` recipe does differently: the checkpoints
+are after steps 100, 200 … (published: 1, 101 …), and a batch may be larger than the number of
+images or texts.
 """
 
 import math
@@ -34,7 +35,7 @@ from methods.templates import TemplateSettings
 
 @dataclass(frozen=True)
 class CrossModalSettings(TrainingSettings, TemplateSettings):
-    batch_size: Annotated[int, "images in one step; as many texts come on top"] = 32
+    batch_size: Annotated[int, "images in a gradient step; as many texts are added"] = 32
 
 
 OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
@@ -43,11 +44,12 @@ OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
 class CrossModal(Method):
     title = "a linear head on images and class names as samples"
     Settings = CrossModalSettings
+    settings: CrossModalSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {
             "lr": 1e-3,
-            "epochs": 0,  # its length is in steps
+            "epochs": 0,  # the length is set in steps
             "min_steps": 12_800,
             "drop_last": True,
             "schedule": "step",
@@ -67,7 +69,7 @@ class CrossModal(Method):
     def __init__(self, clip, classnames, template, settings: CrossModalSettings):
         super().__init__(clip, classnames, template, settings)
         self.head = nn.Parameter(self.zero_shot_state()["head"])  # (K, E)
-        self.seed = torch.initial_seed()  # what the order of the texts follows from
+        self.seed = torch.initial_seed()  # determines the order of the texts
 
     def zero_shot_state(self) -> dict[str, Tensor]:
         """norm(W)."""
@@ -90,7 +92,7 @@ class CrossModal(Method):
         return F.cross_entropy(self.classify(samples), labels, self.class_weights)
 
     def texts(self) -> Tensor:
-        """Numbers of the class prompts (B,) that step `self.step` learns from."""
+        """Indices of the class prompts (B,) in the batch of step `self.step`."""
         count, classes = self.settings.batch_size, len(self.classnames)
         epoch, place = divmod(self.step, max(1, classes // count))
         generator = torch.Generator().manual_seed((1_000_003 * self.seed + epoch) % 2**63)

@@ -1,26 +1,26 @@
-"""DePT: a head of its own for what only the learned classes need, beside a method that learns.
+"""DePT: an extra linear head for the base classes, beside a prompt-learning method.
 
-Zhang et al., "DePT: Decoupled Prompt Tuning", arXiv:2309.07439. What tells the classes of training
-apart takes up more and more of the channels that image and text share, at the cost of other
-classes. So it gets channels of its own. f (B, E) and W (K, E) are the features of images and of
-class names, not normalised, as the method beside it has learned them:
+Zhang et al., "DePT: Decoupled Prompt Tuning", arXiv:2309.07439. During training, more and more of
+the feature channels that image and text share become specific to the base classes, at the cost of
+other classes. DePT gives this base-specific knowledge channels of its own. f (B, E) and W (K, E)
+are the features of images and class names, not normalised, from the method it is combined with:
 
     sim = s · norm(f)·norm(W)ᵀ                               (B, K), as always
     lin = H·(γ_f·f + β_f) + b                                (B, K); H (K, E), b (K,), all γ, β (E,)
     loss = 0.3 · CE(sim) + 0.7 · CE(lin)
 
-where lin is asked of as many texts as images, too: each image's class name, γ_t·W + β_t in the
-place of γ_f·f + β_f. The head starts at random (all γ at 1, all β at 0), and learns at 6.5 times
-the rate of the rest. Among the names that were learned the logits are 0.3 · sim + 0.7 · lin, among
-others sim alone.
+CE(lin) is over as many texts as images: for each image also its class name, with γ_t·W + β_t in
+place of γ_f·f + β_f. H starts at random, all γ at 1, all β at 0, and the head learns at 6.5 times
+the learning rate. For the learned names the logits are 0.3 · sim + 0.7 · lin, for other names sim.
 
-The paper has nothing for names of both kinds in one list, which these logits are on no common scale
-for. Ours: sim says how likely it is that any of the learned names is right, and the sum above which
-of them, so for a learned name k among the learned ones L
+The paper does not mix learned and other names in one list, and these logits have no common scale.
+We add a rule: sim decides how likely any of the learned names is, and the weighted sum decides
+which of them. For a learned name k among the learned names L,
 
     logit_k = log Σ_{j in L} exp(sim_j) + log softmax_{L}(0.3 · sim + 0.7 · lin)_k
 
-which adds the same to all of L: among these alone, it orders and weighs them as published.
+This adds the same value to all logits in L: among the learned names alone, the probabilities are as
+published.
 """
 
 from dataclasses import dataclass
@@ -30,20 +30,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import Method, Settings
+from methods.base import BaseSettings, Method
 from methods.learned_names import rows
 
-SHARE = 0.7  # of lin in the loss and the logits
-FASTER = 6.5
+SHARE = 0.7  # weight of lin in the loss and the logits
+FASTER = 6.5  # the head's learning rate, as a multiple of --lr
 
 
 @dataclass(frozen=True)
-class DepthHeadSettings(Settings):
-    depth_head: Annotated[bool, "DePT's head beside it, for the classes it learns from"] = False
+class DepthHeadSettings(BaseSettings):
+    depth_head: Annotated[bool, "add DePT's head for the base classes (arXiv:2309.07439)"] = False
 
 
 class ScaleAndShift(nn.Module):
-    """γ·x + β, for each channel: x (..., E) -> (..., E)."""
+    """γ·x + β for each channel: x (..., E) -> (..., E)."""
 
     def __init__(self, embed: int):
         super().__init__()
@@ -54,21 +54,20 @@ class ScaleAndShift(nn.Module):
 
 
 class WithDepthHead(Method):
-    """A method of image and text features, and with `--depth-head` DePT's head beside it."""
+    """A method with image and text features; `--depth-head` adds DePT's head."""
 
     def __init__(self, clip, classnames, template, settings):
         super().__init__(clip, classnames, template, settings)
-        self.learned_names, self.head = list(classnames), None
+        self.learned_names = list(classnames)
+        self.head = nn.ModuleDict()  # empty without --depth-head
         self.logits_apart = not settings.depth_head
         if settings.depth_head:
             embed = clip.config.embed_dim
-            parts = {side: ScaleAndShift(embed) for side in ("image", "text")}
-            self.head = nn.ModuleDict({**parts, "linear": nn.Linear(embed, len(classnames))})
+            for side in ("image", "text"):
+                self.head[side] = ScaleAndShift(embed)
+            self.head["linear"] = nn.Linear(embed, len(classnames))
             self.head.to(clip.device)
-
-    @property
-    def lr_factors(self) -> dict[str, float]:
-        return {name: FASTER for name in self.adapter_state() if name.startswith("head.")}
+        self.lr_factors = {f"head.{name}": FASTER for name, _ in self.head.named_parameters()}
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Image features x (B, E) -> f (B, E) and W (K, E), not normalised."""
@@ -80,14 +79,14 @@ class WithDepthHead(Method):
         sim = self.clip.logits(f, text)
         row = rows(self.classnames, self.learned_names).to(sim.device)  # (K,)
         known = row >= 0
-        if self.head is None or not known.any():
+        if not self.head or not known.any():
             return sim
         both = (1 - SHARE) * sim[:, known] + SHARE * self.lin(f, "image")[:, row[known]]
         any_known = sim[:, known].logsumexp(dim=1, keepdim=True)  # (B, 1)
         return sim.masked_scatter(known, any_known + both.log_softmax(dim=1))
 
     def lin(self, x: Tensor, side: str) -> Tensor:
-        """Features of images or texts x (B, E) -> the head's logits (B, K), of learned names."""
+        """Features of images or texts x (B, E) -> the head's logits for learned names (B, K)."""
         with self.float32():
             return self.head["linear"](self.head[side](x.float()))
 
@@ -96,10 +95,10 @@ class WithDepthHead(Method):
         return self.loss_of(*self.features(x), labels)
 
     def loss_of(self, f: Tensor, text: Tensor, labels: Tensor) -> Tensor:
-        """The same of f (B, E) and W (K, E)."""
+        """The same, from the features f (B, E) and W (K, E)."""
         weights = self.class_weights
         loss = F.cross_entropy(self.clip.logits(f, text), labels, weights)
-        if self.head is None:
+        if not self.head:
             return loss
         lin = torch.cat([self.lin(f, "image"), self.lin(text[labels], "text")])  # (2B, K)
         return (1 - SHARE) * loss + SHARE * F.cross_entropy(lin, labels.repeat(2), weights)

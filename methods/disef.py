@@ -1,30 +1,30 @@
 """DISEF: LoRA trained on real and synthetic images together.
 
 da Costa et al., "Diversified in-domain synthesis with efficient fine-tuning for few-shot
-classification", arXiv:2312.03046. A few real images of a class are joined by images painted from
-them (gen/), and LoRA on both towers (lora.py) learns from mixed, shuffled batches,
+classification", arXiv:2312.03046. A diffusion model paints variations of the few real images
+(gen/), and LoRA on both towers (lora.py) learns from shuffled batches of both kinds,
 
     loss = λ · CE(real part of the batch) + (1 - λ) · CE(synthetic part)
 
-each a mean over its own images, 0 for a part that is empty. λ (0.8) is above 1/2 because a real
-image is worth more: a painted one may show another class, or what no photo shows. DISEF-F1, a
-variant of a course notebook's and not published, makes images only of the classes that zero-shot
-CLIP is weak in (gen/plan.py), keeps those that a LoRA-tuned CLIP recognises, and trusts them less
-(λ 0.95).
+Each term is a mean over its own images, and 0 if the batch has none. λ (0.8) is above 1/2 because a
+real image is worth more: a painted one may show another class, or something no photo shows.
+DISEF-F1 is a variant from a course notebook, not published. It makes images only of classes on
+which zero-shot CLIP is weak (gen/plan.py), keeps those that a LoRA-tuned CLIP recognises, and gives
+them less weight (λ 0.95).
 
-The paper also mixes images (`--mixup`, `--cutmix`): within each part of a batch, every image with
-the one that stands as far from the other end, and their labels likewise,
+The paper also mixes images (`--mixup`, `--cutmix`). Within the real and within the synthetic part
+of a batch, each image is mixed with its counterpart in reversed order, and so are their labels:
 
-    x' = m·x + (1 - m)·flip(x)      or, half the time, a box of x' is flip(x)'s: cutmix
-    y' = m·y + (1 - m)·flip(y)      m ~ Beta(a, a), then the share of x' that is x
+    x' = m·x + (1 - m)·flip(x)      or, half the time, a box of x' is cut from flip(x): cutmix
+    y' = m·y + (1 - m)·flip(y)      m ~ Beta(a, a), for cutmix corrected to the share of x in x'
 
-and draws real and synthetic images apart (`--apart`): a batch holds 64 of each, and an epoch ends
-with the fewer. Else they are drawn together, and a batch holds as many of each as it happens to.
+The paper draws real and synthetic images separately (`--apart`): a batch has 64 of each, and an
+epoch ends when the smaller set ends. Otherwise they are shuffled together.
 
-Both go through the towers in one pass, as in DISEF's code and unlike in the notebook. What we do
-differently: at λ = 1 the synthetic ones, which weigh nothing, are left out, so that training is
-LoRA's on the real images, to the bit. The paper takes the learning rate by data set, from 2⁻¹⁵ to
-2⁻¹⁰; recipe `paper` takes 2⁻¹², and `paper-grid` chooses on validation.
+Both kinds go through the towers in one pass, as in DISEF's code (the notebook takes two). What we
+do differently: at λ = 1 the synthetic images, which have no weight, are left out, so that training
+equals LoRA's on the real images, to the bit. The paper chooses a learning rate between 2⁻¹⁵ and
+2⁻¹⁰ for each data set; recipe `paper` uses 2⁻¹², and `paper-grid` chooses on validation.
 """
 
 import functools
@@ -43,20 +43,20 @@ from methods.lora import LoRA, LoRASettings
 
 @dataclass(frozen=True)
 class DISEFSettings(LoRASettings):
-    lam: Annotated[float, "λ, the weight of the real images; the synthetic ones weigh 1 - λ"] = 0.8
-    label_smoothing: Annotated[float, "share of a label given to all classes alike"] = 0.0
-    mixup: Annotated[float, "a of the Beta(a, a) that two images are mixed by; 0: not"] = 0.0
-    cutmix: Annotated[float, "a of the one that says how much of an image is cut out; 0: not"] = 0.0
+    lam: Annotated[float, "λ, weight of the real images; synthetic images have 1 - λ"] = 0.8
+    label_smoothing: Annotated[float, "share of each label spread evenly over all classes"] = 0.0
+    mixup: Annotated[float, "a of Beta(a, a), which mixes two images; 0: no mixup"] = 0.0
+    cutmix: Annotated[float, "a of Beta(a, a), which sizes the box; 0: no cutmix"] = 0.0
     apart: Annotated[
-        bool, "draw real and synthetic images apart, --batch-size of each in a step"
+        bool, "draw real and synthetic images separately, --batch-size of each in a step"
     ] = False
-    synthetic: Annotated[str, "folder of synthetic images that generate.py made"] = ""
-    per_class: Annotated[int, "synthetic images to make of a class, where there are none yet"] = 32
+    synthetic: Annotated[str, "folder of synthetic images, made by generate.py"] = ""
+    per_class: Annotated[int, "synthetic images to make for each class, if there are none yet"] = 32
     plan: Annotated[
-        Literal["uniform", "f1", "deficit"], "of which classes these are made (see generate.py)"
+        Literal["uniform", "f1", "deficit"], "the classes to make images of (see generate.py)"
     ] = "uniform"
     filter: Annotated[
-        Literal["zero_shot", "lora"], "what keeps these: CLIP as it is, or a LoRA run of this seed"
+        Literal["zero_shot", "lora"], "the filter: zero-shot CLIP, or a LoRA run with this seed"
     ] = "zero_shot"
 
     limits = {
@@ -95,6 +95,7 @@ DEMO = {**LoRA.recipes["demo"], "lr": 4e-3, "epochs": 10}
 class DISEF(LoRA):
     title = "LoRA on real and synthetic images together"
     Settings = DISEFSettings
+    settings: DISEFSettings
     recipes = {
         "default": DEFAULT,
         "notebook": NOTEBOOK,
@@ -107,12 +108,12 @@ class DISEF(LoRA):
     def __init__(self, clip, classnames, template, settings: DISEFSettings):
         super().__init__(clip, classnames, template, settings)
         if settings.mixup or settings.cutmix:
-            self.first_block = 0  # images are mixed, so that none is encoded before
+            self.first_block = 0  # mixing needs images, so none is encoded beforehand
 
     def loss(self, x: Tensor, labels: Tensor, synthetic: Tensor | None = None) -> Tensor:
-        """x (B, …) encoded, labels (B,), synthetic (B,) bool: which of them -> scalar.
+        """x (B, …) encoded, labels (B,), synthetic (B,) bool: True for those images -> scalar.
 
-        Without `synthetic` all images are real ones, and alone: the loss is LoRA's.
+        Without `synthetic` all images are real, and the loss is LoRA's.
         """
         s = self.settings
         how = {"weight": self.class_weights, "label_smoothing": s.label_smoothing}
@@ -124,13 +125,14 @@ class DISEF(LoRA):
                 x[part], labels[part] = mix(x[part], labels[part], s.mixup, s.cutmix)
         if synthetic is None:
             return cross_entropy(self.classify(x), labels)
+        # Both kinds go through the towers together; only then is the loss split.
         each = cross_entropy(self.classify(x), labels, reduction="none")  # (B,)
-        _, whole = self.whole or (labels, synthetic)  # of the batch that these are of
+        _, whole = self.whole or (labels, synthetic)  # of the whole batch, over all processes
         return s.lam * _mean(each, ~synthetic, ~whole) + (1 - s.lam) * _mean(each, synthetic, whole)
 
     def fit(self, train, val, descend: Callable) -> None:
-        """The gradient loop; at λ = 1 on the real images alone."""
-        if self.settings.lam == 1:
+        """The gradient loop; at λ = 1 only on the real images."""
+        if self.settings.lam == 1:  # synthetic images would cost time and have no effect
             train = train.real()
         elif self.settings.apart:
             train.draw_apart()
@@ -138,7 +140,7 @@ class DISEF(LoRA):
 
 
 class DISEF_F1(DISEF):
-    title = "the same, images made only of classes that are hard"
+    title = "DISEF with images only of classes that are hard"
     recipes = {
         "default": {**IMPROVED, **DEFAULT},
         "improved": IMPROVED,
@@ -147,32 +149,33 @@ class DISEF_F1(DISEF):
 
 
 def mix(images: Tensor, labels: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """images (B, 3, n, n) and labels (B, K) -> the same, mixed with the batch's reverse.
+    """images (B, 3, n, n) and labels (B, K) -> the same, mixed with the reversed batch.
 
-    By mixup or cutmix, whichever is not 0, or one of both at random, for all of the batch.
+    Uses mixup or cutmix, whichever is set; if both are, one of them at random for the batch.
     """
     cut = bool(torch.rand(()) < 0.5) if mixup and cutmix else cutmix > 0
     a = torch.tensor(cutmix if cut else mixup)
     m = torch.distributions.Beta(a, a).sample().item()
     if cut:
         size = images.shape[-1]  # n
-        side = int(size * math.sqrt(1 - m))
-        ends = []  # of the box, which is cut off where it leaves the image
-        for middle in torch.randint(size, (2,)).tolist():
-            ends.append(slice(max(middle - side // 2, 0), min(middle + (side + 1) // 2, size)))
-        box = (..., *ends)
-        m = 1 - math.prod(end.stop - end.start for end in ends) / size**2
+        side = int(size * math.sqrt(1 - m))  # so that the box has the share 1 - m of the area
+        rows, columns = (  # of the box, clipped to the image
+            slice(max(middle - side // 2, 0), min(middle + (side + 1) // 2, size))
+            for middle in torch.randint(size, (2,)).tolist()
+        )
+        # The box may be smaller now, and m must be the share of x that is left.
+        m = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / size**2
         images, reverse = images.clone(), images.flip(0)
-        images[box] = reverse[box]
+        images[..., rows, columns] = reverse[..., rows, columns]
     else:
         images = m * images + (1 - m) * images.flip(0)
     return images, m * labels + (1 - m) * labels.flip(0)
 
 
 def _mean(each: Tensor, part: Tensor, whole: Tensor) -> Tensor:
-    """Mean of the values (B,) where `part` (B,) is true; 0 if that is nowhere.
+    """Mean of the values (B,) where `part` (B,) is true; 0 if it is nowhere.
 
-    whole: `part` of the whole batch, which processes may share; the mean of theirs, as many times
-    as they have images of it, is that of the whole.
+    whole: `part` for the whole batch, which processes may share. Weighted by their number of
+    images, the processes' results average to the mean over the whole batch.
     """
     return each.where(part, 0).sum() / (whole.sum().clamp(min=1) * (len(part) / len(whole)))

@@ -1,30 +1,30 @@
 """EM-Dirichlet: label a batch of test images jointly, with no training.
 
 Martin et al., "Transductive Zero-Shot and Few-Shot CLIP", CVPR 2024, arXiv:2405.18437. Zero-shot
-CLIP turns image n into a point on the simplex, z_n = softmax(T · cos(f_n, W)), (K,). If the images
-of a batch come from few classes, the points form clusters, and a cluster says more than a point.
-Each class k is modelled as a Dirichlet distribution with parameters α_k (K,); assignments u_n (K,)
-start at z_n, and in turn
+CLIP maps image n to a point on the simplex, z_n = softmax(T · cos(f_n, W)), (K,). If the images of
+a batch come from few classes, the points form clusters, and a cluster tells more than a single
+point. Each class k is modelled as a Dirichlet distribution with parameters α_k (K,). The
+assignments u_n (K,) start at z_n, and three updates alternate:
 
     (1)  α_k  raises  Σ_n u_nk · log Dir(z_n | α_k)      majorise-minimise steps, `mm_step`
-    (2)  π_k  = mean_n u_nk                              how much of the batch is class k
+    (2)  π_k  = mean_n u_nk                              the share of class k in the batch
     (3)  u_n  = softmax_k(log Dir(z_n | α_k) + λ log π_k)             hard: one-hot at the largest
 
-With λ = 1 and soft assignments this is the EM algorithm for a mixture of Dirichlets, with mixing
-proportions π. That splits a batch into too many classes, as a Dirichlet fitted to two images suits
-them better than any other; a larger λ prefers fewer. Its default, like the few steps of (1), was
-chosen on the demo task's validation images; the published code takes K/5, rounded down, which for
-the halves of that task is the same 10. Where training images are given (`--use-support`), they join
-(1) with their known labels. A class that no image is left in keeps its α.
+With λ = 1 and soft assignments this is the EM algorithm for a mixture of Dirichlets with mixing
+proportions π. It finds too many classes: a Dirichlet fitted to two images suits them better than
+any other. A larger λ prefers fewer classes. The default λ and the small number of steps in (1) were
+chosen on the demo task's validation images. The published code sets λ to K/5, rounded down, which
+is also 10 for the halves of that task. With `--use-support`, training images take part in (1) with
+their known labels. A class without any image keeps its α.
 
-The published code goes 20 rounds, or 10 of hard assignments, each of steps of (1) until α hardly
-moves, 1,000 at most: `--recipe paper`, or `paper-few-shot` with training images; for hard ones add
-`--assignment hard --iterations 10`. What we do differently there: its zero-shot accuracy may rename
-clusters (they are matched to the names anew), its few-shot tasks each draw their own training
-images, and see fewshot/transductive.py.
+The published code runs 20 rounds (10 with hard assignments), and repeats (1) until α hardly
+changes, 1,000 steps at most: `--recipe paper`, or `paper-few-shot` with training images; for hard
+assignments add `--assignment hard --iterations 10`. What we do differently: the published zero-shot
+accuracy matches clusters to names again before it counts, and each published few-shot task draws
+its own training images; see also fewshot/transductive.py.
 
-Labels are a batch's, not an image's: the same image may be named differently in other company. So
-this is reported over tasks of some classes' images, apart from methods that see one image a time.
+A label depends on the whole batch: in another batch the same image may get another name. Results
+are therefore reported over tasks, and not compared with methods that label one image at a time.
 """
 
 from dataclasses import dataclass
@@ -36,42 +36,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_min import UserError
+from clip_min.memory import check_room, free_memory
 from methods.support import WithSupport
 from methods.templates import TemplateSettings
+
+TABLES = 17  # arrays (K, K) of float64 in memory at once while α is fitted
 
 
 @dataclass(frozen=True)
 class JointSettings(TemplateSettings):
-    """Of methods that label batches of test images jointly: which batches these are."""
+    """Which batches of test images are labelled jointly."""
 
     tasks: Annotated[
-        int, "batches to label, for each half of the classes; 0: one, of all its test images"
+        int, "batches to label for each half of the classes; 0: one batch of all its test images"
     ] = 200
-    queries: Annotated[int, "Q, images in one of them, at most"] = 75
-    k_eff: Annotated[int, "classes they come from, unknown to the method"] = 5
-    k_eff_max: Annotated[int, "if not 0: k-eff to this many, drawn for each of them"] = 0
+    queries: Annotated[int, "Q, images in a batch, at most"] = 75
+    k_eff: Annotated[int, "classes that a batch's images come from, unknown to the method"] = 5
+    k_eff_max: Annotated[int, "if not 0: draw the number of classes from --k-eff to this"] = 0
     limits = {"tasks": (0, inf), "queries": (1, inf), "k_eff": (1, inf), "k_eff_max": (0, inf)}
 
     def __post_init__(self):
         super().__post_init__()
         if 0 < self.k_eff_max < self.k_eff:
-            raise UserError(f"--k-eff-max {self.k_eff_max}: expected 0, or --k-eff {self.k_eff} up")
+            raise UserError(
+                f"--k-eff-max {self.k_eff_max}: expected 0, or --k-eff {self.k_eff} or more"
+            )
 
 
 @dataclass(frozen=True)
 class EMDirichletSettings(JointSettings):
-    temperature: Annotated[float, "T, in the softmax that makes an image a point"] = 30.0
+    temperature: Annotated[float, "T, in the softmax that maps an image to the simplex"] = 30.0
     balance: Annotated[
-        float, "λ, weight of the class proportions; 1 is EM; below 0: K/5, rounded down"
+        float, "λ, weight of the class proportions; 1: EM; below 0: K/5, rounded down"
     ] = 10.0
-    assignment: Annotated[Literal["soft", "hard"], "u: probabilities, or one class"] = "soft"
+    assignment: Annotated[Literal["soft", "hard"], "u: probabilities, or a single class"] = "soft"
     iterations: Annotated[int, "rounds of (1), (2), (3)"] = 10
-    mm_steps: Annotated[int, "steps towards α_k in each round, at most"] = 10
-    mm_tolerance: Annotated[float, "they end where α moves less: ‖change‖² over ‖α‖²"] = 0.0
-    use_support: Annotated[bool, "few-shot: training images join in with their labels"] = False
+    mm_steps: Annotated[int, "steps of (1) in each round, at most"] = 10
+    mm_tolerance: Annotated[float, "stop (1) when ‖change of α‖² / ‖α‖² is below this"] = 0.0
+    use_support: Annotated[bool, "few-shot: use training images with their labels"] = False
     limits = {
         **JointSettings.limits,
-        "temperature": (0, 1e6),  # far above, points lie on corners, where no density is finite
+        "temperature": (0, 1e6),  # far above, points lie on corners, where densities are infinite
         "balance": (-1, inf),
         "iterations": (1, inf),
         "mm_steps": (1, inf),
@@ -91,6 +96,7 @@ PUBLISHED = {  # T = 30, as here
 class EMDirichlet(WithSupport):
     title = "label a batch of test images jointly (transductive)"
     Settings = EMDirichletSettings
+    settings: EMDirichletSettings
     recipes = {
         "default": {},
         "few-shot": {"use_support": True},
@@ -100,8 +106,15 @@ class EMDirichlet(WithSupport):
     }
     transductive = True
 
+    def set_classes(self, classnames: list[str]) -> None:
+        """As in the base class; UserError, if α would not fit into memory."""
+        what = f"em_dirichlet: {len(classnames):,} classes, with as many parameters each, take"
+        needed, free = TABLES * 8 * len(classnames) ** 2, free_memory(self.clip.device)
+        check_room(needed, free, what, "give fewer, or use transclip")
+        super().set_classes(classnames)
+
     def fit(self, train, val, descend) -> None:
-        """Nothing is learned; with `use_support`, training images are kept."""
+        """Store the training images with `use_support`; nothing else is learned."""
         if self.settings.use_support:
             self.remember(train)
 
@@ -115,7 +128,7 @@ class EMDirichlet(WithSupport):
             return (x @ text.T).log_softmax(dim=-1)
 
         query = log_z(features)  # (Q, K)
-        votes = self.votes().double()  # (N, K); all zero: an image of a class not asked for
+        votes = self.votes().double()  # (N, K); a zero row: its class is not among the names
         known = votes.sum(dim=1) > 0
         points = torch.cat([query, log_z(self.support[known])])  # (Q + N, K)
         u = query.exp()  # (Q, K)
@@ -136,7 +149,7 @@ class EMDirichlet(WithSupport):
 def log_dirichlet(log_z: Tensor, alpha: Tensor) -> Tensor:
     """Log density of points (N, D), given as logarithms, under K Dirichlets (K, D) -> (N, K).
 
-    D: the simplex's corners, which in `classify` are the K classes.
+    D: the corners of the simplex, which are the K classes in `classify`.
     """
     constant = alpha.sum(dim=-1).lgamma() - alpha.lgamma().sum(dim=-1)  # (K,)
     return log_z @ (alpha - 1).T + constant
@@ -148,8 +161,9 @@ def fit_dirichlets(
     """From alpha (K, D), `steps` steps of weighted maximum likelihood -> alpha (K, D).
 
     log_z (N, D) points as logarithms; u (N, K) their weights. The maximum is where
-    ψ(α_i) - ψ(Σα) = t_i, the weighted mean of log z_i. A class without weight stays as it is. The
-    steps end, after the second, where one changes α by less than `tolerance`, as published.
+    ψ(α_i) - ψ(Σα) = t_i, the weighted mean of log z_i. A class without weight keeps its alpha. As
+    published, the steps stop once one of them, from the second on, changes α by less than
+    `tolerance`.
     """
     weight = u.sum(dim=0)  # (K,)
     held = weight > 1e-9
@@ -169,17 +183,17 @@ def mm_step(alpha: Tensor, means: Tensor) -> Tensor:
 
         ln Γ(Σα) + Σ_i [ -ln Γ(α_i) + α_i t_i ]                      t = means (..., D)
 
-    Its terms are replaced by bounds from below that touch it at the present α: ln Γ(Σα), convex, by
-    its tangent; and -ln Γ(α_i) = ln α_i - φ(α_i), with φ(α) = ln Γ(α + 1), by a parabola under -φ.
-    φ' is concave, so the flattest parabola above φ everywhere is the one that meets it again at 0
-    (Erdoğan and Fessler, "Monotonic algorithms for transmission tomography", 1999):
+    Each term is replaced by a lower bound that touches it at the current α. ln Γ(Σα) is convex: its
+    tangent. -ln Γ(α_i) = ln α_i - φ(α_i), with φ(α) = ln Γ(α + 1): a parabola below -φ. Since φ' is
+    concave, the flattest parabola above φ is the one that meets φ again at 0 (Erdoğan and Fessler,
+    "Monotonic algorithms for transmission tomography", 1999):
 
         φ(x) <= φ(α) + φ'(α)(x - α) + c/2·(x - α)²,     c = 2(φ(0) - φ(α) + α·φ'(α)) / α²
 
-    What is left to maximise is ln x + b·x - c/2·(x - α)² in each x alone: a quadratic equation.
+    It remains to maximise ln x + b·x - c/2·(x - α)² for each x by itself: a quadratic equation.
     """
     phi, slope = (alpha + 1).lgamma(), (alpha + 1).digamma()
-    # The formula loses all digits near 0, where c tends to φ''(0) = π²/6.
+    # Near 0 the formula loses all digits; there c tends to φ''(0) = π²/6.
     c = torch.where(alpha > 1e-3, 2 * (alpha * slope - phi) / alpha**2, torch.pi**2 / 6)
     b = means + alpha.sum(dim=-1, keepdim=True).digamma() - slope + c * alpha
     return (b + (b**2 + 4 * c).sqrt()) / (2 * c)

@@ -1,25 +1,26 @@
 """Full fine-tuning: all of CLIP's weights, or a chosen part of them.
 
-The most flexible method and, with few images, the easiest to overfit: every weight of both towers
-moves, with a small learning rate, float32 master weights and clipped gradients, to lower
+The most flexible method and, with few images, the easiest to overfit. All weights of both towers
+learn, with a small learning rate, in float32 and with clipped gradients. The loss is
 
     class        CE over s · norm(f)·norm(W)ᵀ, (B, K): B images by the prompts of all K classes, or
     contrastive  CE over rows and columns of s · norm(f)·norm(W[labels])ᵀ, (B, B): B images by the
                  B prompts of their classes, as in pretraining (contrastive.py); proposed by Goyal
                  et al., "Finetune Like You Pretrain", arXiv:2212.00638
 
-What may move is chosen by `--train`: both towers, one of them, or the last N blocks of each with
-what comes after them. The adapter it saves is all of these weights.
+`--train` chooses the weights that learn: both towers, one of them, or the last N blocks of each and
+the layers after them. The saved adapter holds all of these weights.
 
-`--recipe skip-tuning` is of Wu et al., "Skip Tuning: Pre-trained Vision-Language Models are
-Effective and Efficient Adapters Themselves", arXiv:2412.11509: the last six blocks of both towers
-learn, on what the first six made of images; and each step's loss is over half of the classes, at
-most 50: those of its images and those that look most like them, max_b cos(f_b, W°_k), W° the text
-features of frozen CLIP. The text tower learns at 2e-5, the image tower at a quarter of that, as in
-the authors' code. What is not as there: the text tower's first six blocks are computed in each
-step; a batch is of any classes (theirs, from 4 shots on, is of one); some of the other classes,
-chosen once by chance, are not added; float32, not float16; and their templates, chosen by hand for
-each data set, are to be given (Flowers102: `--template "a close-up photo of a {}."`), as is
+`--recipe skip-tuning` follows Wu et al., "Skip Tuning: Pre-trained Vision-Language Models are
+Effective and Efficient Adapters Themselves", arXiv:2412.11509. The last six blocks of both towers
+learn, on stored outputs of the image tower's first six. Each step's loss is over half of the
+classes, at most 50: those of its images and the most similar ones by max_b cos(f_b, W°_k), where W°
+are the text features of frozen CLIP. The text tower learns at 2e-5, the image tower at a quarter of
+that, as in the authors' code. Differences from that code: every step computes the text tower's
+first six blocks; a batch has images of any classes (theirs, from 4 shots on, of a single class);
+their code also adds some other classes, drawn once at random; float32 instead of float16; and their
+hand-written template of each data set must be given (Flowers102: `--template "a close-up photo of a
+{}."`), and
 `--epochs 5` on ImageNet, SUN397 and Food101.
 """
 
@@ -38,24 +39,22 @@ from methods.contrastive import check_objective, contrastive_loss
 from methods.coop import PUBLISHED
 from methods.templates import PromptSettings
 
-MOST = 50  # classes in a step's loss, where these are a share of all
+MOST = 50  # classes in a step's loss, with --class-share below 1
 
 
 @dataclass(frozen=True)
 class FinetuneSettings(TrainingSettings, PromptSettings):
-    train: Annotated[str, "weights that learn: both, image, text (towers) or last-N (blocks)"] = (
-        "both"
-    )
+    train: Annotated[str, "weights that learn: both, image, text, or last-N (blocks)"] = "both"
     objective: Annotated[
         Literal["class", "contrastive"], "cross-entropy over classes, or pairs"
     ] = "class"
-    plain_pairs: Annotated[bool, "contrastive: only an image's own caption is right"] = False
+    plain_pairs: Annotated[bool, "contrastive: count only an image's own caption as right"] = False
     class_share: Annotated[
         float,
-        "below 1: a step's loss is over this share of the classes, 50 at most: those of its images "
-        "and the most similar ones",
+        "below 1: compute a step's loss over this share of the classes, at most 50: those of its "
+        "images and the most similar ones",
     ] = 1.0
-    image_lr_factor: Annotated[float, "times --lr, the image tower's learning rate"] = 1.0
+    image_lr_factor: Annotated[float, "image tower's learning rate, as a multiple of --lr"] = 1.0
     limits = {**TrainingSettings.limits, "class_share": (0, 1), "image_lr_factor": (0, inf)}
 
     def __post_init__(self):
@@ -63,8 +62,8 @@ class FinetuneSettings(TrainingSettings, PromptSettings):
         check_objective(self)
         if self.class_share < 1 and self.objective != "class":
             raise UserError(
-                f"--class-share {self.class_share}: captions are of a batch's own classes; leave "
-                "it out, or give --objective class"
+                f"--class-share {self.class_share}: only works with --objective class; leave it "
+                "out, or give that"
             )
 
 
@@ -74,6 +73,7 @@ OWN = {"lr": 1e-5, "clip_norm": 5.0}
 class Finetune(Method):
     title = "all of CLIP's weights, or the last blocks'"
     Settings = FinetuneSettings
+    settings: FinetuneSettings
     recipes = {
         "default": {**OWN, **DEFAULT},
         "contrastive": {**OWN, **DEFAULT, "objective": "contrastive"},
@@ -99,19 +99,13 @@ class Finetune(Method):
             self.first_block = 0
         elif settings.train != "text":
             self.first_block = clip.config.vision_layers - int(settings.train.split("-")[1])
+        image = [name for name in self.adapter_state() if name.startswith("clip.visual.")]
+        self.lr_factors = dict.fromkeys(image, settings.image_lr_factor)
+        # A mean over images, unless the pairs or the classes depend on the whole batch.
+        self.loss_is_mean = settings.objective == "class" and settings.class_share == 1
         if settings.class_share < 1:
             with torch.no_grad():  # W° (K, E), before anything is learned
                 self.frozen_text = F.normalize(self.text_features(), dim=-1)
-
-    @property
-    def lr_factors(self) -> dict[str, float]:
-        image = [name for name in self.adapter_state() if name.startswith("clip.visual.")]
-        return dict.fromkeys(image, self.settings.image_lr_factor)
-
-    @property
-    def loss_is_mean(self) -> bool:
-        """Not over pairs, nor over classes that depend on the batch."""
-        return self.settings.objective == "class" and self.settings.class_share == 1
 
     def zero_shot_state(self) -> dict[str, Tensor]:
         """The lent CLIP's weights."""
@@ -138,8 +132,8 @@ class Finetune(Method):
 
     @torch.no_grad()
     def most_similar(self, f: Tensor, labels: Tensor) -> Tensor:
-        """Numbers of the classes (C,), in order, that the loss of images f (B, E) is over: theirs,
-        and those most similar to any of them; two at least, for among one the loss is 0.
+        """Indices of the classes (C,), sorted, for the loss of images f (B, E): the images' own and
+        the most similar ones; at least two, since with one class the loss is 0.
         """
         similar = F.normalize(f.float(), dim=-1) @ self.frozen_text.float().T  # (B, K)
         similar.scatter_(1, labels[:, None], inf)
@@ -149,7 +143,7 @@ class Finetune(Method):
 
 
 def train_weights(clip, names: list[str]) -> None:
-    """Let these weights of a method's own CLIP learn, in float32; the lent one's stay."""
+    """Make these weights of a method's own CLIP learn, in float32; the lent CLIP is unchanged."""
     clip.float()
     for name in names:
         weight = clip.get_parameter(name)

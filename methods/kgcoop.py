@@ -1,17 +1,17 @@
-"""KgCoOp: learned vectors that keep the class names near where hand-written prompts put them.
+"""KgCoOp: CoOp whose class features stay near those of hand-written prompts.
 
 Yao et al., "Visual-Language Prompt Tuning with Knowledge-guided Context Optimization",
-arXiv:2303.13283. CoOp's vectors fit the classes they learn from, and novel ones pay for it. KgCoOp
-is CoOp whose loss also asks each class's text feature W_k to stay near W°_k, that of the template,
-from the frozen text tower:
+arXiv:2303.13283. CoOp's vectors overfit the base classes, at the cost of novel ones. KgCoOp adds a
+term to CoOp's loss that holds each class's text feature W_k near W°_k, the frozen text tower's
+feature of the template:
 
     loss = CE + λ · (1 - mean_k cos(W_k, W°_k))              W, W° (K, E), λ = 8
 
-At λ = 0 it is CoOp. From the words of the template itself, W starts at W° and a large λ leaves it
-there: zero-shot CLIP.
+At λ = 0 it is CoOp. If the vectors start from the template's words, W starts at W°, and a large λ
+keeps it there: zero-shot CLIP.
 
-Recipe `paper` is as in the authors' code, but for float32 instead of float16. Of fewer than 128
-images (EuroSAT's base half at 16 shots is 80), an epoch is a single step.
+Recipe `paper` follows the authors' code, with float32 instead of float16. With fewer than 128
+images (EuroSAT's base half has 80 at 16 shots), an epoch is a single step.
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,18 @@ from methods.templates import PromptSettings
 
 @dataclass(frozen=True)
 class KgCoOpSettings(CoOpSettings, PromptSettings):
-    near: Annotated[float, "λ, how strongly text features are held near the template's"] = 8.0
+    near: Annotated[float, "λ, weight of holding text features near the template's"] = 8.0
     limits = {**CoOpSettings.limits, "near": (0, inf)}
 
 
 class KgCoOp(CoOp):
     title = "CoOp held near hand-written prompts"
     Settings = KgCoOpSettings
+    settings: KgCoOpSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {**PUBLISHED, "epochs": 100, "batch_size": 128},
-        # With DePT's head (depth_head.py), as in its authors' code.
+        # With DePT's head (depth_head.py), as in the code of its authors.
         "dept": {
             **PUBLISHED,
             "depth_head": True,

@@ -1,12 +1,12 @@
-"""Which of the classes that were learned a class asked for is, by its name."""
+"""Find requested classes among the learned ones, by name."""
 
 import torch
 from torch import Tensor
 
 
 def rows(asked: list[str], learned: list[str]) -> Tensor:
-    """The number of each name asked for (K,) among those learned, -1 if it is not: names match
-    exactly, and two classes of one name in their order.
+    """The index of each requested name among the learned names (K,), or -1. Names match exactly;
+    two classes with the same name match in their order.
 
     ["fern", "rose"], ["rose", "daisy"] -> [-1, 0]
     """

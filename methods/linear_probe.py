@@ -7,11 +7,12 @@ as the tower gives it, not normalised,
 
     W, b = argmin   Σ_n CE(logits_n, label_n)  +  ‖W‖² / (2C)
 
-The problem is convex: L-BFGS finds its minimum, with no learning rate and no seed. Only C, the
+The problem is convex: L-BFGS finds the minimum, without a learning rate or a seed. Only C, the
 inverse strength of the penalty, is chosen, by accuracy on validation: a sweep over 10^-6 … 10^6,
-then steps that halve around the best. Those above 10^-2, where most of the work is, are solved
-roughly, in float32, since hardly a prediction depends on the last digits; the one that is kept, in
-float64. A probe has no idea of a class it saw no image of, so its novel column reads n/a.
+then steps around the best that halve each time. Candidates above 10^-2, which take most of the
+time, are solved roughly in float32, since few predictions depend on the last digits; the chosen C
+is solved in float64. A probe cannot name a class without training images, so its novel column reads
+n/a.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import Method, Settings
+from methods.base import BaseSettings, Method
 
 SWEEP = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log10 C
 HALVINGS = 8
@@ -29,11 +30,11 @@ ROOM = 2**24  # logits in memory at once: 64 MB, or 128
 
 
 @dataclass(frozen=True)
-class LinearProbeSettings(Settings):
-    c: Annotated[float, "C, the inverse of the L2 penalty's strength; 0: chosen on validation"] = 0
-    max_iterations: Annotated[int, "steps of L-BFGS at most, for one C"] = 1000
+class LinearProbeSettings(BaseSettings):
+    c: Annotated[float, "C, inverse strength of the L2 penalty; 0: choose on validation"] = 0
+    max_iterations: Annotated[int, "steps of L-BFGS for each C, at most"] = 1000
     balance: Annotated[
-        bool, "weigh each class in the loss by 1 / its training images, so that rare ones count"
+        bool, "weight each class in the loss by 1 / its number of training images"
     ] = False
     limits = {"c": (0, float("inf")), "max_iterations": (1, float("inf"))}
 
@@ -41,6 +42,7 @@ class LinearProbeSettings(Settings):
 class LinearProbe(Method):
     title = "logistic regression on image features, no text"
     Settings = LinearProbeSettings
+    settings: LinearProbeSettings
     recipes = {"paper": {}}
     names_unseen = False
     starts_over = True
@@ -60,7 +62,7 @@ class LinearProbe(Method):
         return {"weight": self.head.weight, "bias": self.head.bias}
 
     def fit(self, train, val, descend) -> None:
-        """Solve for W and b; choose C, of equally good ones the smallest."""
+        """Solve for W and b, with the best C on validation; of equally good ones, the smallest."""
         x, y, val_x = train.encoded(self), train.labels, val.encoded(self)
         weights = train.class_weights(len(self.classnames)) if self.settings.balance else None
 
@@ -73,8 +75,8 @@ class LinearProbe(Method):
             return right.double().mean().item()
 
         def judge(log_c: float) -> tuple[float, float]:
-            """(-accuracy on validation, log10 C): the least is best, then the smallest."""
-            # A small C makes W tiny: then small errors are wrong classes, and the steps are few.
+            """(-accuracy on validation, log10 C): the minimum is the best, then the smallest C."""
+            # A small C makes W tiny. Small errors would then change predictions, and steps are few.
             return -accuracy(*solve(10**log_c, rough=log_c > -2)), log_c
 
         if self.settings.c:
@@ -103,27 +105,27 @@ def logistic_regression(
 ) -> tuple[Tensor, Tensor]:
     """x (N, E), labels (N,) -> W (K, E) and b (K,), float64: the argmin above.
 
-    weights (K,): of each class's images in the loss, 1 on average. rough: in float32, until no
-    gradient of the mean objective is over 1e-5 (else 1e-8).
+    weights (K,): weight of each class in the loss, 1 on average. rough: in float32, until the
+    gradient of the mean objective is below 1e-5 (else 1e-8).
     """
     x = x.double()
-    mean = x.mean(dim=0)  # b takes it up: f·Wᵀ + b = (f - mean)·Wᵀ + (b + mean·Wᵀ)
-    x = x - mean  # features share most of their length, and L-BFGS zigzags along that
+    mean = x.mean(dim=0)  # b absorbs it: f·Wᵀ + b = (f - mean)·Wᵀ + (b + mean·Wᵀ)
+    x = x - mean  # all features share a large component, along which L-BFGS would zigzag
     x = x.float() if rough else x
-    # L-BFGS wants a gradient of one scale, so it searches v = W / scale: where the penalty is
-    # strong, W is tiny, and its error would be as large as itself.
+    # L-BFGS needs gradients of one scale, so it optimises v = W / scale: with a strong penalty W is
+    # tiny, and its error would be as large as W.
     scale = min(1.0, c**0.5)
     few = max(1, ROOM // classes)  # images whose logits are in memory at once
     weights = x.new_ones(classes) if weights is None else weights.to(x.dtype)
     total = weights[labels].sum()
     v = x.new_zeros(classes, x.shape[1]).requires_grad_()  # (K, E)
     b = x.new_zeros(classes).requires_grad_()
-    # The objective divided by N, so that its gradient has one scale whatever N and C.
+    # The objective is divided by N, so that its gradient has the same scale for any N and C.
     optimizer = torch.optim.LBFGS(
         [v, b],
         max_iter=max_iterations,
         max_eval=2 * max_iterations,
-        history_size=20,  # of torch's 100, keeping the books costs more than the objective
+        history_size=20,  # torch's 100 would take longer than the objective
         tolerance_grad=1e-5 if rough else 1e-8,
         tolerance_change=1e-16,
         line_search_fn="strong_wolfe",

@@ -2,27 +2,27 @@
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685; on CLIP with few
 images: Zanella and Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models" (CLIP-LoRA),
-arXiv:2405.18541; with both towers at their own rank: da Costa et al. (DISEF), arXiv:2312.03046.
+arXiv:2405.18541; with a rank for each tower: da Costa et al. (DISEF), arXiv:2312.03046.
 
 A frozen projection y = x·Wᵀ of width D gains a product of two thin matrices,
 
     y = x·Wᵀ + s · drop(x)·Aᵀ·Bᵀ        A (R, D), B (D, R), R << D
                                         s = α/R here, not CLIP's logit scale
 
-A starts random and B at zero, so training starts at exactly zero-shot CLIP. CLIP fuses queries,
-keys and values in one W of 3D rows; the correction is *grouped*: each chosen part has its own A and
-B, stacked, and part g of the product is added to the rows of that part alone:
+A starts at random and B at zero, so training starts at exactly zero-shot CLIP. CLIP fuses queries,
+keys and values in one W of 3D rows. The correction is *grouped*: each chosen part has its own A and
+B, which are stacked, and its product is added only to the rows of that part:
 
     W  (3D, D)    q | k | v             parts "qv":  A (2R, D),  B (2D, R)
     Δ  (3D, D)    s·B_q·A_q | 0 | s·B_v·A_v
 
-What we do differently: the published code of both papers forms B·A (D x D) in every step and every
-projection and multiplies x by it; here x·Aᵀ is multiplied by Bᵀ, which is the same number for less
-than 2R/D of the multiplications. B·A is formed once, by `merge`, for evaluation or export.
-Dropout is equal in distribution, not in masks: a token that prompts share (PromptTree) is dropped
-for all of them alike, and q, k and v share a mask unless `--dropout-masks each`, as in CLIP-LoRA's
-code, which draws one for each. (At a dropout of exactly 0 that code takes the correction out of W
-before it computes gradients, which are then wrong for the blocks below; ours are the equation's.)
+What we do differently: the published code of both papers forms B·A (D x D) for every projection in
+every step and multiplies x by it. Here x·Aᵀ is multiplied by Bᵀ, which gives the same result with
+less than 2R/D of the multiplications. `merge` forms B·A once, for evaluation or export. Dropout is
+equal in distribution, but masks are shared: prompts that share a token (PromptTree) drop the same
+inputs of it, and q, k and v share a mask unless `--dropout-masks each` is given. CLIP-LoRA's code
+draws one for each. (At a dropout of exactly 0 that code removes the correction from W before it
+computes gradients, which makes the gradients of earlier blocks wrong; ours follow the equation.)
 """
 
 import contextlib
@@ -37,16 +37,17 @@ from torch import Tensor, nn
 
 from clip_min import UserError
 from clip_min.fast import linear
+from clip_min.model import Attention
 from methods.base import DEFAULT, Method, TrainingSettings
 from methods.templates import PromptSettings
 
 
 class GroupedLoRA(nn.Module):
-    """A frozen linear layer with a low-rank correction on some of its equal parts.
+    """A frozen linear layer with a low-rank correction of some parts of its output.
 
-    base: output of `of` stacked parts of D rows each; `parts`: which of them learn (of 3: 0 is q,
-    1 is k, 2 is v). lora_A (G·R, D_in) and lora_B (G·D, R) for G parts, laid out as in
-    `loralib.MergedLinear`. Dropout acts on the input of the correction alone; `masks`: "shared" by
+    The output of `base` has `of` parts of D rows each; `parts` are those that learn (of 3: 0 is q,
+    1 is k, 2 is v). lora_A (G·R, D_in) and lora_B (G·D, R) for G parts are laid out as in
+    `loralib.MergedLinear`. Dropout acts only on the input of the correction; `masks`: "shared" by
     the parts, or one for "each", drawn in their order.
     """
 
@@ -64,16 +65,18 @@ class GroupedLoRA(nn.Module):
         self.base = base
         self.parts, self.of, self.rank, self.scale = parts, of, rank, scale
         self.dropout, self.masks = nn.Dropout(dropout), masks
-        like = {"device": base.weight.device, "dtype": torch.float32}
         width = base.out_features // of  # D
-        self.lora_A = nn.Parameter(torch.empty(len(parts) * rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(len(parts) * width, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self._unmerged = None  # the frozen weight, kept while the correction is merged into it
+        # In float32 even if the model is not: 16 bits would round small gradient steps away.
+        a = torch.empty(len(parts) * rank, base.in_features, device=base.weight.device)
+        b = torch.zeros(len(parts) * width, rank, device=base.weight.device)
+        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear starts its weight
+        # The frozen weight, kept while the correction is merged into it.
+        self._unmerged: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # (..., of·D)
-        if self._unmerged is not None:
+        if self._unmerged is not None:  # then base.weight contains the correction
             return y
         down = self.lora_A.to(x.dtype)  # (G·R, D_in)
         if self.masks == "each":
@@ -81,13 +84,14 @@ class GroupedLoRA(nn.Module):
         else:
             lows = linear(self.dropout(x), down).split(self.rank, dim=-1)  # the same, at once
         rows = (self.scale * self.lora_B).to(x.dtype).chunk(len(self.parts))  # G x (D, R)
+        # Parts without a correction pass through unchanged; nothing is computed for them.
         pieces = list(y.chunk(self.of, dim=-1))  # of x (..., D)
         for part, low, row in zip(self.parts, lows, rows, strict=True):
             pieces[part] = pieces[part] + linear(low, row)  # (..., D)
         return torch.cat(pieces, dim=-1)  # (..., of·D)
 
     def delta(self) -> Tensor:
-        """The correction as one matrix of the base weight's shape: zero rows where no part is."""
+        """The correction as a matrix of the base weight's shape; zero where no part learns."""
         delta = torch.zeros_like(self.base.weight, dtype=torch.float32)
         blocks = delta.chunk(self.of)  # views of D rows
         pairs = zip(self.lora_A.split(self.rank), self.lora_B.chunk(len(self.parts)), strict=True)
@@ -97,13 +101,15 @@ class GroupedLoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the correction to the frozen weight: the layer then costs what it cost before."""
+        """Add the correction to the frozen weight, so that the layer costs no more than before."""
         assert self._unmerged is None, "merged twice"
-        self._unmerged = self.base.weight.data
-        self.base.weight.data = (self._unmerged + self.delta()).to(self._unmerged.dtype)
+        # A new tensor takes the weight's place: other methods may share the frozen one.
+        frozen = self._unmerged = self.base.weight.data
+        self.base.weight.data = (frozen + self.delta()).to(frozen.dtype)
 
     def unmerge(self) -> None:
-        """Put the frozen weight back, to the bit."""
+        """Restore the frozen weight, to the bit."""
+        assert self._unmerged is not None, "not merged"
         self.base.weight.data, self._unmerged = self._unmerged, None
 
 
@@ -115,14 +121,14 @@ class LoRASettings(TrainingSettings, PromptSettings):
     text_alpha: Annotated[float, "α in the text tower"] = 32.0
     dropout: Annotated[float, "dropout on the input of the correction"] = 0.1
     dropout_masks: Annotated[
-        Literal["shared", "each"], "one mask for q, k and v, or one for each of them"
+        Literal["shared", "each"], "one dropout mask for q, k and v together, or one for each"
     ] = "shared"
-    parts: Annotated[str, "projections that learn: letters of q, k, v, o (the output's)"] = "qv"
+    parts: Annotated[str, "projections that learn: letters of q, k, v, o (output)"] = "qv"
     towers: Annotated[Literal["both", "image", "text"], "towers that learn"] = "both"
     blocks: Annotated[
-        str, "blocks that learn: all, or numbers from 0, as 0-5 or 9,10,11; 12-23/all: image/text"
+        str, "blocks that learn: all, or numbers as in 0-5 or 9,10,11; image/text as in 12-23/all"
     ] = "all"
-    scaling: Annotated[Literal["rank", "sqrt"], "s is α/R (rank) or α/√R (sqrt)"] = "rank"
+    scaling: Annotated[Literal["rank", "sqrt"], "s: α/R (rank) or α/√R (sqrt)"] = "rank"
 
     limits = {
         **TrainingSettings.limits,
@@ -138,12 +144,13 @@ DEMO_MODEL = {"lr": 2e-3, "image_rank": 16, "image_alpha": 16.0, "text_alpha": 1
 class LoRA(Method):
     title = "low-rank corrections to attention in both towers (CLIP-LoRA)"
     Settings = LoRASettings
+    settings: LoRASettings
     recipes = {
         "default": DEFAULT,
-        # Grouped LoRA on q and v, as DISEF sets it up: the defaults above. What the notebook calls
-        # a patience of 3 stops at the fourth epoch without gain.
+        # Grouped LoRA on q and v, as in DISEF: the defaults above. The notebook's "patience 3"
+        # stops at the fourth epoch without improvement.
         "notebook": {"patience": 4},
-        "paper": {  # CLIP-LoRA's; its released code scales by α/√R, which the paper writes α/R
+        "paper": {  # CLIP-LoRA's; its released code uses α/√R, the paper writes α/R
             "image_rank": 2,
             "image_alpha": 1.0,
             "text_rank": 2,
@@ -167,7 +174,8 @@ class LoRA(Method):
         super().__init__(clip, classnames, template, settings)
         parts = settings.parts
         if not parts or set(parts) - set("qkvo") or len(set(parts)) < len(parts):
-            raise UserError(f"--parts {parts!r}: expected different letters of q, k, v, o: try qv")
+            raise UserError(f"--parts {parts!r}: expected different letters of q, k, v, o; try qv")
+        # q, k and v are parts of one layer, in_proj; o is a layer of its own, out_proj.
         fused = tuple(sorted("qkv".index(letter) for letter in parts if letter != "o"))
         towers = {
             "image": (self.clip.visual.transformer, settings.image_rank, settings.image_alpha),
@@ -179,18 +187,20 @@ class LoRA(Method):
             numbers = block_numbers(settings.blocks, len(transformer.resblocks), tower)
             scale = alpha / (rank if settings.scaling == "rank" else math.sqrt(rank))  # s
             layer = functools.partial(GroupedLoRA, rank=rank, scale=scale, dropout=settings.dropout)
-            for attention in (transformer.resblocks[i].attn for i in numbers):
+            attentions = [m for m in transformer.modules() if isinstance(m, Attention)]
+            for attention in (attentions[i] for i in numbers):  # each block has one
                 if fused:
                     masks = settings.dropout_masks
-                    attention.in_proj = layer(attention.in_proj, parts=fused, of=3, masks=masks)
+                    corrected = layer(attention.in_proj, parts=fused, of=3, masks=masks)
+                    attention.add_module("in_proj", corrected)
                 if "o" in parts:
-                    attention.out_proj = layer(attention.out_proj)
-            if tower == "image":
+                    attention.add_module("out_proj", layer(attention.out_proj))
+            if tower == "image":  # the blocks before are frozen, and computed once for an image
                 self.first_block = numbers[0]
         self.text_learns = settings.towers != "image"
 
     def zero_shot_state(self) -> dict[str, Tensor]:
-        """B at 0: see wise_ft.py."""
+        """All B at 0 (see wise_ft.py)."""
         learned = self.adapter_state().items()
         return {name: torch.zeros_like(b) for name, b in learned if name.endswith("lora_B")}
 
@@ -199,7 +209,7 @@ class LoRA(Method):
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """As always, and with every correction merged."""
+        """As in the base class, with all corrections merged."""
         for layer in self.layers():
             layer.merge()
         try:
@@ -211,9 +221,9 @@ class LoRA(Method):
 
 
 def block_numbers(text: str, depth: int, tower: str = "image") -> list[int]:
-    """The blocks a setting names: "all" -> 0 … depth-1, "0-2,5" -> [0, 1, 2, 5].
+    """The blocks that `--blocks` names: "all" -> 0 … depth-1, "0-2,5" -> [0, 1, 2, 5].
 
-    Of "0-2/all", the first half is for the image tower, the second for the text tower.
+    In "0-2/all", the first part is for the image tower, the second for the text tower.
     """
     if text.count("/") == 1:
         text = text.split("/")[tower == "text"]
@@ -221,13 +231,13 @@ def block_numbers(text: str, depth: int, tower: str = "image") -> list[int]:
         return list(range(depth))
     try:
         ends = [[int(number) for number in piece.split("-", 1)] for piece in text.split(",")]
-        # Of a range's numbers beyond the last block, one is enough to tell.
+        # A range beyond the last block is cut short; one number too many is enough for the error.
         numbers = sorted({n for end in ends for n in range(end[0], min(end[-1], depth) + 1)})
     except ValueError:
         numbers = []
     if not numbers or numbers[-1] >= depth:
         raise UserError(
-            f"--blocks {text!r}: expected all, or numbers below {depth} (this tower's depth), such "
-            "as 0-2 or 1,3"
+            f"--blocks {text!r}: expected all, or numbers below {depth}, the depth of the {tower} "
+            "tower, such as 0-2 or 1,3"
         )
     return numbers

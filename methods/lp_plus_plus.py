@@ -1,37 +1,38 @@
-"""LP++: a linear probe whose rows are a prototype from images plus a share of the class's name.
+"""LP++: a linear probe whose rows are a prototype from images plus a multiple of the text feature.
 
 Huang et al., "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP", arXiv:2404.02285. With f
 (E,) an image's feature and t_k (E,) a class's text feature, both on the unit sphere,
 
     logit_k = f·(w_k + α_k·t_k)                             w (K, E) prototypes, α (K,) blends
 
-without a temperature: α_k has its place, and w = 0, α_k = s is zero-shot CLIP. Both learn by
+There is no temperature: α_k has its role, and w = 0, α_k = s is zero-shot CLIP. Both learn by
 cross-entropy on the features of all N training images at once. With y one-hot and p = softmax,
 
     ∂loss/∂w_k = Σ_i (p_ik - y_ik)·f_i / N                  ∂loss/∂α_k = t_k · ∂loss/∂w_k
 
-No learning rate is searched, for how much the loss bends is known beforehand: in the logit of one
-class by p(1 - p), at most 1/4. So a parabola that bends by 1/η lies above the loss and touches it
-where we are, and a gradient step of length η leads to its lowest point (majorize, minimize):
+No learning rate has to be searched, since the curvature of the loss is bounded: in the logit of one
+class it is p(1 - p), at most 1/4. A parabola with curvature 1/η therefore lies above the loss and
+touches it at the current point, and a gradient step of length η leads to its minimum
+(majorise-minimise):
 
     η_w = 4N / λmax(Σ_i f_i·f_iᵀ)                           η_α = 4N / max_k Σ_i (f_i·t_k)²
 
-That is for one class alone. All rows of w learn at once, for which the loss bends up to twice as
-much: then the step leads to where the parabola is as high as before, so the loss still cannot rise.
-After every ten such steps on w comes one on α. Then validation is looked at: what is kept is the
-best on it, of equally good ones the latest.
+This bound is for one class. All rows of w learn at once, for which the curvature is up to twice as
+large. A step then leads to a point where the parabola is as high as before, so the loss still
+cannot rise. After every ten steps on w there is one on α, and then a validation. The result is the
+best checkpoint on validation; of equally good ones, the latest.
 
-w starts at the mean feature of each class; α at one number for all classes, between 0 and s: that
-of the lowest loss. It hardly moves from there. Since w alone could become any classifier, names act
-through where descent begins and how soon it ends.
+w starts at the mean feature of each class, α at the same number for all classes, between 0 and s:
+the one with the lowest loss. It hardly moves from there. Since w alone could become any classifier,
+the names matter only through the start and the small number of steps.
 
-The paper's abstract and its authors' code were at hand, not its proofs: what bends how much was
-derived here. That code takes the same η_w, but adds momentum of 0.9, under which the loss may rise;
-a 16th of this η_α, along the sum of all gradients since the start; a bias for each class; one
-random crop of each image. It validates after every step. Its w starts at the sum of a class's
-features, its α at 250 times the mean cosine of an image and its name (`--start published`), made
-for OpenAI's models: where all cosines are larger, names drown the images, and where they are
-negative, names count backwards.
+The paper's abstract and the authors' code were available, but not its proofs: the bounds were
+derived here. The published code uses the same η_w, but adds momentum of 0.9, with which the loss
+may rise; a 16th of this η_α, along the sum of all gradients since the start; a bias for each class;
+and one random crop of each image. It validates after every step. Its w starts at the sum of a
+class's features, its α at 250 times the mean cosine of an image and its name (`--start published`),
+which suits OpenAI's models. If all cosines are larger, the names outweigh the images; if they are
+negative, names count against their class.
 """
 
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ from torch import Tensor, nn
 from methods.base import Method
 from methods.templates import TemplateSettings
 
-ROUND = 10  # steps on w before one on α
-HALVINGS = 30  # of the interval in which the first α lies
+ROUND = 10  # steps on w before a step on α
+HALVINGS = 30  # of the interval that contains the first α
 ROOM = 2**24  # logits in memory at once: 64 MB
 
 
@@ -55,7 +56,7 @@ class LPPlusPlusSettings(TemplateSettings):
     steps: Annotated[int, "gradient steps on w"] = 300
     start: Annotated[
         Literal["fitted", "published"],
-        "α at first: of the lowest loss, or 250 times the mean cosine of an image and its name",
+        "start of α: lowest loss, or 250 times the mean cosine of an image and its name",
     ] = "fitted"
     limits = {"steps": (1, inf)}
 
@@ -63,6 +64,7 @@ class LPPlusPlusSettings(TemplateSettings):
 class LPPlusPlus(Method):
     title = "a linear probe, each row blended with the class name (LP++)"
     Settings = LPPlusPlusSettings
+    settings: LPPlusPlusSettings
     names_unseen = False
     starts_over = True
 
@@ -88,20 +90,20 @@ class LPPlusPlus(Method):
             return F.normalize(x.float(), dim=-1) @ self.rows().T
 
     def matrix(self) -> dict[str, Tensor]:
-        """α stands where others have a temperature."""
+        """Without a scale, since α has the role of a temperature."""
         return {"weight": self.rows(), "logit_scale": torch.ones(())}
 
     @torch.no_grad()
     def fit(self, train, val, descend) -> None:
-        """Descend along w and α in turn; keep what is best on validation."""
+        """Alternate steps on w and α; keep the best checkpoint on validation."""
         f, labels = F.normalize(train.encoded(self).float(), dim=-1), train.labels  # (N, E), (N,)
         self.begin(f, labels)
         eta_w, eta_alpha = step_sizes(f, self.names)
         best = (-1.0, 0)
         for step in range(1, self.settings.steps + 1):
-            self.w -= eta_w * self.gradient(f, labels)
+            self.w.sub_(eta_w * self.gradient(f, labels))
             if step % ROUND == 0:
-                self.alpha -= eta_alpha * self.blend_gradient(f, labels)
+                self.alpha.sub_(eta_alpha * self.blend_gradient(f, labels))
             if step % ROUND == 0 or step == self.settings.steps:
                 now = self.accuracy(val), step
                 if now > best:  # of equally good ones the later step
@@ -112,7 +114,7 @@ class LPPlusPlus(Method):
 
     @torch.no_grad()
     def begin(self, f: Tensor, labels: Tensor) -> None:
-        """f (N, E), labels (N,): set w and α to what they start from."""
+        """f (N, E), labels (N,): set the start of w and α."""
         count = labels.bincount(minlength=len(self.w)).clamp(min=1)  # a class may have no image
         self.w.copy_(torch.zeros_like(self.w).index_add(0, labels, f) / count[:, None])
         if self.settings.start == "published":
@@ -141,13 +143,13 @@ class LPPlusPlus(Method):
         return (self.names * self.gradient(f, labels)).sum(dim=1)
 
     def accuracy(self, val) -> float:
-        """The share of validation images that are named right."""
+        """The accuracy on validation images, from 0 to 1."""
         parts = zip(self.parts(val.encoded(self)), self.parts(val.labels), strict=True)
-        right = sum((self.classify(x).argmax(dim=1) == labels).sum() for x, labels in parts)
-        return right.item() / len(val.labels)
+        right = [(self.classify(x).argmax(dim=1) == labels).sum() for x, labels in parts]
+        return torch.stack(right).sum().item() / len(val.labels)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """As many images (N, …) at a time as there is room for their logits."""
+        """Split images (N, …) into parts whose logits fit into `ROOM`."""
         return x.split(max(1, ROOM // len(self.w)))
 
 

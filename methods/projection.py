@@ -1,20 +1,21 @@
-"""Projection heads: learned layers after each tower, which is frozen or learns beside them.
+"""Projection heads: learned layers after each tower. The towers are frozen, or learn as well.
 
-A baseline without a paper of its own: CLIP's shared space is rearranged, by two square layers after
+A baseline without a paper of its own. It changes CLIP's shared space by two square layers after
 each tower (`--head square`),
 
     f' = U₂ φ(U₁ norm(f))      W' = V₂ φ(V₁ norm(W))      U, V (E, E), with biases
 
-or by one layer of multi-head attention between each tower's last block and its projection
-(`--head attention`), so that what is read may gather from all tokens x (T, D) once more,
+or by a layer of multi-head attention between each tower's last block and its projection
+(`--head attention`), which lets the output token attend once more to all tokens x (T, D),
 
-    x_r + O · attention(norm(x))_r      r: an image's class token, a text's [end], which sees what
-                                        stands before it alone;  O (D, D), at first 0
+    x_r + O · attention(norm(x))_r      r: an image's class token, or a text's [end], which sees
+                                        only the tokens before it;  O (D, D) starts at 0
 
-by class cross-entropy or by CLIP's contrastive loss. With φ the identity (the default) the square
-layers start as identities, so training starts at zero-shot CLIP, as it does with attention; with
-relu they start at random, and what pretraining knew of the space has to be learned again from the
-few images. With `--tower-lr` above 0 all weights of both towers learn, too, at that rate.
+The loss is cross-entropy over classes, or CLIP's contrastive loss. With φ the identity (the
+default) the square layers start as identities, so that training starts at zero-shot CLIP; with
+attention it does as well. With relu the layers start at random, and the few images must teach again
+what pretraining knew about the space. With `--tower-lr` above 0 all weights of both towers learn as
+well, at that rate.
 """
 
 from dataclasses import dataclass
@@ -36,22 +37,22 @@ from methods.templates import TemplateSettings
 @dataclass(frozen=True)
 class ProjectionSettings(TrainingSettings, TemplateSettings):
     head: Annotated[
-        Literal["square", "attention"], "two square layers, or one of attention over the tokens"
+        Literal["square", "attention"], "two square layers, or a layer of attention over the tokens"
     ] = "square"
     tower_lr: Annotated[float, "peak learning rate of both towers' weights; 0: frozen"] = 0.0
     objective: Annotated[
         Literal["class", "contrastive"], "cross-entropy over classes, or pairs"
     ] = "class"
-    plain_pairs: Annotated[bool, "contrastive: only an image's own caption is right"] = False
+    plain_pairs: Annotated[bool, "contrastive: count only an image's own caption as right"] = False
     activation: Annotated[Literal["none", "relu"], "φ, between the two layers"] = "none"
     limits = {**TrainingSettings.limits, "tower_lr": (0, inf)}
 
     def __post_init__(self):
         super().__post_init__()
         if self.tower_lr and not self.lr:
-            raise UserError(f"--tower-lr {self.tower_lr}: is a share of --lr, which is 0")
+            raise UserError(f"--tower-lr {self.tower_lr}: needs --lr above 0; give --lr")
         if self.head == "attention" and self.activation != "none":
-            raise UserError(f"--activation {self.activation}: is for --head square; leave it out")
+            raise UserError(f"--activation {self.activation}: only works with --head square")
         check_objective(self)
 
 
@@ -59,7 +60,7 @@ OWN = {"optimizer": "sgd", "lr": 1e-3, "epochs": 50, "patience": 10}
 
 
 class AttentionHead(nn.Module):
-    """A layer of attention, to stand after the blocks of a tower and be read as they are."""
+    """A layer of attention, appended to a tower's blocks and called like them."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -77,6 +78,7 @@ class AttentionHead(nn.Module):
 class Projection(Method):
     title = "learned layers after each tower"
     Settings = ProjectionSettings
+    settings: ProjectionSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "attention": {**DEFAULT, "head": "attention", "lr": 1e-3},
@@ -88,6 +90,7 @@ class Projection(Method):
     def __init__(self, clip, classnames, template, settings: ProjectionSettings):
         super().__init__(clip, classnames, template, settings)
         c = clip.config
+        self.loss_is_mean = settings.objective == "class"  # the loss over pairs is not
         if settings.tower_lr:
             train_weights(self.clip, [*trained_names(clip, "image"), *trained_names(clip, "text")])
             self.first_block, self.text_learns = 0, True
@@ -104,35 +107,29 @@ class Projection(Method):
             transformer.resblocks.append(AttentionHead(width, heads).to(clip.device))
 
     @property
-    def lr_factors(self) -> dict[str, float]:
-        """The weights that are CLIP's own learn at --tower-lr."""
+    def lr_factors(self) -> dict[str, float]:  # type: ignore[override]  # --grid may change lr
+        """CLIP's own weights learn at --tower-lr."""
         factor = self.settings.tower_lr / self.settings.lr if self.settings.tower_lr else 1.0
         own = {f"clip.{name}" for name, _ in self.lent[0].named_parameters()}
         return dict.fromkeys(own & self.adapter_state().keys(), factor)
 
     def _layers(self) -> nn.Sequential:
         embed = self.clip.config.embed_dim
-        layers = nn.Sequential(nn.Linear(embed, embed), nn.Identity(), nn.Linear(embed, embed))
+        first, second = nn.Linear(embed, embed), nn.Linear(embed, embed)
         if self.settings.activation == "relu":
-            layers[1] = nn.ReLU()
-        else:
-            for layer in (layers[0], layers[2]):
-                nn.init.eye_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        return layers
-
-    @property
-    def loss_is_mean(self) -> bool:
-        """Not over pairs."""
-        return self.settings.objective == "class"
+            return nn.Sequential(first, nn.ReLU(), second)
+        for layer in (first, second):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        return nn.Sequential(first, nn.Identity(), second)
 
     def zero_shot_state(self) -> dict[str, Tensor] | None:
-        """CLIP's own weights; identities, if φ is one, to float rounding, since they are normalised
-        twice; or O = 0.
+        """CLIP's weights, and O = 0 or identities; None with relu. With identities, logits equal
+        zero-shot CLIP's to float rounding, since features are normalised twice.
         """
         if self.settings.activation == "relu":
             return None
-        start = {}
+        start: dict[str, Tensor] = {}
         for name, tensor in self.adapter_state().items():
             if name in self.lr_factors:
                 start[name] = self.lent[0].get_parameter(name.removeprefix("clip."))
@@ -143,9 +140,9 @@ class Projection(Method):
         return start
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoded images x (B, …) -> image features (B, E) and class features (K, E), changed."""
+        """Encoded images x (B, …) -> projected features of images (B, E) and classes (K, E)."""
         images, texts = self.image_features(x).float(), self.class_features().float()
-        if self.settings.head == "attention":  # which stands within the towers
+        if self.settings.head == "attention":  # it is part of the towers
             return images, texts
         images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
         return self.image_layers(images), self.text_layers(texts)
@@ -155,7 +152,7 @@ class Projection(Method):
         return self.clip.logits(*self.project(x))
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x as in `classify`, labels (B,) -> scalar: cross-entropy over classes, or over pairs."""
+        """x as in `classify`, labels (B,) -> scalar: cross-entropy over classes or over pairs."""
         if self.settings.objective == "class":
             return super().loss(x, labels)
         images, texts = self.project(x)

@@ -1,4 +1,4 @@
-"""ProLIP: of CLIP only the last projection of the image tower learns, held near where it was.
+"""ProLIP: only the image tower's last projection learns, and stays near its pretrained value.
 
 Fahes et al., "CLIP's Visual Embedding Projector is a Few-shot Cornucopia", arXiv:2410.05270. The
 image tower ends in a matrix V (D, E), `visual.proj`, which takes the class token z (D,), after its
@@ -7,12 +7,12 @@ last LayerNorm, into the space that images and texts share:
     logits = s · norm(z·V)·norm(W)ᵀ                                      (K,)
     loss   = CE(logits) + λ · ‖V - V₀‖²        V₀ CLIP's own V; λ = 1/S, S the shots
 
-V starts at V₀, that is at zero-shot CLIP, and the fewer the images, the closer it stays. z never
-changes, so `encode` ends there and every step may be on all images at once: the paper takes 300, of
-Adam with a large ε. Names that were not learned are met by the same V.
+V starts at V₀, which is zero-shot CLIP; with fewer images it stays closer. z never changes, so
+`encode` returns z, and every step can use all images at once. The paper takes 300 steps of Adam
+with a large ε. New names use the same V.
 
-What recipe `paper` does differently: random crops show 8-100 % of an image, the published code's
-50-100 %; S is the images of the largest class, should no class have as many as --shots.
+What recipe `paper` does differently: random crops show 8-100 % of an image, those of the published
+code 50-100 %; S is the number of images of the largest class, if no class has --shots.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from methods.templates import TemplateSettings
 
 @dataclass(frozen=True)
 class ProLIPSettings(TrainingSettings, TemplateSettings):
-    penalty: Annotated[float, "λ, how strongly V is held near V₀; below 0: 1/shots"] = -1.0
+    penalty: Annotated[float, "λ, weight of ‖V - V₀‖²; below 0: 1/shots"] = -1.0
 
 
 OWN = {
@@ -44,8 +44,9 @@ OWN = {
 
 
 class ProLIP(Method):
-    title = "the image tower's last projection, held near where it was (ProLIP)"
+    title = "the image tower's last projection, held near its pretrained value (ProLIP)"
     Settings = ProLIPSettings
+    settings: ProLIPSettings
     recipes = {
         "default": OWN,
         "paper": {**OWN, "augment": "crop-flip", "keep": "last"},
@@ -59,8 +60,9 @@ class ProLIP(Method):
         self.penalty = max(settings.penalty, 0.0)
 
     @property
-    def encoder(self) -> tuple:
-        return (*super().encoder, "before the projection")
+    def encoder(self) -> tuple | None:
+        kind = super().encoder
+        return kind and (*kind, "before the projection")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

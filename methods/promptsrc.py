@@ -1,27 +1,26 @@
-"""PromptSRC: learned tokens deep in both towers, kept from forgetting what frozen CLIP knows.
+"""PromptSRC: learned tokens deep in both towers, regularised to stay near frozen CLIP.
 
 Khattak et al., "Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
-arXiv:2307.06948. Both towers have learned tokens of their own before each of their first J
-blocks, which stand where the last block's outputs for those before it would:
+arXiv:2307.06948. Both towers have learned tokens of their own before each of their first J blocks.
+Before block 1 and later, they replace the outputs of the previous block's tokens:
 
     text    [start] v⁰_1 … v⁰_M name . [end] -> block 0 -> [start] v¹_1 … v¹_M name . [end] -> …
     image   [class] u⁰_1 … u⁰_N patches      -> block 0 -> [class] u¹_1 … u¹_N patches      -> …
 
-v⁰ starts from "a photo of a", all others at random. Three things hold them back. Features and
-logits stay near those of the frozen towers (°): with f, W on the unit sphere and p the softmax of
-the logits,
+v⁰ starts from "a photo of a", all others at random. Three terms keep features and logits near those
+of the frozen towers (°). With f, W on the unit sphere and p the softmax of the logits,
 
     loss = CE + 25 · mean|W - W°| + 10 · mean|f - f°| + KL(p° ‖ p) / K     (the batch's mean)
 
-W° is the mean of many hand-written templates. And what is kept is not the last epoch's tokens but
-the mean of all epochs', e of E, with weights exp(-½((e/E - 0.75) / 0.05)²): early ones know little,
+W° is the mean over many hand-written templates. The result is not the last epoch's tokens but a
+mean over all epochs e of E, with weights exp(-½((e/E - 0.75) / 0.05)²): early tokens know little,
 and late ones have begun to forget.
 
-What we do differently: attention has no order but what positions add, so image tokens stand
-after the class token, not after the patches. Text tokens are the same for all classes and see only
-[start] and each other, so a PromptTree computes them once, not K times. Recipe `paper` has
-float32 for float16, averages the tokens alone (their code the whole model, rounded), and W° is of
-20 templates of ours, not of 60 of ImageNet's (`--templates FILE` reads others).
+What we do differently: without positions, attention ignores order, so image tokens can stand after
+the class token instead of after the patches. Text tokens are the same for all classes and see only
+[start] and each other, so a PromptTree computes them once, not K times. Recipe `paper` uses float32
+instead of float16, averages only the tokens (their code averages the whole model, rounded), and
+takes W° from 20 templates of ours instead of 60 for ImageNet (`--templates FILE` reads others).
 """
 
 from dataclasses import dataclass
@@ -42,16 +41,16 @@ from methods.templates import ENSEMBLE, TemplateSettings
 class PromptSRCSettings(ContextSettings, TemplateSettings):
     templates: Annotated[
         tuple[str, ...],
-        "templates of the frozen text features: 'ensemble' (a list of ours), a file of one a "
-        "line, or the templates themselves with | between them; empty: --template alone",
+        "templates of the frozen text features: 'ensemble' (20 of ours), a file with one on each "
+        "line, or the templates themselves, separated by |; empty: only --template",
     ] = ENSEMBLE
     n_visual: Annotated[int, "learned tokens in each block of the image tower"] = 4
-    depth: Annotated[int, "J, blocks of each tower that have learned tokens (or all it has)"] = 9
+    depth: Annotated[int, "J, blocks of each tower with learned tokens, at most"] = 9
     near_text: Annotated[float, "weight of |text features - frozen ones|"] = 25.0
     near_image: Annotated[float, "weight of |image features - frozen ones|"] = 10.0
     near_logits: Annotated[float, "weight of KL(frozen || learned) / K"] = 1.0
-    mean_at: Annotated[float, "--keep mean: the share of training that weighs most in it"] = 0.75
-    mean_width: Annotated[float, "… and the standard deviation around that, as a share"] = 0.05
+    mean_at: Annotated[float, "--keep mean: the share of training with the largest weight"] = 0.75
+    mean_width: Annotated[float, "… and the standard deviation around it, as a share"] = 0.05
     limits = {
         **ContextSettings.limits,
         "n_visual": (0, inf),
@@ -60,12 +59,12 @@ class PromptSRCSettings(ContextSettings, TemplateSettings):
         "near_image": (0, inf),
         "near_logits": (0, inf),
         "mean_at": (0, 1),
-        "mean_width": (0.03, inf),  # of less, all weights but the largest are 0 to a computer
+        "mean_width": (0.03, inf),  # below, all weights but the largest round to 0
     }
 
 
 class Prompted(nn.Module):
-    """A block before which the tokens 1 … M become learned ones (M, D)."""
+    """A block whose input tokens 1 … M are replaced with learned ones (M, D)."""
 
     def __init__(self, block: nn.Module, prompts: Tensor):
         super().__init__()
@@ -84,11 +83,12 @@ PAPER = {**PUBLISHED, **OWN, "lr": 2.5e-3, "epochs": 20, "batch_size": 4}
 class PromptSRC(LearnedContext):
     title = "deep prompts in both towers, held near frozen CLIP"
     Settings = PromptSRCSettings
+    settings: PromptSRCSettings
     first_block = 0
     recipes = {
         "default": {**DEFAULT, **OWN, "lr": 2e-3},
         "paper": PAPER,
-        # Of Flowers102 and four others; of the rest, the published mean and width are 0.6.
+        # For Flowers102 and four others; for the rest, the published mean and width are 0.6.
         "few-shot": {**PAPER, "epochs": 50, "mean_at": 0.9, "mean_width": 0.1},
         "demo": {**OWN, "lr": 1e-2, "epochs": 25, "batch_size": 16},
     }
@@ -112,7 +112,7 @@ class PromptSRC(LearnedContext):
                 blocks[i] = Prompted(blocks[i], tokens(number, width))
 
     def prompt_tree(self) -> PromptTree:
-        """The prompts of the classes: in each chunk the tokens 1 … M are the slots."""
+        """The prompts of the classes; tokens 1 … M are the slots for the context."""
         return context_tree(self.classnames, self.settings.n_ctx)
 
     def text_features(self) -> Tensor:
@@ -122,6 +122,7 @@ class PromptSRC(LearnedContext):
         """images (B, 3, n, n), normalised -> features (B, E), not normalised."""
         tower = self.clip.visual
         x = tower.begin(x, 0)  # (B, T, D)
+        # As published, u⁰ passes the LayerNorm before the blocks, like the other tokens.
         prompts = tower.ln_pre(self.visual_context.to(tower.proj.dtype))  # (N, D)
         prompts = prompts.to(x.dtype).expand(len(x), -1, -1)  # (B, N, D)
         return tower.finish(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
@@ -149,5 +150,5 @@ class PromptSRC(LearnedContext):
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:
-    """The mean difference of coordinates of two sets of features (N, E), on the unit sphere."""
+    """The mean absolute difference of two sets of features (N, E), put on the unit sphere."""
     return F.l1_loss(F.normalize(one.float(), dim=-1), F.normalize(other.float(), dim=-1))

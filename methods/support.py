@@ -1,18 +1,19 @@
-"""Methods that keep their training images: as features, with labels, beside CLIP."""
+"""The base of methods that store the features and labels of their training images."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min import UserError
+from clip_min.memory import check_room, free_memory
 from methods.base import Method
 
 
 class WithSupport(Method):
-    """A method that keeps features of its training images, the support set.
+    """A method that stores features of its training images, the support set.
 
-    support (N, E), on the unit sphere; support_labels (N,), rows of the names it was made with.
-    How many there are is known once they are there: before `remember`, none.
+    support (N, E), on the unit sphere; support_labels (N,), indices of the learned names. Both are
+    empty until `remember`.
     """
 
     trains_support = False
@@ -28,8 +29,8 @@ class WithSupport(Method):
         self.support_labels = nn.Parameter(labels, requires_grad=False)
 
     def remember(self, train, views: int = 1, augment: str = "none", apart: bool = False) -> None:
-        """Keep the features of `train` (see `Method.fit`): of CLIP's own crop, or, with `augment`,
-        of random views: of each picture the mean, or all of them `apart`.
+        """Store the features of `train` (see `Method.fit`): of CLIP's own crop or, with `augment`,
+        of random views. Of the views of an image the mean is stored, or each one if `apart`.
         """
         if augment == "none":
             features = train.encoded(self).float()  # (N, E)
@@ -41,33 +42,37 @@ class WithSupport(Method):
 
     @torch.no_grad()
     def _view(self, train, augment: str) -> Tensor:
-        """Features of one random view of each picture (N, E), not normalised, as published."""
+        """Features of a random view of each image (N, E), not normalised, as published."""
         parts = torch.arange(len(train)).split(64)
         with train.autocast():
             features = [self.encode(train.images(part, augment)) for part in parts]
         return torch.cat(features).float()
 
     def votes(self) -> Tensor:
-        """One row a support image, 1 at its class, (N, K); of a class not asked for, all zero."""
+        """A row for each support image, one-hot at its class (N, K); zero for other classes."""
         of, asked = self._places()
+        what = f"{len(of):,} training images times {len(asked):,} classes take"
+        free = free_memory(self.support.device)
+        check_room(24 * len(of) * len(asked), free, what, "give fewer of either")  # float64, thrice
         return (of[:, None] == asked).float()
 
     def count_votes(self, x: Tensor) -> Tensor:
-        """x (N, B) -> votes()ᵀ·x (K, B): the rows of each class's images, summed.
+        """x (N, B) -> votes()ᵀ·x (K, B): the sum of the rows of each class's images.
 
-        Without that matrix, nearly all zeros: it grows with the square of the classes.
+        The matrix of votes, nearly all zeros, would grow with the square of the classes; this does
+        not form it.
         """
         of, asked = self._places()
-        count = of.bincount(minlength=len(self.learned_names) + 1)  # of the last, no class's, 0
-        first = count.cumsum(0) - count  # where a class begins, once images are in order of class
+        count = of.bincount(minlength=len(self.learned_names) + 1)  # the last is 0
+        first = count.cumsum(0) - count  # where each class begins in the order of class
         return F.embedding_bag(of.argsort(stable=True), x, first, mode="sum")[asked]
 
     def _places(self) -> tuple[Tensor, Tensor]:
-        """The class of each support image (N,), and each class asked for (K,), by number among the
-        names learned; without images of it, the number after these.
+        """The class of each support image (N,) and of each requested name (K,), as indices of the
+        learned names. A requested name without images gets the index after the last.
         """
         numbers = {name: i for i, name in enumerate(self.learned_names)}
-        learned = torch.tensor([numbers[name] for name in self.learned_names])  # alike if names are
+        learned = torch.tensor([numbers[name] for name in self.learned_names])
         asked = [numbers.get(name, len(learned)) for name in self.classnames]
         device = self.support.device
         return learned.to(device)[self.support_labels], torch.tensor(asked, device=device)
@@ -76,7 +81,7 @@ class WithSupport(Method):
         return {"support": self.support, "support_labels": self.support_labels}
 
     def load_adapter(self, state: dict[str, Tensor]) -> None:
-        """As always, but for the number of images, which is the saved one's."""
+        """As in the base class; the number of images is taken from `state`."""
         before = self.support.data, self.support_labels.data
         count = state["support"].shape[:1].numel() if "support" in state else 0
         self.support.data = self.support.new_zeros(count, self.support.shape[1])

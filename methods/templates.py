@@ -1,8 +1,8 @@
-"""Templates: the sentences that class names are put into.
+"""Templates: sentences with a gap for the class name.
 
-A class may have several prompts, one of each template (the prompt ensemble of Radford et al.,
-arXiv:2103.00020, section 3.1.4); its text feature is then their mean on the unit sphere, see
-`Method.text_features`. Or prompts of its own, which then stand in place of all templates: see
+A class may have several prompts, one for each template (the prompt ensemble of Radford et al.,
+arXiv:2103.00020, section 3.1.4). Its text feature is then their mean on the unit sphere, see
+`Method.text_features`. A class may also have prompts of its own, which replace all templates: see
 class_prompts.py.
 """
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 from clip_min import UserError
-from methods.base import Settings
+from methods.base import BaseSettings
 from methods.class_prompts import read_prompts
 
-ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 80
+ENSEMBLE = (  # for photographs of any subject; our own, similar to the paper's 80
     "a photo of a {}.",
     "a photo of the {}.",
     "a good photo of a {}.",
@@ -39,22 +39,22 @@ ENSEMBLE = (  # for photographs of anything; ours, in the manner of the paper's 
 
 
 @dataclass(frozen=True)
-class PromptSettings(Settings):
-    """Of methods that read prompts as people write them."""
+class PromptSettings(BaseSettings):
+    """For methods that read written prompts."""
 
     prompts: Annotated[
         dict | None,
-        "texts written for each class, in place of templates: a JSON file, {class: [texts]}",
+        "a JSON file of texts for each class, instead of templates: {class: [texts]}",
     ] = field(default=None, kw_only=True)
 
     readers = {"prompts": read_prompts}
 
 
 def read_templates(given: str | list | tuple) -> tuple[str, ...]:
-    """ "a {}.|the {}." -> ("a {}.", "the {}."); or 'ensemble', or a file of one a line.
+    """ "a {}.|the {}." -> ("a {}.", "the {}."); or 'ensemble', or a file with one on each line.
 
-    The lines stand in for the file's name, so that a run does not depend on the file. A sequence
-    is taken as it is.
+    The settings keep the templates instead of the file's name, so that a run does not depend on the
+    file. A sequence is returned as it is.
     """
     if not isinstance(given, str):
         return tuple(given) if isinstance(given, list) else given
@@ -69,8 +69,8 @@ def read_templates(given: str | list | tuple) -> tuple[str, ...]:
                 f"--templates {given}: cannot be read as a text file ({error}); "
                 "expected 'ensemble', a file of templates, or templates with {} in them"
             ) from None
-    lines = "|".join(text.splitlines()).split("|")  # in a file too, | stands between two
-    lines = tuple(line.strip() for line in lines if line.strip())
+    pieces = "|".join(text.splitlines()).split("|")  # in a file too, | stands between two
+    lines = tuple(piece.strip() for piece in pieces if piece.strip())
     if bad := [line for line in lines if "{}" not in line]:
         raise UserError(f"--templates: {bad[0]!r} has no {{}} for the class name; add one")
     if given and not lines:
@@ -82,8 +82,8 @@ def read_templates(given: str | list | tuple) -> tuple[str, ...]:
 class TemplateSettings(PromptSettings):
     templates: Annotated[
         tuple[str, ...],
-        "templates to average over: 'ensemble' (a list of ours), a file of one a line, or the "
-        "templates themselves with | between them; empty: --template alone",
+        "templates to average over: 'ensemble' (20 of ours), a file with one on each line, or the "
+        "templates themselves, separated by |; empty: only --template",
     ] = ()
 
     readers = {**PromptSettings.readers, "templates": read_templates}

@@ -6,15 +6,16 @@ labels, one-hot, are values (N, K). With f an image's feature on the unit sphere
 
     logits = s · f·norm(W)ᵀ + α · exp(-β (1 - f·keysᵀ)) · values                  (K,)
 
-so every key votes for its class, the more the nearer it is: β is how sharply, α how much votes
-count beside zero-shot CLIP. `tip_adapter` learns nothing by gradients; `tip_adapter_f` then trains
-the keys. α and β come from a grid, by accuracy on validation (the published code searches on the
-test set of ImageNet, and chooses the epoch of the trained keys on any test set).
+so every key votes for its class, and nearer keys have more weight: β sets how sharply the weight
+falls with distance, α the weight of the votes against zero-shot CLIP. `tip_adapter` trains nothing;
+`tip_adapter_f` also trains the keys. α and β are chosen from a grid by accuracy on validation (the
+published code searches on the test set for ImageNet, and chooses the epoch of the trained keys on
+the test set of every data set).
 
-Classes without training images get no votes: among the novel names Tip-Adapter is zero-shot CLIP.
+Classes without training images get no votes: among novel names Tip-Adapter is zero-shot CLIP.
 
-What we do differently, beside the search: random crops show 8-100 % of an image, the published
-code's 50-100 %; its keys are trained under an α and a β that are constants of each data set.
+What else we do differently: random crops show 8-100 % of an image, those of the published code
+50-100 %; it trains the keys with constants for α and β that depend on the data set.
 """
 
 from dataclasses import dataclass
@@ -31,26 +32,27 @@ from methods.templates import TemplateSettings
 
 ALPHAS = [0.0] + [2.0 ** (i / 2) for i in range(-6, 21)]  # 0, 1/8 … 1024
 BETAS = [2.0 ** (i / 2) for i in range(-4, 15)]  # 1/4 … 128
-# Images of validation that both are chosen on, at most. Each meets every key, so that with as many
-# of each class the cost would grow with the square of the classes.
+# Validation images that α and β are chosen on, at most. Each is compared with every key, so with a
+# fixed number for each class the cost would grow with the square of the classes.
 SEARCHED = 5_000
 ROOM = 2**24  # numbers in a matrix of the search: 64 MB
 
 
 @dataclass(frozen=True)
 class TipAdapterSettings(TemplateSettings):
-    alpha: Annotated[float, "α, the weight of the votes; below 0: chosen on validation"] = -1.0
-    beta: Annotated[float, "β, their sharpness; below 0: chosen on validation"] = -1.0
+    alpha: Annotated[float, "α, weight of the votes; below 0: choose on validation"] = -1.0
+    beta: Annotated[float, "β, sharpness of the votes; below 0: choose on validation"] = -1.0
     augment: Annotated[
-        Augment, "keys are of CLIP's own crop, or of random views, as --augment has them elsewhere"
+        Augment, "none: keys of CLIP's own crop; else of random views, as in other methods"
     ] = "none"
-    views: Annotated[int, "random views whose mean is a key"] = 10
+    views: Annotated[int, "random views of an image, whose mean is its key"] = 10
     limits = {"views": (1, inf)}
 
 
 class TipAdapter(WithSupport):
     title = "training images as a memory that votes (training-free)"
     Settings = TipAdapterSettings
+    settings: TipAdapterSettings
     recipes = {"default": {}, "paper": {"augment": "crop-flip"}}
 
     def __init__(self, clip, classnames, template, settings):
@@ -82,7 +84,7 @@ class TipAdapter(WithSupport):
 
     @torch.no_grad()
     def search(self, val) -> None:
-        """Set α and β to the best on validation; of equally good ones, to the smallest."""
+        """Set α and β to the best values on validation; of equally good ones, to the smallest."""
         every = ceil(len(val.labels) / SEARCHED)
         features, labels = val.encoded(self)[::every], val.labels[::every]
         alphas = ALPHAS if self.settings.alpha < 0 else [self.settings.alpha]
@@ -112,13 +114,15 @@ class TipAdapter(WithSupport):
 
 
 def winning(zero_shot: Tensor, votes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """zero_shot, votes (V, K), labels (V,) -> between which two α the right class wins, (V,) each.
+    """zero_shot, votes (V, K), labels (V,) -> the interval of α in which the right class wins: its
+    lower and upper ends, (V,) each.
 
-    A class's logit, zero_shot + α·votes, is a line over α. The right class is ahead of another one
-    on one side of where their lines cross; so it wins in one interval, for all α found at once.
+    A class's logit, zero_shot + α·votes, is a line over α. The right class is ahead of another
+    class on one side of the point where their lines cross, so it wins in a single interval.
+    Computing its ends tests all α at once.
     """
     lead, gain = (t.gather(1, labels[:, None]) - t for t in (zero_shot, votes))  # (V, K)
-    lead.scatter_(1, labels[:, None], torch.inf)  # it need not win against itself
+    lead.scatter_(1, labels[:, None], torch.inf)  # not against itself
     crossing = -lead / gain  # the lead is lead + α·gain
     low = crossing.where(gain > 0, -torch.inf).amax(dim=1)
     high = crossing.where(gain < 0, torch.inf).amin(dim=1)
@@ -135,8 +139,9 @@ OWN = {"lr": 1e-3, "eps": 1e-4, "epochs": 20, "batch_size": 256, "schedule": "st
 
 
 class TipAdapterF(TipAdapter):
-    title = "the same memory, its keys trained"
+    title = "training images as a memory whose keys are trained"
     Settings = TipAdapterFSettings
+    settings: TipAdapterFSettings
     recipes = {
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {**OWN, "augment": "crop-flip", "patience": 0},
@@ -145,9 +150,9 @@ class TipAdapterF(TipAdapter):
     trains_support = True
 
     def fit(self, train, val, descend) -> None:
-        """Start from Tip-Adapter's keys, α and β; train the keys; choose α and β again."""
+        """Start from Tip-Adapter's keys, α and β, train the keys, then choose α and β again."""
         super().fit(train, val, descend)
         if self.settings.alpha < 0 and self.alpha == 0:
-            self.alpha.fill_(1.0)  # with no votes at all, the keys would have no gradient
+            self.alpha.fill_(1.0)  # without votes, the keys would have no gradient
         descend(self, train, val)
         self.search(val)

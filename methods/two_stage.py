@@ -1,27 +1,27 @@
-"""2SFS: the LayerNorms of both towers learn, and then a classifier that starts at the class names.
+"""2SFS: train the LayerNorms of both towers, then a classifier that starts at the class names.
 
 Farina et al., "Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages",
-arXiv:2503.11609. What a few images of some classes teach comes in two phases: features that suit
-the task, and so its other classes, too; and then what tells these very classes apart, which harms
-the others. So the steps are divided:
+arXiv:2503.11609. Training on a few images has two phases. First, features adapt to the task, which
+helps new classes as well; later, they specialise in the base classes, which harms new ones. So the
+method divides the steps:
 
-    stage 1   of both towers the LayerNorms learn, y = γ·x̂ + β each, γ and β (D,), with
-              logits = s · norm(f)·norm(W)ᵀ         f, W from the towers as they are now
-    stage 2   the towers stay as they are, and a matrix Φ (K, E) learns, from norm(W) on:
+    stage 1   the LayerNorms of both towers learn, y = γ·x̂ + β each, γ and β (D,), with
+              logits = s · norm(f)·norm(W)ᵀ         f, W from the current towers
+    stage 2   the towers are frozen, and a matrix Φ (K, E) learns, starting at norm(W):
               logits = s · norm(f)·norm(Φ)ᵀ
 
-and each stage has a fresh optimizer and a cosine of its own. Then a class that was learned is named
-by its row of Φ, any other by the text tower, W_k; among both, each class by its own. All rows count
-by their direction alone, so they meet on one scale.
+Each stage has a fresh optimizer and its own cosine schedule. Afterwards a learned class has its row
+of Φ as its text feature, and any other class has W_k from the text tower. Both are normalised, so
+they have the same scale in a common list.
 
-Before stage 2, Φ is all zeros: that is how a saved adapter tells which of the two it is of (where
-validation chooses, it may prefer one of the first).
+In stage 1, Φ is all zeros. A saved adapter shows by this which stage it is from (validation may
+choose a checkpoint of stage 1).
 
 The authors' code means to train all LayerNorms, 65,536 numbers at ViT-B/16, but freezes `ln_pre`,
-`ln_post` and `ln_final` again, so that those of the blocks learn, 61,440. `--layer-norms` has both;
-recipe `paper` trains as their code does, with float32 for float16, and stage 2 goes on in the pass
-over the images where stage 1 ends (theirs starts a new one). Its template is "a photo of a {}." on
-every data set: to be given as `--template` where a data set has another one.
+`ln_post` and `ln_final` again, so that only those of the blocks learn, 61,440. `--layer-norms`
+offers both. Recipe `paper` trains as their code does, with float32 instead of float16; stage 2
+continues the pass over the images in which stage 1 ends (theirs starts a new pass). Their template
+is "a photo of a {}." on every data set: give it as `--template` if a data set has another default.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from methods.templates import TemplateSettings
 class TwoStageSettings(TrainingSettings, TemplateSettings):
     first_stage: Annotated[float, "share of the steps before the classifier learns"] = 0.6
     layer_norms: Annotated[
-        Literal["all", "blocks"], "LayerNorms that learn: all, or all but those around the blocks"
+        Literal["all", "blocks"], "LayerNorms that learn: all, or only those within the blocks"
     ] = "all"
     limits = {**TrainingSettings.limits, "first_stage": (0, 1)}
 
@@ -68,6 +68,7 @@ class TwoStage(Method):
     def __init__(self, clip, classnames, template, settings: TwoStageSettings):
         super().__init__(clip, classnames, template, settings)
         self.learned_names = list(classnames)
+        self.first_stage = settings.first_stage
         self.clip.float()
         for name, module in self.clip.named_modules():
             among = settings.layer_norms == "all" or ".resblocks." in name
@@ -80,30 +81,27 @@ class TwoStage(Method):
 
     @property
     def in_second(self) -> bool:
-        """Does the classifier name what was learned?"""
+        """Whether stage 2 has begun, so that Φ classifies the learned classes."""
         return bool(self.classifier.detach().any())
-
-    @property
-    def first_stage(self) -> float:
-        return self.settings.first_stage
 
     @torch.no_grad()
     def second_stage(self) -> None:
-        """Called by the loop between the stages: Φ starts at the class names."""
+        """Called by the loop between the stages: start Φ at the class names."""
         self.classifier.copy_(F.normalize(super().text_features().float(), dim=-1))
 
     @property
-    def first_block(self) -> int | None:
-        """In stage 2 the image tower is frozen: unless images are augmented, once is enough."""
+    def first_block(self) -> int | None:  # type: ignore[override]  # never set
+        """In stage 2 the image tower is frozen, and images are encoded once, unless augmented."""
         return None if self.in_second else 0
 
     @property
     def encoder(self) -> tuple | None:
-        """As always, but for the tower that encodes, which is not the lent CLIP's any more."""
-        return None if self.first_block == 0 else (fingerprint(self.clip.visual), *super().encoder)
+        """As in the base class, with the fingerprint of the tower that has learned."""
+        kind = super().encoder
+        return kind and (fingerprint(self.clip.visual), *kind)
 
     def text_features(self) -> Tensor:
-        """(K, E): in stage 2 Φ's row of each name that was learned, the text tower's of others."""
+        """(K, E): in stage 2, rows of Φ for learned names, the text tower's features for others."""
         if not self.in_second:
             return super().text_features()
         row = rows(self.classnames, self.learned_names).to(self.clip.device)  # (K,)
@@ -114,5 +112,5 @@ class TwoStage(Method):
         return torch.where(row[:, None] >= 0, learned, text)
 
     def fit(self, train, val, descend) -> None:
-        self.classifier.data.zero_()  # also where it starts from another run's adapter
+        self.classifier.data.zero_()  # also if it starts from another run's adapter
         descend(self, train, val)

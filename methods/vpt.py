@@ -1,22 +1,22 @@
 """VPT: learned tokens among the patches of an image.
 
-Jia et al., "Visual Prompt Tuning", arXiv:2203.12119. N vectors p (N, D) join the sequence that the
-image tower reads, right after the class token, and are all that learns of the tower:
+Jia et al., "Visual Prompt Tuning", arXiv:2203.12119. N vectors p (N, D) are inserted into the image
+tower's sequence, right after the class token; nothing else in the tower learns:
 
     shallow    [class, p_1 … p_N, patches] -> block 0 -> block 1 -> …
-    deep       the same, but before every later block the N outputs at the prompts' places are
-               thrown away, and N vectors of that block's own stand there instead
+    deep       the same, but before each later block the N outputs at the prompts' places are
+               replaced with N vectors of that block
 
-They enter after CLIP's own `ln_pre`, which the paper's ViT, trained on labels, does not have.
-Attention has no order but what positions add, and prompts have none: their place in the sequence
-does not matter, only the block at which they enter (`--first-block`).
+The prompts are inserted after CLIP's `ln_pre`, which the paper's ViT, trained on labels, does not
+have. Attention knows order only from positions, and prompts have none. Their place in the sequence
+therefore does not matter, only the block before which they are inserted (`--first-block`).
 
-Two classifiers: CLIP's own text features (`--head text`), which can name unseen classes, and the
-paper's, a linear layer on the class token (`--head linear`), which starts at random and can not.
+There are two classifiers: CLIP's text features (`--head text`), which can name unseen classes, and
+the paper's linear layer on the class token (`--head linear`), which starts at random and cannot.
 
-The paper tries 36 pairs of learning rate and weight decay on the validation images of every data
-set, and several N. Recipe `paper` takes one of these pairs, `paper-grid` tries them all. What it
-does differently: pictures are resized bicubically, as CLIP's, and not bilinearly.
+The paper tries 36 pairs of learning rate and weight decay on the validation images of each data
+set, and several N. Recipe `paper` uses one of these pairs, `paper-grid` tries all of them. What we
+do differently: images are resized with bicubic interpolation, as for CLIP, instead of bilinear.
 """
 
 from dataclasses import dataclass
@@ -33,11 +33,13 @@ from methods.templates import TemplateSettings
 
 @dataclass(frozen=True)
 class VPTSettings(TrainingSettings, TemplateSettings):
-    n_tokens: Annotated[int, "N, the learned tokens (in every block, if deep)"] = 50
-    deep: Annotated[bool, "tokens of its own for every block"] = False
-    first_block: Annotated[int, "block, from 0, before which the tokens enter"] = 0
+    n_tokens: Annotated[int, "N, learned tokens (in each block, with --deep)"] = 50
+    deep: Annotated[bool, "learn tokens for each block"] = False
+    first_block: Annotated[int, "insert the tokens before this block, from 0"] = 0
     dropout: Annotated[float, "dropout on the learned tokens"] = 0.1
-    head: Annotated[Literal["text", "linear"], "CLIP's text features, or a linear layer"] = "text"
+    head: Annotated[
+        Literal["text", "linear"], "classify by CLIP's text features, or a linear layer"
+    ] = "text"
     limits = {
         **TrainingSettings.limits,
         "n_tokens": (0, inf),
@@ -68,6 +70,7 @@ DEMO_MODEL = {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0}
 class VPT(Method):
     title = "learned tokens among the image's patches (VPT)"
     Settings = VPTSettings
+    settings: VPTSettings
     no_weight_decay = ("head.bias",)  # as published
     recipes = {
         "default": {"lr": 2e-3, **DEFAULT},
@@ -83,12 +86,12 @@ class VPT(Method):
         width, depth = clip.config.vision_width, clip.config.vision_layers
         if settings.first_block >= depth:
             raise UserError(
-                f"--first-block {settings.first_block}: expected 0 to {depth - 1}, since this "
-                f"model's image tower has {depth} blocks"
+                f"--first-block {settings.first_block}: expected 0 to {depth - 1}, as this model's "
+                f"image tower has {depth} blocks"
             )
         self.first_block = settings.first_block
         places = depth - settings.first_block if settings.deep else 1
-        bound = sqrt(6 / (3 * clip.config.patch_size**2 + width))  # Xavier's, of a patch embedding
+        bound = sqrt(6 / (3 * clip.config.patch_size**2 + width))  # Xavier's, for a patch embedding
         prompts = torch.empty(places, settings.n_tokens, width).uniform_(-bound, bound)
         self.visual_prompts = nn.Parameter(prompts.to(clip.device))  # (places, N, D)
         self.dropout = nn.Dropout(settings.dropout)
@@ -96,19 +99,19 @@ class VPT(Method):
         if settings.head == "linear":
             self.names_unseen = False
             self.head = nn.Linear(width, len(classnames))
-            nn.init.kaiming_normal_(self.head.weight, mode="fan_out")  # variance 2/K, as theirs
+            nn.init.kaiming_normal_(self.head.weight, mode="fan_out")  # variance 2/K, as published
             self.head.to(clip.device)
 
     def class_token(self, x: Tensor) -> Tensor:
         """Encoded images x (B, …) -> the class token after the last block (B, D)."""
         tower, n, first = self.clip.visual, self.settings.n_tokens, self.settings.first_block
-        x = x if self.first_block else tower.begin(x, first)  # (B, T, D), what block `first` reads
+        x = x if self.first_block else tower.begin(x, first)  # (B, T, D), block `first`'s input
         blocks = tower.transformer.resblocks
         for i, block in enumerate(blocks[first:], first):
             if (place := i - first) < len(self.visual_prompts):
                 prompts = self.visual_prompts[place].expand(len(x), -1, -1)  # (B, N, D)
-                prompts = self.dropout(prompts).to(x.dtype)  # other elements for every image
-                patches = x[:, 1 + (n if place else 0) :]  # without the last block's prompts
+                prompts = self.dropout(prompts).to(x.dtype)  # a mask for each image
+                patches = x[:, 1 + (n if place else 0) :]  # without the previous block's prompts
                 x = torch.cat([x[:, :1], prompts, patches], dim=1)
             x = block(x, read=slice(0, 1) if i == len(blocks) - 1 else None)
         return tower.ln_post(x[:, 0])

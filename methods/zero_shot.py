@@ -7,7 +7,7 @@ prompts (K, E) and s CLIP's own logit scale,
     logits = s · norm(f) · norm(W)ᵀ                                       (K,)
 
 Every other method starts from this equation and changes one thing in it. `Method` computes it, so
-that nothing is left to add here.
+this class adds nothing.
 """
 
 from methods.base import Method
@@ -20,5 +20,5 @@ class ZeroShot(Method):
 
     @classmethod
     def plain(cls, clip, classnames: list[str], template: str) -> "ZeroShot":
-        """With its default settings: what every method is compared with."""
+        """Zero-shot CLIP with default settings: the baseline of every method."""
         return cls(clip, classnames, template, cls.Settings())

@@ -1,1 +1,1 @@
-"""Pages that say how good a run is, how sure, and where it fails: report.py writes them."""
+"""The pages of report.py: how accurate a run is, how confident, and where it fails."""

@@ -1,4 +1,4 @@
-"""The pictures of a page, as thumbnails: of the tested ones, by their number in data.json."""
+"""Thumbnails for a page: test pictures by their number in data.json."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -11,8 +11,8 @@ from reports.markup import Markup, picture, tag
 
 
 class Album:
-    """get(i) -> the thumbnail of tested picture i; a box that says so where it is not at hand, and
-    nothing where none is.
+    """get(i) -> the thumbnail of test picture i; a box with a note if its file is missing, and
+    nothing if all files are.
     """
 
     def __init__(self, record: Record | None, task: Task | None = None):
@@ -22,11 +22,11 @@ class Album:
             found = test.batches.pictures
             for i, (_, name, made) in enumerate(rows(found, test.classnames)):
                 there[name, made].append((found, i))
-        # By class and content, as eval.py finds them; of two equal files either will do.
+        # By class and content, as in eval.py; of two equal files either is used.
         self.at = [there.get((name, made), [None])[0] for _, name, made in self.rows]
 
     def file(self, i: int) -> str | None:
-        """Its file, as data.json has it."""
+        """Its file, from data.json."""
         return self.rows[i][0] if i < len(self.rows) else None
 
     def get(self, i: int, alt: str) -> Markup | None:
@@ -42,7 +42,7 @@ class Album:
 
 
 def no_picture(alt: str) -> Markup:
-    return tag("div", "picture not at hand", class_="none", role="img", aria_label=alt)
+    return tag("div", "picture not found", class_="none", role="img", aria_label=alt)
 
 
 def thumbnail(path: Path, alt: str, side: int = 96) -> Markup:

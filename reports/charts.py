@@ -1,7 +1,7 @@
-"""Charts as SVG inside the page, by matplotlib, in the page's own colours, light and dark.
+"""Charts as SVG inside the page, drawn by matplotlib, in the page's light and dark colours.
 
-matplotlib draws in stand-in colours, which become the page's CSS variables. No text from a file is
-drawn: names stand in legends of HTML beside the charts.
+matplotlib draws in placeholder colours, which are replaced with the page's CSS variables. Charts
+hold no text from files: names are in HTML legends beside the charts.
 """
 
 import io
@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 from reports.markup import Markup, escape, tag
 
-INK, QUIET, LINE = "#010101", "#020202", "#030303"  # of text, of lesser text, of grids
+INK, QUIET, LINE = "#010101", "#020202", "#030303"  # text, secondary text, grids
 SERIES = [f"#0401{k:02x}" for k in range(8)]
 _PAGE = {INK: "var(--ink)", QUIET: "var(--quiet)", LINE: "var(--line)"}
 _PAGE |= {colour: f"var(--c{k})" for k, colour in enumerate(SERIES)}
-MARKERS = "osD^vPX*"  # told apart without colour, too
+MARKERS = "osD^vPX*"  # distinguishable without colour
 DASHES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1)), (0, (3, 3)), (0, (1, 1)), (0, (8, 2))]
 _numbers = itertools.count()
 
@@ -24,7 +24,7 @@ _numbers = itertools.count()
 def chart(
     draw: Callable, alt: str, width: float = 5.0, height: float = 3.2, across: int = 1, **grid
 ) -> Markup:
-    """The SVG that draw(axes) makes, or draw(list of axes) where several stand `across`; sizes in
+    """The SVG of draw(axes), or of draw(list of axes) for several axes `across`. Sizes are in
     inches of 80 pixels.
     """
     import matplotlib
@@ -50,7 +50,7 @@ def chart(
         "lines.linewidth": 1.8,
     }
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that matplotlib's font lacks
+        warnings.simplefilter("ignore")  # about letters missing in matplotlib's font
         figure, axes = plt.subplots(
             1, across, figsize=(width, height), layout="constrained", squeeze=False, **grid
         )
@@ -62,7 +62,7 @@ def chart(
 
 
 def _inline(svg: str, alt: str) -> Markup:
-    """The element alone, with ids of its own, the page's colours, and what it shows in words."""
+    """The SVG element, with unique ids, the page's colours, and a description in words."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     mark = f"g{next(_numbers)}-"

@@ -1,4 +1,4 @@
-"""The charts of a run's page, each from the numbers it shows."""
+"""The charts of a run's page."""
 
 from reports.charts import DASHES, INK, LINE, MARKERS, QUIET, SERIES, chart, legend
 from reports.markup import Markup, escape, figure, folded, join, name, number, tag
@@ -7,7 +7,7 @@ TITLES = {"base": "base", "novel": "novel", "hm": "HM", "all": "all", "joint": "
 
 
 def bars(scores: dict, method: str) -> Markup:
-    """Each score beside zero-shot's."""
+    """Each score beside zero-shot CLIP's."""
     rows = {who: flat(of) for who, of in scores.items()}
     shown = [key for key in TITLES if rows["method"].get(key) is not None]
 
@@ -27,13 +27,13 @@ def bars(scores: dict, method: str) -> Markup:
     said = "; ".join(f"{key} {mine} %, zero-shot {zero} %" for key, mine, zero in values)
     caption = [
         "Accuracy of ", name(method), " (right bars) beside zero-shot CLIP (left, grey). HM is the "
-        "harmonic mean of base and novel; “all names” that of both halves, each among all names.",
+        "harmonic mean of base and novel; “all names” is the same with all names to choose from.",
     ]  # fmt: skip
     return figure(chart(draw, f"Accuracy: {said}."), caption)
 
 
 def flat(scores: dict) -> dict:
-    """Scores by name, those among all names as their harmonic mean."""
+    """Scores by name; those among all names as their harmonic mean."""
     return {**scores, "joint": (scores.get("joint") or {}).get("hm")}
 
 
@@ -44,9 +44,9 @@ def curves(training: dict) -> list[Markup]:
         return []
     epochs = [line["epoch"] for line in rounds]
     at = next((line["epoch"] for line in rounds if line["step"] == kept), None)
-    which = "The dashed line marks the round that was kept."
+    which = "The dashed line marks the checkpoint that was kept."
     if training["keep"] == "mean":
-        which = "The mean of all rounds was kept."
+        which = "The mean of all checkpoints was kept."
 
     def mark(axes):
         if at is not None:
@@ -60,7 +60,7 @@ def curves(training: dict) -> list[Markup]:
 
     first, last = rounds[0], rounds[-1]
     alt = f"Training loss over epochs: {first['loss']:.4g} at first, {last['loss']:.4g} at last."
-    found = [figure(chart(loss, alt), f"Mean loss of the training steps of each round. {which}")]
+    found = [figure(chart(loss, alt), f"Mean training loss between validations. {which}")]
     shown = [("val", "validation"), ("train", "training")]
     shown = [(key, text) for key, text in shown if all(key in line for line in rounds)]
     final = training["train_accuracy"]
@@ -80,7 +80,7 @@ def curves(training: dict) -> list[Markup]:
     said += [] if final is None else [f"training pictures, {final:.2f} % at the end"]
     caption = "Accuracy on validation pictures (line, circles)"
     caption += "" if len(shown) < 2 else ", on training pictures (squares)"
-    caption += "" if final is None else ", and on training pictures with what was kept (triangle)"
+    caption += "" if final is None else ", and on training pictures at the end (triangle)"
     alt = f"Accuracy over epochs: {'; '.join(said)}."
     return [*found, figure(chart(accuracy, alt), f"{caption}. {which}")]
 
@@ -101,14 +101,14 @@ def reliability(scopes: dict) -> Markup:
     alt += ", ".join(f"{key} {value:.2f} %" for key, value in said.items())
     entries = [(f"{key}, ECE {value:.2f} %", k) for k, (key, value) in enumerate(said.items())]
     caption = (
-        "Pictures in 15 bins by how sure the method is, the probability of its first answer. Below "
-        "the grey line it is surer than it is right. ECE is the mean distance from that line."
+        "Pictures in 15 bins by confidence, the probability of the first answer. Below the grey "
+        "line the method is overconfident. ECE is the mean distance from that line."
     )
     return figure(chart(draw, alt, 4.6, 3.6), caption, legend(entries))
 
 
 def counts(of: dict[str, list[int]]) -> Markup:
-    """Pictures of each class, the classes of each set from the largest on."""
+    """Pictures of each class, in each set from the largest class to the smallest."""
 
     def draw(axes):
         for k, values in enumerate(of.values()):
@@ -151,15 +151,15 @@ def by_class(features: dict, coloured: list[int]) -> Markup:
             axes.scatter(*texts[c], s=90, facecolor="none", linewidths=1.6, **look)
 
     caption = (
-        "The same by class: the weakest ones in colour, full marks for their pictures, hollow ones "
-        "for their names; all others grey."
+        "The same by class: the weakest classes in colour, filled marks for pictures, hollow marks "
+        "for names; other classes grey."
     )
     entries = [(name(features["names"][c]), k) for k, c in enumerate(coloured)]
     return figure(_both(features, draw), caption, legend(entries))
 
 
 def _both(features: dict, draw) -> Markup:
-    """draw(axes, images, texts) of both times, side by side."""
+    """draw(axes, images, texts) before and after adaptation, side by side."""
     drawn = []
     for when in ("before", "after"):
         of = features[when]
@@ -175,12 +175,12 @@ def _both(features: dict, draw) -> Markup:
     return tag("div", drawn, class_="charts")
 
 
-MOST = 120  # classes in a matrix: more would be too small to see
+MOST = 120  # classes in a matrix: more cells would be too small to see
 NUMBERED = 30  # classes whose rows and columns have room for a number
 
 
 def matrix(scope: dict) -> Markup:
-    """The confusion matrix; a cell for each pair that occurs, darker for more of the row."""
+    """The confusion matrix: a cell for each pair that occurs, darker for a larger share."""
     names, order = scope["names"], scope["order"]
     totals: dict[int, int] = {}
     wrong: dict[int, int] = {}
@@ -219,9 +219,9 @@ def matrix(scope: dict) -> Markup:
     )
     of = "" if n == len(names) else f" The {n} classes with the most confusions of {len(names)}."
     caption = (
-        "Rows: what a picture shows; columns: what it was taken for; blue: right, orange: wrong, "
-        f"darker where it is more of the row. Classes that are confused stand together.{of} Point "
-        "at a cell to read it."
+        "Rows: true class; columns: predicted class; blue: right, orange: wrong, darker for a "
+        f"larger share of the row. Classes that are often confused are next to each other.{of} "
+        "Point at a cell to read it."
     )
     listed = tag("ol", [tag("li", name(names[c])) for c in order])
     return join([figure(Markup(svg), caption), folded("The classes in this order", listed)])

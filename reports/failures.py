@@ -1,17 +1,17 @@
-"""Where a run fails: which classes it confuses, and the wrong answers that it was surest of.
+"""Where a run fails: the classes it confuses, and its most confident mistakes.
 
-Pictures have numbers: those of base, then those of novel, as data.json lists them.
+Pictures are numbered as in data.json: first base, then novel.
 """
 
 from reports.album import Album
 from reports.charts_of_run import matrix
 from reports.markup import Markup, folded, name, section, tag
 
-PICTURED = 12  # confused pairs that are shown
+PICTURED = 12  # confused pairs to show
 
 
 def confusions(found: dict, album: Album) -> Markup | None:
-    """Of each scope its matrix, and the pairs that are confused most often."""
+    """For each scope its matrix, and the most confused pairs."""
     if not found["scopes"]:
         return None
     parts, first = [], 0
@@ -52,7 +52,7 @@ def _pair(scope: dict, pair: dict, album: Album, first: int) -> Markup:
 
 
 def mistakes(found: dict, album: Album) -> Markup | None:
-    """Wrong answers that were given with the most confidence."""
+    """The most confident wrong answers."""
     if not found["scopes"]:
         return None
     keys = ["joint"] if "joint" in found["scopes"] else list(found["scopes"])
@@ -63,7 +63,7 @@ def mistakes(found: dict, album: Album) -> Markup | None:
         if tiles:
             parts += [tag("h3", _among(key)), tag("div", tiles, class_="sheet")]
         first += scope["images"]
-    text = "Wrong answers given with the most confidence, and the five likeliest classes of each."
+    text = "The most confident wrong answers, each with its five likeliest classes."
     return section("Surest mistakes", tag("p", text, class_="quiet"), parts, id="mistakes")
 
 

@@ -1,8 +1,8 @@
 """Where images and class names lie in CLIP's shared space, before and after adaptation.
 
-Image and text features, normalised, lie in two cones that hardly touch: the modality gap (Liang et
-al., arXiv:2203.02053), the distance of the two means. Two principal components of both together
-show as much of it as a plane can.
+Normalised image and text features lie in two cones that hardly touch. The distance of the two means
+is the modality gap (Liang et al., arXiv:2203.02053). The first two principal components of both
+together show as much of it as a plane can.
 """
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 from clip_min import UserError
 from fewshot.task import Task
 
-MOST = 500  # pictures that are shown: enough to see, and minutes of a large model on a CPU
+MOST = 500  # pictures to show; a large model takes minutes for them on a CPU
 BATCH = 64
 
 
 def before_and_after(unadapted, method, task: Task) -> dict:
-    """`space` of the test pictures and the class names, {"before", "after"}, and which pictures
-    these are: numbers among all test pictures. UserError if the method compares no such features.
+    """`space` of test pictures and class names, {"before", "after"}, and the indices of these
+    pictures among all test pictures. UserError, if the method does not compare such features.
     """
     where, names, number = [], [], 0  # (test, which of its pictures, its number, its label)
     for part, test in task.tests.items():
@@ -41,8 +41,8 @@ def before_and_after(unadapted, method, task: Task) -> dict:
 
 
 def compared(method, batches, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The features (B, E) and (K, E) whose cosines are a method's logits of the pictures with the
-    numbers `chosen`: what it hands to `CLIP.logits`. Where texts depend on the image, their mean.
+    """The features (B, E) and (K, E) that a method passes to `CLIP.logits` for the pictures with
+    the indices `chosen`. If texts depend on the image, their mean.
     """
     clip, seen = method.clip, []
     clip.logits = lambda f, w: seen.append((f, w)) or type(clip).logits(clip, f, w)
@@ -53,8 +53,8 @@ def compared(method, batches, chosen: Tensor) -> tuple[Tensor, Tensor]:
         del clip.logits
     if not seen:
         raise UserError(
-            f"{type(method).__name__} does not compare images with texts: its classifier is "
-            "another one, and there are no two sets of features to show"
+            f"{type(method).__name__} does not compare image features with text features, so there "
+            "are no features to show"
         )
     images = torch.cat([f.float().cpu() for f, _ in seen])
     texts = seen[0][1].float().cpu()
@@ -66,7 +66,7 @@ def space(images: Tensor, texts: Tensor) -> dict:
     images, texts = (F.normalize(x.double(), dim=-1) for x in (images, texts))
     both = torch.cat([images, texts])  # (N + K, E)
     u, s, v = torch.linalg.svd(both - both.mean(0), full_matrices=False)  # (N + K, R), (R,), (R, E)
-    # A component may point either way: its largest entry is made positive, so that runs agree.
+    # The sign of a component is arbitrary: make its largest entry positive, so that runs agree.
     signs = v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign().flatten()  # (2,)
     points = u[:, :2] * s[:2] * signs  # (N + K, 2)
     return {
@@ -78,7 +78,7 @@ def space(images: Tensor, texts: Tensor) -> dict:
 
 
 def spread_out(count: int, most: int = MOST) -> Tensor:
-    """Numbers of `most` of `count` pictures, evenly apart; all where there are fewer."""
+    """Indices of at most `most` of `count` pictures, evenly spaced."""
     if count <= most:
         return torch.arange(count)
     return torch.linspace(0, count - 1, most, dtype=torch.float64).round().long()

@@ -1,6 +1,6 @@
-"""All numbers of a run's page, as one dictionary: report.py --format json writes it, and the page
-shows it. Scores are those of results.json; what is not there follows from the run's answers
-(predictions.safetensors), and where these are missing too, is None.
+"""All numbers of a run's page as a dictionary, which report.py --format json writes and the page
+shows. Scores come from results.json; the rest is computed from the run's answers
+(predictions.safetensors), or None if these are missing.
 """
 
 from collections import Counter
@@ -14,13 +14,13 @@ from fewshot.predictions import ZERO_SHOT, Predictions
 from reports import measures
 from reports.gather import Tested
 
-WEAK = 70.0  # percent of F1: below it a class is weak, as gen's plan f1 has it
+WEAK = 70.0  # F1 in percent; a class below it is weak, as in gen's plan f1
 SCORES = ("base", "novel", "hm", "all")
-PART = ("images", "top1", "top5", "macro_accuracy", "macro_f1")  # of results.json's parts
+PART = ("images", "top1", "top5", "macro_accuracy", "macro_f1")  # keys of a part in results.json
 
 
 def numbers(run: Tested) -> dict:
-    """The dictionary; `run.missing` gains what is not there."""
+    """The dictionary. What is missing is added to `run.missing`."""
     config, results = run.config, run.results or {}
     names, method = config["classnames"], config["method"]
     answers = _answers(run)
@@ -64,14 +64,14 @@ def numbers(run: Tested) -> dict:
 
 
 def _answers(run: Tested) -> dict[str, dict[str, Predictions]]:
-    """Row -> part -> answers; none, with a line in `missing`, where they were not kept."""
+    """Row -> part -> answers; empty, with a line in `missing`, if they were not saved."""
     file = run.path / predictions.FILE
     if not file.exists():
         if run.results:
             run.missing.append(
-                f"no {predictions.FILE}, as in runs of earlier versions and in those that label "
-                "test images jointly: confusions, mistakes, calibration and the change of each "
-                "class are not known; train again to have them"
+                f"no {predictions.FILE}: runs of earlier versions and runs that label test images "
+                "jointly have none. Confusions, mistakes, calibration and the change of each class "
+                "are unknown; train again to get them"
             )
         return {}
     try:
@@ -85,7 +85,7 @@ Answers = tuple[Tensor, Tensor, Tensor]  # labels (N,), the likeliest (N, 5), pr
 
 
 def _scope(of: dict[str, Predictions], scope: str, names: dict) -> Answers | None:
-    """The answers to a part among its own names or, "joint", to all parts among all names."""
+    """The answers for a part among its own names; for "joint", for all parts among all names."""
     if scope != "joint":
         part = of.get(scope)
         return part and (part.labels.long(), part.top.long(), part.probabilities)
@@ -126,7 +126,7 @@ def _scope_numbers(names: list[str], mine: Answers, zero: Answers | None) -> dic
         ],
         "zero_shot": None,
     }
-    for pair in found["pairs"]:  # a picture of each way
+    for pair in found["pairs"]:  # a picture for each direction
         pair["pictures"] = [
             _surest(labels, top, probabilities, *way)
             for way in ((pair["a"], pair["b"]), (pair["b"], pair["a"]))
@@ -143,8 +143,8 @@ def _scope_numbers(names: list[str], mine: Answers, zero: Answers | None) -> dic
 
 
 def _surest(labels: Tensor, top: Tensor, probabilities: Tensor, true: int, taken: int):
-    """The number of the picture of one class that was taken for the other most surely; where none
-    was, of one that was named right, or of any.
+    """The index of the picture of one class that was mistaken for the other with most confidence;
+    if there is none, of a correctly classified picture, or of any.
     """
     mine = labels == true
     for chosen in (mine & (top[:, 0] == taken), mine & (top[:, 0] == true), mine):
@@ -154,17 +154,17 @@ def _surest(labels: Tensor, top: Tensor, probabilities: Tensor, true: int, taken
 
 
 def _scores(results: dict) -> dict:
-    """As results.json has them: base, novel, hm, all and, among all names, joint."""
+    """The scores of results.json: base, novel, hm, all, and joint (among all names)."""
     mine = {key: results.get(key) for key in (*SCORES, "joint")}
     zero = results.get("zero_shot", {})
     return {"method": mine, "zero_shot": {key: zero.get(key) for key in (*SCORES, "joint")}}
 
 
 def _intervals(results: dict) -> dict[str, list[float]]:
-    """Of each part's accuracy, 95 %: by its pictures or, of a transductive method, its tasks."""
+    """The 95 % interval of each part's accuracy, over pictures or a transductive method's tasks."""
     found = {}
     for part, of in results.get("parts", {}).items():
-        if of.get("tasks") == 1:  # of one there is no spread
+        if of.get("tasks") == 1:  # a single task has no spread
             continue
         if "interval95" in of:
             found[part] = [results[part] - of["interval95"], results[part] + of["interval95"]]
@@ -175,7 +175,7 @@ def _intervals(results: dict) -> dict[str, list[float]]:
 
 
 def _training(run: Tested) -> dict:
-    """The log, which round was kept, and the accuracy on training pictures at the end."""
+    """The log, the checkpoint that was kept, and the final accuracy on training pictures."""
     keep = run.config["settings"].get("keep")
     judged = [line for line in run.log if "val" in line]
     kept = None
@@ -195,7 +195,7 @@ def _training(run: Tested) -> dict:
 
 
 def _classes(run: Tested, scopes: dict) -> list[dict]:
-    """Each class of each part: accuracy and F1 beside zero-shot's, and how many pictures it has."""
+    """Each class of each part: accuracy and F1 beside zero-shot's, and its number of pictures."""
     counts = {part: Counter(name for _, name, _ in rows) for part, rows in _rows(run).items()}
     joint, rows, first = scopes.get("joint"), [], 0
     for part, names in run.config["classnames"].items():
@@ -232,7 +232,7 @@ def _rows(run: Tested) -> dict:
 
 
 def _counts(run: Tested) -> dict[str, list[int]] | None:
-    """Pictures of each class, most first: of training, validation and each tested part."""
+    """Pictures of each class, largest first: in training, validation and each tested part."""
     if not run.record:
         return None
     parts = run.config["classnames"]

@@ -1,6 +1,4 @@
-"""What lies at the paths that a report is asked for: runs, folders of generated images, and what
-is neither, with the reason.
-"""
+"""Find runs and folders of generated images at the given paths, and say why others are left out."""
 
 import os
 from dataclasses import dataclass, field
@@ -17,12 +15,12 @@ from gen.books import Manifest
 
 @dataclass
 class Tested:
-    """A run as far as it can be read; `missing` says what could not."""
+    """A run, as far as it can be read; `missing` says what is missing."""
 
     run: Run
     results: dict | None
     log: list[dict]
-    record: Record | None  # which pictures it learned from, chose by and was tested on
+    record: Record | None  # its training, validation and test pictures
     missing: list[str]
 
     @property
@@ -46,7 +44,7 @@ class Found:
 
 
 def find(paths: list[Path]) -> Found:
-    """Read all that the paths name; UserError if nothing of it can be reported."""
+    """Read everything at the paths; UserError, if there is nothing to report."""
     found = Found()
     for place in dict.fromkeys(place for path in paths for place in _places(path, found)):
         try:
@@ -62,7 +60,7 @@ def find(paths: list[Path]) -> Found:
 
 
 def read(path: Path) -> Tested:
-    """A run; UserError if it has no config that could be read."""
+    """A run; UserError, if it has no readable config."""
     run, missing = Run.open(path), []
 
     def attempt(read, *arguments):
@@ -76,21 +74,19 @@ def read(path: Path) -> Tested:
         results = attempt(_read_results, path / "results.json")
     else:
         missing.append(
-            "no results.json: the training has not ended, or was stopped; go on with "
-            "train.py --resume and the flags it was begun with"
+            "no results.json: training has not ended, or was stopped; continue with "
+            "train.py --resume and the flags that started it"
         )
     log = attempt(_read_log, path / "log.jsonl") or []
     if not log and (path / "log.jsonl").exists():
-        missing.append(f"{path}/log.jsonl has no line that can be read")
+        missing.append(f"{path}/log.jsonl has no readable line")
     record = attempt(kept, path, run.config)
     if record is None:
-        missing.append(
-            "no data.json that belongs to this run: which pictures were used is not known"
-        )
+        missing.append("no data.json of this run: it is unknown which pictures were used")
     return Tested(run, results, log, record, missing)
 
 
-# What is read of results.json beside what grids read; earlier versions lack some.
+# Keys read from results.json, in addition to those of grids; earlier versions lack some.
 _CLASS = {"accuracy": float | None, "f1": float}
 _PART = {"images": int, "interval95": float}
 _PART |= dict.fromkeys(("top1", "top5", "macro_accuracy", "macro_f1"), float)
@@ -105,12 +101,12 @@ def _read_results(file: Path) -> dict:
     for part, of in results.get("parts", {}).items():
         kinds = {key: kind for key, kind in _PART.items() if key in of}
         expect(of, kinds, str(file), f"parts.{part}")
-        if isinstance(classes := of.get("classes"), dict):  # a list: of labelling jointly
+        if isinstance(classes := of.get("classes"), dict):  # a list, if labelled jointly
             expect(classes, dict[str, _CLASS], str(file), f"parts.{part}.classes")
         if "interval95" in of:
             expect(results, {part: float}, str(file))
         if "images" in of and not 0 <= of.get("top1", -1) <= 100:
-            raise UserError(f"{file}: parts.{part}.top1 is no accuracy, expected 0 to 100")
+            raise UserError(f"{file}: parts.{part}.top1 is not an accuracy, expected 0 to 100")
     return results
 
 
@@ -124,8 +120,7 @@ def _read_log(file: Path) -> list[dict]:
 def _places(path: Path, found: Found) -> list[Path]:
     """The folders at or below `path` that hold a run or generated images.
 
-    A run that another one took the place of (NAME.old1), and the points of its grid (grid1), are
-    no runs of their own.
+    A replaced run (NAME.old1) and the points of a grid (grid1) do not count as runs.
     """
     if not path.is_dir():
         reason = "is a file, expected a folder" if path.exists() else "there is no such folder"
@@ -141,13 +136,13 @@ def _places(path: Path, found: Found) -> list[Path]:
             places.append(Path(here))
             continue
         if {"log.jsonl", "results.json", "adapter.safetensors", "manifest.jsonl"} & {*files}:
-            found.left_out[here] = f"{here}: has no config.json, so it is no run that can be read"
+            found.left_out[here] = f"{here}: has no config.json, so it is not a run"
             folders.clear()
         folders[:] = [name for name in folders if ".old" not in name]
     if not places and not found.left_out:
         found.left_out[str(path)] = (
-            f"{path}: has neither runs (config.json) nor generated images (settings.json) in it; "
-            "give a run's folder"
+            f"{path}: contains neither runs (config.json) nor generated images (settings.json); "
+            "give the folder of a run"
         )
     return places
 

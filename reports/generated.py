@@ -1,4 +1,4 @@
-"""The page of a folder of generated images: from what, what became of them, and which classes."""
+"""The page of a folder of generated images: their sources, the filter's decisions, the classes."""
 
 from collections import Counter
 from pathlib import Path
@@ -41,7 +41,7 @@ def numbers(manifest: Manifest) -> dict:
     judged = total["kept"] + total["waived"] + total["rejected"]
     missing = []
     if left := manifest.missing():
-        missing.append(f"{left} images are still to be made: go on with generate.py")
+        missing.append(f"{left} images are still missing: continue with generate.py")
     return {
         "kind": "generated",
         "path": str(manifest.folder),
@@ -62,7 +62,7 @@ def write(found: dict, manifest: Manifest) -> str:
 
 
 def sections(found: dict, manifest: Manifest, number_of: int = 0) -> list[Markup]:
-    """number_of: which of the folders on the page."""
+    """number_of: the number of this folder on the page."""
     mark = f"generated-{number_of}"
     body, missing = _sheet(found, manifest, f"{mark}-sheet")
     lines = found["missing"] + missing
@@ -83,9 +83,9 @@ def sections(found: dict, manifest: Manifest, number_of: int = 0) -> list[Markup
 def _head(found: dict) -> Markup:
     cards = [
         ("images used in training", f"{found['used']:,}", f"of {found['attempts']:,} attempts"),
-        ("accepted, %", number(found["accepted"], 1), "of those that were judged"),
-        ("rejected", f"{found['rejected']:,}", "taken for another class"),
-        ("waived", f"{found['waived']:,}", "kept, though not recognised"),
+        ("accepted, %", number(found["accepted"], 1), "of the judged images"),
+        ("rejected", f"{found['rejected']:,}", "recognised as another class"),
+        ("waived", f"{found['waived']:,}", "kept without being recognised"),
         ("seconds", number(found["seconds"], 0), f"{found['captions']:,} captions"),
     ]
     shown = [
@@ -109,11 +109,11 @@ def _classes(found: dict, id: str) -> Markup:
                 (str(of["used"]), of["used"]),
             ]
         )
-    columns = ["class", ("F1, %", "on validation, by which the plan was made"), "planned"]
-    columns += ["kept", ("waived", "kept, though not recognised"), "rejected"]
-    columns += [("accepted, %", "of those that were judged"), ("used", "in training")]
+    columns = ["class", ("F1, %", "on validation; the plan is based on it"), "planned"]
+    columns += ["kept", ("waived", "kept without being recognised"), "rejected"]
+    columns += [("accepted, %", "of the judged images"), ("used", "in training")]
     names = [of["name"] for of in found["classes"]]
-    text = "The plan, and what became of it, by class."
+    text = "The plan and its result for each class."
     if any(of["f1"] is not None for of in found["classes"]):
         text += f" The line in each bar is an F1 of {WEAK / 100:.2f}."
     else:
@@ -129,7 +129,7 @@ def _classes(found: dict, id: str) -> Markup:
 
 
 def _sheet(found: dict, manifest: Manifest, id: str) -> tuple[Markup | None, list[str]]:
-    """The images beside what they were made from, as many of each class as there is room for."""
+    """The images beside their sources, as many of each class as fit."""
     if not manifest.attempts:
         return None, []
     album, missing = _sources(manifest)
@@ -142,8 +142,8 @@ def _sheet(found: dict, manifest: Manifest, id: str) -> tuple[Markup | None, lis
     sheet = tag("div", tiles, class_="sheet wide", id=id)
     states = [state for state in STATES if found[state]]
     text = (
-        f"{count} Left: the picture that was captioned; middle: the one that was painted over; "
-        "right: what came of it. The margin is the right class's logit less the largest other."
+        f"{count} Left: the captioned picture; middle: the picture that was painted over; right: "
+        "the result. The margin is the logit of the right class minus the largest other one."
     )
     form = filters(id, "class", {"state": states})
     return section(
@@ -152,7 +152,7 @@ def _sheet(found: dict, manifest: Manifest, id: str) -> tuple[Markup | None, lis
 
 
 def _some(manifest: Manifest) -> list[Attempt]:
-    """At most MOST, the first of each class and state in turn."""
+    """At most MOST images, from each class and state in turn."""
     ranks: Counter = Counter()
     keyed = []
     for i, attempt in enumerate(manifest.attempts):
@@ -186,9 +186,9 @@ def _tile(manifest: Manifest, attempt: Attempt, album) -> Markup:
 
 
 def _sources(manifest: Manifest):
-    """(name of a real picture, alt) -> its thumbnail; and what is missing, if anything is.
+    """(name of a real picture, alt) -> its thumbnail; and notes about missing pictures.
 
-    Each is put in the page once for each use, so thumbnails are small.
+    Thumbnails are small, since the page holds a copy for each use.
     """
     known: dict[str, tuple[Pictures, int]] = {}
     missing = []
@@ -197,7 +197,7 @@ def _sources(manifest: Manifest):
             pictures = _demo(manifest)
             known = {pictures.name(i): (pictures, i) for i in range(len(pictures))}
         except (UserError, TypeError, KeyError) as error:
-            missing.append(f"the real pictures are not at hand: {error}")
+            missing.append(f"the real pictures were not found: {error}")
 
     def get(text: str, alt: str) -> Markup:
         if text in known:
@@ -209,12 +209,12 @@ def _sources(manifest: Manifest):
     if not known and not missing:
         gone = {a.repainted for a in manifest.attempts if not Path(a.repainted).is_file()}
         if gone:
-            missing.append(f"{len(gone)} real pictures are not where they were, as {min(gone)}")
+            missing.append(f"{len(gone)} real pictures are not in their place, such as {min(gone)}")
     return get, missing
 
 
 def _demo(manifest: Manifest) -> Pictures:
-    """The demo's training pictures, drawn as they were."""
+    """The demo's training pictures, drawn again."""
     made = manifest.settings
     kept = {key: made[key] for key in ("dataset", "classes", "shots", "seed")}
     dataset = Experiment(**kept).load_dataset()
@@ -223,5 +223,5 @@ def _demo(manifest: Manifest) -> Pictures:
     learned, _ = halves(dataset, made["classes"], base if made["classes"] != "all" else None)
     pictures, _, _ = draw(dataset, learned, made["shots"], made["seed"])
     if fingerprint(pictures) != made["training_pictures"]:
-        raise UserError("the demo's training pictures are others than those of this folder")
+        raise UserError("the demo's training pictures differ from those of this folder")
     return pictures

@@ -1,10 +1,10 @@
-"""HTML that cannot be broken by what is put in it: all text is escaped where it enters.
+"""Build HTML that no content can break: all text is escaped on entry.
 
     tag("td", "<b>", data_value=3, class_="n")  ->  <td data-value="3" class="n">&lt;b&gt;</td>
 
-What `tag` gives is a `Markup`, which other tags take as it is. Everything else, also names from
-files, is text: no name of a class can become an element, an attribute or a script. A page needs
-nothing from a network and no server.
+`tag` returns a `Markup`, which other tags use unchanged. Everything else, including names from
+files, is text: a class name can never become an element, an attribute or a script. A page needs
+neither a network nor a server.
 """
 
 import base64
@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 ASSETS = Path(__file__).parent / "assets"
 VOID = {"br", "hr", "img", "input", "meta"}
-# Control characters but tab and line ends: no HTML may hold them. Halves of surrogate pairs: no
-# UTF-8 may.
+# HTML may not contain control characters except tab and line ends; UTF-8 may not contain halves of
+# surrogate pairs.
 _UNSHOWN = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127, *range(0xD800, 0xE000)], "\ufffd")
 
 
@@ -30,8 +30,8 @@ def escape(text) -> str:
 
 
 def tag(element: str, /, *children, **attributes) -> Markup:
-    """An element. None is left out, lists are taken apart, `class_` is the attribute class, a `_`
-    in an attribute is a dash; an attribute that is None or False is left out, True has no value.
+    """An element. Children that are None are skipped, lists are flattened. In attributes, `class_`
+    means class and `_` a dash; None and False leave an attribute out, True gives it no value.
     """
     written = "".join(
         f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
@@ -44,7 +44,7 @@ def tag(element: str, /, *children, **attributes) -> Markup:
 
 
 def join(children) -> Markup:
-    """Children one after another."""
+    """The children, concatenated."""
     parts = []
     for child in children:
         if isinstance(child, list | tuple):
@@ -55,12 +55,12 @@ def join(children) -> Markup:
 
 
 def name(text: str) -> Markup:
-    """A name from a file: set apart, since it may run from right to left."""
+    """A name from a file, isolated, since it may be written from right to left."""
     return tag("bdi", text, class_="name")
 
 
 def number(value: float | None, digits: int = 2, unit: str = "", sign: bool = False) -> str:
-    """ "71.33 %"; n/a where there is no number."""
+    """ "71.33 %"; n/a for None."""
     if value is None:
         return "n/a"
     shown = f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "\u2212")
@@ -70,8 +70,8 @@ def number(value: float | None, digits: int = 2, unit: str = "", sign: bool = Fa
 def table(columns: list, rows: list[list], id: str | None = None, **row_data) -> Markup:
     """A table whose columns sort: cells are children of td, or (shown, value to sort by).
 
-    columns: headings, or (heading, what it means). row_data: attribute -> its value in each row,
-    read by filters.
+    columns: headings, or (heading, explanation). row_data: attribute -> its value in each row, for
+    filters.
     """
     heads = []
     for k, column in enumerate(columns):
@@ -96,7 +96,7 @@ def _cell(cell) -> Markup:
 
 
 def picture(image: Image.Image, alt: str, side: int = 112, quality: int = 80) -> Markup:
-    """A square thumbnail, `side` pixels, inside the page; `alt` says what it shows."""
+    """A square thumbnail of `side` pixels, embedded in the page; `alt` describes it."""
     file, small = io.BytesIO(), ImageOps.fit(image.convert("RGB"), (side, side))
     small.save(file, "JPEG", quality=quality)
     data = base64.b64encode(file.getvalue()).decode()
@@ -120,7 +120,7 @@ def notes(texts: list[str]) -> Markup | None:
 
 
 def page(title: str, sections: list[Markup]) -> str:
-    """The whole file, with what it needs to look like something and to be sorted and filtered."""
+    """The complete page, with its style sheet and the script that sorts and filters tables."""
     style, script = ((ASSETS / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     head = [
         tag("meta", charset="utf-8"),

@@ -1,4 +1,4 @@
-"""What the tested pictures say about a classifier, from its answers alone.
+"""Measures of a classifier, computed from its answers to the test pictures.
 
 N pictures of K classes: labels (N,), the likeliest classes (N, 5) and their probabilities (N, 5).
 """
@@ -13,14 +13,14 @@ BINS = 15  # of confidence, as in the paper
 
 
 def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict:
-    """Is it right as often as it believes? The expected calibration error, in percent.
+    """The expected calibration error in percent: does confidence equal accuracy?
 
-    Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599: pictures are put in
-    bins of equal width by their confidence, the probability of the likeliest class, and
+    Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599. Pictures are divided
+    into bins of equal width by confidence, the probability of the likeliest class, and
 
         ECE = Σ_b n_b / N · |accuracy_b - mean confidence_b|
 
-    confidence (N,) in (0, 1], right (N,) bool. A bin holds what is above its lower bound.
+    confidence (N,) in (0, 1], right (N,) bool. A bin excludes its lower bound.
     """
     confidence, right = confidence.double(), right.double()
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # (N,)
@@ -46,8 +46,8 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict:
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy, in percent, from so many pictures: Wilson's, which stays
-    within 0 and 100 (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927).
+    """The 95 % interval of an accuracy in percent, given the number of pictures. It is Wilson's,
+    which stays between 0 and 100 (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927).
     """
     z, p = 1.959964, right / count
     middle = p + z * z / (2 * count)
@@ -57,12 +57,12 @@ def interval(right: int, count: int) -> tuple[float, float]:
 
 
 def confusion(predicted: Tensor, labels: Tensor, count: int) -> Tensor:
-    """How many pictures of class i were taken for class j, (K, K); both (N,)."""
+    """Counts of pictures of class i that were predicted as class j, (K, K); both inputs (N,)."""
     return (labels * count + predicted).bincount(minlength=count * count).view(count, count)
 
 
 def scores_by_class(predicted: Tensor, labels: Tensor, count: int) -> list[dict]:
-    """Accuracy and F1 of each class, in percent, as results.json has them."""
+    """Accuracy and F1 of each class in percent, as in results.json."""
     accuracy, f1 = per_class(predicted, labels, count)
     return [
         {"accuracy": None if a.isnan() else a.item(), "f1": f.item()}
@@ -71,10 +71,10 @@ def scores_by_class(predicted: Tensor, labels: Tensor, count: int) -> list[dict]
 
 
 def together(matrix: Tensor) -> list[int]:
-    """An order of the classes in which those that are confused stand side by side.
+    """An order of the classes that puts confused classes next to each other.
 
-    Average linkage on 1 - the share of mutual confusions, with its leaves put in the best order
-    (Bar-Joseph et al., Bioinformatics 17, 2001). matrix (K, K), counts.
+    Average linkage on 1 - the share of mutual confusions, with optimal leaf ordering (Bar-Joseph et
+    al., Bioinformatics 17, 2001). matrix (K, K), counts.
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -89,7 +89,7 @@ def together(matrix: Tensor) -> list[int]:
 
 
 def pairs(matrix: Tensor, most: int = 12) -> list[dict]:
-    """The pairs of classes that are confused most often, both ways counted."""
+    """The most confused pairs of classes, counted in both directions."""
     both = (matrix + matrix.T).triu(1)
     found = []
     for i, j in both.nonzero().tolist():
@@ -101,12 +101,12 @@ def pairs(matrix: Tensor, most: int = 12) -> list[dict]:
 def surest_mistakes(
     classes: Tensor, probabilities: Tensor, labels: Tensor, most: int = 24
 ) -> list[int]:
-    """The numbers of the wrongly named pictures whose wrong name was given the most probability."""
+    """Indices of the misclassified pictures with the highest confidence."""
     wrong = (classes[:, 0] != labels).nonzero().flatten()
     order = probabilities[wrong, 0].argsort(descending=True, stable=True)
     return wrong[order[:most]].tolist()
 
 
 def changed(right: Tensor, before: Tensor) -> dict:
-    """What adaptation gained and lost, picture by picture; both (N,) bool."""
+    """Pictures that adaptation gained and lost; both inputs (N,) bool."""
     return {"gained": int((right & ~before).sum()), "lost": int((before & ~right).sum())}

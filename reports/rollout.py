@@ -1,16 +1,16 @@
 """Where the class token looks: attention rollout.
 
 Abnar and Zuidema, "Quantifying Attention Flow in Transformers", arXiv:2005.00928. A_l (T, T) is the
-attention of block l, the mean of its heads': row t says from which tokens token t gathers. Half of
-what a block hands on is the token as it was, so
+attention of block l, averaged over heads: row t shows which tokens token t attends to. Because of
+the residual connection, half of a block's output is taken to be its input:
 
     R = Ã_L · … · Ã_1,     Ã_l = (A_l + I) / 2
 
-and R's row of the class token says how much of each patch is in what it has become. It is a rough
-guide: it knows neither values nor MLPs, nor for which class a patch speaks.
+The class token's row of R shows how much of each patch reaches the class token. It is a rough
+guide: it ignores values and MLPs, and does not show which class a patch supports.
 
-Learned tokens among the patches (VPT, PromptSRC) hold nothing of the image when they enter. So
-their rows of R start at 0 there, and again where new ones take the place of the last block's.
+Learned tokens among the patches (VPT, PromptSRC) contain nothing of the image when they are
+inserted. Their rows of R start at 0, and are reset to 0 when a block replaces them with new ones.
 """
 
 from pathlib import Path
@@ -25,9 +25,9 @@ from fewshot.pictures import open_image
 
 
 def explain(methods: dict, file: Path, out: Path) -> None:
-    """Draw a picture, and beside it where the class token of each of these methods looks in it.
+    """Draw a picture, and beside it the attention rollout of each of these methods.
 
-    methods: title -> method; all over one CLIP.
+    methods: title -> method, all on the same CLIP.
     """
     clip = next(iter(methods.values())).clip
     pixels = crop(open_image(file), clip.config)  # uint8 (3, n, n)
@@ -41,7 +41,7 @@ def explain(methods: dict, file: Path, out: Path) -> None:
 
 
 def attention(module, x: Tensor) -> Tensor:
-    """The attention of an `Attention` that reads x (B, T, D), the mean of its heads' (B, T, T)."""
+    """The attention weights of an `Attention` for x (B, T, D), averaged over heads (B, T, T)."""
     q, k, _ = (  # (B, T, D) -> (B, T, H, D/H) -> (B, H, T, D/H)
         y.unflatten(-1, (module.heads, -1)).transpose(1, 2).float()
         for y in module.in_proj(x).chunk(3, dim=-1)
@@ -51,11 +51,11 @@ def attention(module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout(method, images: Tensor) -> tuple[Tensor, Tensor]:
-    """images (B, 3, n, n), normalised -> how much of each patch is in the class token
-    (B, n/p, n/p), and the method's probabilities (B, K).
+    """images (B, 3, n, n), normalised -> the share of each patch in the class token (B, n/p, n/p),
+    and the method's probabilities (B, K).
     """
     side = method.clip.config.image_size // method.clip.config.patch_size  # n/p
-    seen = []  # of each block: its attention (B, T, T), what it reads and what it hands on
+    seen = []  # for each block: its attention (B, T, T), input and output
 
     def see(block, inputs, output):
         x = inputs[0]
@@ -78,7 +78,7 @@ def flow(seen: list[tuple[Tensor, Tensor, Tensor]], patches: int) -> Tensor:
     """
     first = seen[0][0]
     eye = torch.eye(1 + patches, device=first.device).expand(len(first), -1, -1)
-    r, before = eye, None  # (B, T, 1 + patches): what of the image's own tokens is in each token
+    r, before = eye, None  # (B, T, 1 + patches): shares of the image's own tokens in each token
     for a, x, output in seen:
         more = a.shape[1] - 1 - patches  # learned tokens
         middle = r.new_zeros(len(r), more, 1 + patches)
@@ -92,9 +92,10 @@ def flow(seen: list[tuple[Tensor, Tensor, Tensor]], patches: int) -> Tensor:
 
 
 def draw(pixels: Tensor, maps: dict[str, tuple[Tensor, list[str]]], path: Path) -> None:
-    """The picture, uint8 (3, n, n), and over it each map (n/p, n/p) under its title, as a PNG.
+    """Save as a PNG the picture, uint8 (3, n, n), and copies of it overlaid with each map (n/p,
+    n/p).
 
-    maps: title -> the map, and lines to stand below it.
+    maps: title -> the map, and lines of text below it.
     """
     import matplotlib
 

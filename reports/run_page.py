@@ -1,4 +1,4 @@
-"""The page of one run: how good, how sure, where it fails."""
+"""The page of a single run: how accurate, how confident, where it fails."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from reports.failures import confusions, mistakes
 from reports.figures_of_run import SCORES, WEAK
 from reports.markup import Markup, folded, join, name, notes, number, page, section, table, tag
 
-COLOURED = 8  # classes in colour among the features
+COLOURED = 8  # classes in colour in the chart of features
 
 
 def write(found: dict, album: Album) -> str:
@@ -23,7 +23,7 @@ def write(found: dict, album: Album) -> str:
 
 
 def data_named(experiment: dict) -> str:
-    """The data set's name; of one's own pictures, the folder's."""
+    """The name of the data set, or of the folder of your own pictures."""
     dataset, root = experiment.get("dataset"), experiment.get("data_root")
     return Path(root).name if dataset == "folder" and root else str(dataset)
 
@@ -35,7 +35,7 @@ def _head(found: dict, title: str) -> Markup:
 
 
 def _cards(found: dict) -> Markup:
-    """What can be seen at a glance."""
+    """The most important numbers."""
     mine, zero = (flat(found["scores"][who]) for who in ("method", "zero_shot"))
     cards = []
     for key, title in TITLES.items():
@@ -60,7 +60,7 @@ def _cards(found: dict) -> Markup:
     if judged:
         weak = sum(row["weak"] for row in judged)
         cards.append(
-            _card("classes with F1 below 0.70", str(weak), [f"of {len(judged)} that were tested"])
+            _card("classes with F1 below 0.70", str(weak), [f"of {len(judged)} tested classes"])
         )
     train, val = (found["training"][key] for key in ("train_accuracy", "val_accuracy"))
     if train is not None:
@@ -102,8 +102,8 @@ def _scores(found: dict) -> Markup | None:
     columns = ["accuracy, %", "zero-shot", found["method"], ("change", "points")]
     columns.append(("95 %", "interval of a test set of this size"))
     gained = [
-        f"{TITLES[key]}: {of['zero_shot']['changed']['gained']} pictures right that zero-shot had "
-        f"wrong, {of['zero_shot']['changed']['lost']} wrong that it had right."
+        f"{TITLES[key]}: {of['zero_shot']['changed']['gained']} pictures are right that zero-shot "
+        f"had wrong, {of['zero_shot']['changed']['lost']} are wrong that it had right."
         for key, of in found["scopes"].items()
         if of["zero_shot"]
     ]
@@ -113,7 +113,7 @@ def _scores(found: dict) -> Markup | None:
 
 
 def _parts(found: dict) -> Markup | None:
-    """Of each tested part: the true class among five, and means over classes."""
+    """For each tested part: top-5 accuracy, and means over classes."""
     heads = {"top1": "accuracy, %", "top5": "top 5, %"}
     heads |= {"macro_accuracy": "mean of classes, %", "macro_f1": "mean F1, %"}
     shown = [key for key in heads if any(key in of for of in found["parts"].values())]
@@ -165,15 +165,15 @@ def _per_class(found: dict) -> Markup | None:
                  part=parts, state=states)  # fmt: skip
     options = {"part": list(dict.fromkeys(parts)), "state": ["weak", "fine"]}
     text = (
-        f"Weakest first. The line in each F1's bar is at {WEAK / 100:.2f}; bars of classes below "
-        "it are orange. Changes are against zero-shot CLIP, in points."
+        f"Weakest first. The line in each bar of F1 is at {WEAK / 100:.2f}; bars of classes below "
+        "it are orange. Changes are relative to zero-shot CLIP, in points."
     )
     form = filters("classes-table", "class", options)
     return section("Classes", tag("p", text, class_="quiet"), form, grid, id="classes")
 
 
 def bar(value: float | None, f1: bool = True) -> Markup:
-    """A percentage, and how far it reaches; of an F1, also the line below which a class is weak."""
+    """A percentage with a bar; for an F1, also the line below which a class is weak."""
     if value is None:
         return tag("span", "n/a")
     fill = tag("i", style=f"width:{value:.1f}%")
@@ -183,7 +183,7 @@ def bar(value: float | None, f1: bool = True) -> Markup:
 
 
 def filters(target: str, what: str, options: dict[str, list[str]]) -> Markup:
-    """The form that page.js reads: a part of a name, and one of each of these values."""
+    """The form that page.js reads: part of a name, and a choice among each of these values."""
     label = tag("label", what, tag("input", type="search", name="name", placeholder="part of it"))
     fields = [label]
     for key, values in options.items():

@@ -1,8 +1,8 @@
-"""The numbers of several runs: those that differ by seed alone are one row, with mean and standard
-deviation (of the sample, n - 1).
+"""The numbers of several runs. Runs that differ only in their seed form a row, with mean and
+standard deviation (of the sample, n - 1).
 
-Only runs on one task stand in one table: same data, model, classes and template. Zero-shot CLIP is
-a row of each.
+A table holds only runs on the same task: same data, model, classes and template. Zero-shot CLIP is
+a row of each table.
 """
 
 import json
@@ -16,16 +16,16 @@ from fewshot import grid
 from reports import generated
 from reports.gather import Found, Tested
 
-# What of an experiment makes another task, and what of a run makes another row.
+# Settings of an experiment that define a task, and settings of a run that define a row.
 TASK = ("dataset", "data_root", "model", "image_size", "classes", "base_classes", "split")
 TASK += ("split_file", "template")
 ROW = ("shots", "shots_file", "precision")
-POINT = {"share": float, "base": float | None, "novel": float | None}  # of keep_share.json
+POINT = {"share": float, "base": float | None, "novel": float | None}  # a point in keep_share.json
 COSTS = ("parameters", "seconds", "peak_memory_mb")
 
 
 def numbers(found: Found) -> dict:
-    """Of each task its rows; runs without results, and what could not be read, with the reason."""
+    """The rows of each task; and what was left out, with reasons: unreadable or unfinished runs."""
     left_out = dict(found.left_out)
     tasks: dict[str, list[Tested]] = defaultdict(list)
     for run in found.runs:
@@ -51,7 +51,7 @@ def _task(runs: list[Tested]) -> dict:
         groups[json.dumps([run.config["method"], what, settings, init])].append(run)
     rows = [_row(of) for of in groups.values()]
     _tell_apart(rows, list(groups.values()))
-    # The test pictures may depend on the seed: one run of each.
+    # The test pictures may depend on the seed, so use one run of each.
     by_seed = {run.experiment["seed"]: run.results["zero_shot"] for run in runs}
     first = runs[0]
     return {
@@ -65,7 +65,7 @@ def _task(runs: list[Tested]) -> dict:
 
 
 def _row(runs: list[Tested]) -> dict:
-    """Runs that differ by seed alone."""
+    """Runs that differ only in their seed."""
     first = runs[0]
     costs = {}
     for key in COSTS:
@@ -84,7 +84,7 @@ def _row(runs: list[Tested]) -> dict:
 
 
 def _tell_apart(rows: list[dict], groups: list[list[Tested]]) -> None:
-    """Add to labels that are the same what their settings differ in."""
+    """Add the settings that differ to labels that are equal."""
     alike: dict[tuple, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         alike[row["method"], row["shots"]].append(i)
@@ -104,8 +104,8 @@ def _tell_apart(rows: list[dict], groups: list[list[Tested]]) -> None:
 
 
 def _keep_share(runs: list[Tested]) -> list[dict] | None:
-    """The curve from zero-shot CLIP to the first run, if eval.py --keep-share has left one: base
-    and novel accuracy at each share of what was learned.
+    """The curve from zero-shot CLIP to the first run, if eval.py --keep-share has saved one: base
+    and novel accuracy at each share of the learned change.
     """
     file = runs[0].path / "keep_share.json"
     if not file.exists():

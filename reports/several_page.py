@@ -1,4 +1,4 @@
-"""The page of several runs: which is better, what it costs, what more pictures gain."""
+"""The page of several runs: which is better, its cost, and the gain from more pictures."""
 
 from reports import generated
 from reports.charts import DASHES, MARKERS, QUIET, SERIES, chart, legend
@@ -6,7 +6,7 @@ from reports.gather import Found
 from reports.markup import Markup, figure, name, notes, number, page, section, table, tag
 from reports.run_page import data_named, filters
 
-# As `grid.spread` names them.
+# Names as in `grid.spread`.
 TITLES = {"hm": "HM", "joint_hm": "all names", "all": "all", "base": "base", "novel": "novel"}
 TITLES |= {"val": "validation"}
 
@@ -40,8 +40,8 @@ def _task(task: dict, k: int) -> Markup:
         _table(task, rows, f"runs-{k}"),
         tag(
             "p",
-            "Mean ± standard deviation over seeds, in percent; seconds of training; memory at peak "
-            "of the process, in MB. Choose by validation: all other accuracies are of test "
+            "Mean ± standard deviation over seeds, in percent; seconds of training; peak memory of "
+            "the process, in MB. Choose by validation: all other accuracies are on test "
             "pictures.",
             class_="quiet",
         ),
@@ -86,14 +86,14 @@ def _table(task: dict, rows: list[dict], id: str) -> Markup:
     blank = ("", None)
     lines.append([name("zero-shot"), blank, *scores, blank, ("0", 0), blank, blank])
     columns = ["method", "shots", *(TITLES[key] for key in keys)]
-    columns += ["seeds", "parameters", ("seconds", "of training"), ("MB", "memory at peak")]
+    columns += ["seeds", "parameters", ("seconds", "of training"), ("MB", "peak memory")]
     shots = [*(str(row["shots"]) for row in rows), ""]
     return table(columns, lines, id, name=[*(row["label"] for row in rows), "zero-shot"],
                  shots=shots)  # fmt: skip
 
 
 def look(k: int) -> tuple[int, int]:
-    """Colour and mark of series k: 64 series have not both in common."""
+    """Colour and mark of series k; 64 series have distinct pairs."""
     return k % len(SERIES), (k + k // len(SERIES)) % len(MARKERS)
 
 
@@ -123,7 +123,7 @@ def _against_cost(task: dict, rows: list[dict], labels: list[str]) -> Markup | N
 
     said = "; ".join(f"{row['label']} {y:.2f} % in {x:.1f} s" for x, y, _, row in points[:12])
     used = sorted({k for _, _, k, _ in points})
-    caption = f"{TITLES[key]} against the time it took to train; dashed: zero-shot."
+    caption = f"{TITLES[key]} against training time; dashed: zero-shot."
     return figure(
         chart(draw, f"{TITLES[key]} against cost: {said}."), caption, _legend(labels, used)
     )
@@ -190,10 +190,8 @@ def _halves(task: dict, rows: list[dict], labels: list[str]) -> Markup | None:
     )
     caption = "Base against novel accuracy; the cross is zero-shot CLIP."
     if any(row["keep_share"] for row in rows):
-        caption += (
-            " Lines: shares of what was learned, from none to all (a share that is chosen by "
-        )
-        caption += "these test pictures is no result)."
+        caption += " Lines: shares of the learned change, from none to all (a share chosen on "
+        caption += "these test pictures is not a result)."
     used = sorted({labels.index(row["label"]) for row in rows})
     drawn = chart(draw, f"Base and novel accuracy, %: {said}.")
     return figure(drawn, caption, _legend(labels, used))

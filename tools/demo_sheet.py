@@ -1,4 +1,4 @@
-"""Draw the README's picture of the demo task: photos above drawings of the same species.
+"""Draw the README's image of the demo task: photos above drawings of the same species.
 
 python tools/demo_sheet.py [--out bench/demo.png]
 """

@@ -2,7 +2,7 @@
 
     python tools/figures.py [--out docs/figures]
 
-SVG on a light card of its own, legible on light and on dark pages. The same files each time.
+SVG on a light card, legible on light and dark pages. Each run writes the same files.
 """
 
 import argparse

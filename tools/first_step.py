@@ -1,9 +1,9 @@
-"""The functions of this project that the main command calls, up to its first backward pass.
+"""List the functions of this project that train.py calls before its first backward pass.
 
     python tools/first_step.py [--method lora] [FLAGS OF train.py]
 
-What a reader meets on the way from the command line to the first gradient: each function once, in
-the order of its first call, under the file it stands in. Nothing is left of the run.
+These are the functions that a reader meets between the command line and the first gradient: each
+function once, in the order of its first call, with its file. The run leaves no files.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ import train  # noqa: E402
 
 
 class Reached(BaseException):
-    """The first backward pass begins."""
+    """Raised when the first backward pass begins."""
 
 
 def called(argv: list[str]) -> list[tuple[str, str]]:
-    """(file, function) for each function of ours that runs before the first backward pass."""
+    """(file, function) of each function of ours that runs before the first backward pass."""
     found: dict[tuple[str, str], None] = {}  # a set that keeps the order
 
     def note(frame, event, _) -> None:

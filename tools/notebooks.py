@@ -1,11 +1,11 @@
-"""Run the course's notebooks, and write into them what their cells print and draw.
+"""Run the course's notebooks and write the outputs of their cells into them.
 
     python tools/notebooks.py [docs/course/NAME.ipynb …]     all of them, if none is named
     python tools/notebooks.py --check [...]                  run them, and write nothing
 
-A notebook is the only copy of its lesson: edit it in Jupyter or as text, then run this. The cells
-run in one namespace, as Jupyter runs them; Jupyter itself is not needed. What a cell prints becomes
-its output, and each figure that `plt.show()` shows a PNG. A cell that raises ends the run.
+A notebook is the only copy of its lesson: edit it in Jupyter or as text, then run this. Cells run
+in one namespace, as in Jupyter, which is not needed. Printed text becomes a cell's output, and each
+figure that `plt.show()` shows becomes a PNG. An exception in a cell ends the run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def run(notebook: dict, name: str) -> None:
-    """Run the code cells from top to bottom; each one's outputs take the place of those it had."""
+    """Run the code cells from top to bottom, and replace their outputs."""
     names: dict = {"__name__": "__main__"}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, 1):
@@ -62,13 +62,13 @@ def run(notebook: dict, name: str) -> None:
 
 
 def show(outputs: list[dict], printed: io.StringIO) -> None:
-    """In the place of `plt.show`: what was printed before, then the figures."""
+    """Replaces `plt.show`: outputs the text printed so far, then the figures."""
     keep_text(outputs, printed)
     outputs.extend(map(picture, plt.get_fignums()))
 
 
 def keep_text(outputs: list[dict], printed: io.StringIO) -> None:
-    """Make an output of what was printed since the last time."""
+    """Make an output of the text printed since the last one."""
     if text := printed.getvalue():
         lines = text.splitlines(keepends=True)
         outputs.append({"name": "stdout", "output_type": "stream", "text": lines})
@@ -77,9 +77,9 @@ def keep_text(outputs: list[dict], printed: io.StringIO) -> None:
 
 
 def picture(number: int) -> dict:
-    """A figure as an output, and the figure closed."""
+    """Make an output of a figure, and close the figure."""
     figure, file = plt.figure(number), io.BytesIO()
-    # Without the name of the library's version, the same figure is the same file.
+    # Without the library's version in it, the same figure gives the same file.
     figure.savefig(file, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     data = {"image/png": base64.b64encode(file.getvalue()).decode()}

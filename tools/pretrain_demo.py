@@ -2,16 +2,17 @@
 
     python tools/pretrain_demo.py [--steps 3000] [--out clip_min/assets/demo.safetensors]
 
-CLIP's own objective (arXiv:2103.00020, section 2.3): in a batch of N images and their N captions,
-each image must pick its caption and each caption its image, a symmetric cross-entropy over N x N
-cosines. The pictures are drawings of the pretraining species of fewshot/demo.py; no species of the
-demo task, and no photo, is ever shown. Two things make 3,000 steps enough:
-- a batch has all species of three petal colours, so that colour alone does not tell them apart and
-  shape and eye have to be learned;
-- the flowers begin in the same place, size and turn, and vary more and more over the first steps.
+The objective is CLIP's (arXiv:2103.00020, section 2.3): in a batch of N images and their N
+captions, each image must pick its caption and each caption its image, a symmetric cross-entropy
+over N x N cosines. The images are drawings of the pretraining species of fewshot/demo.py. The model
+never sees a species of the demo task, or a photo. Two things make 3,000 steps enough:
+- A batch has all species of three petal colours. Colour alone does not distinguish them, so the
+  model must learn shape and eye.
+- At first all flowers have the same place, size and rotation; these vary more and more over the
+  first steps.
 
-Embeddings of tokens that no caption has keep their random start (they get no gradient, and no
-weight decay), so that classes with other names still have prompts of their own.
+Tokens that occur in no caption keep their random embedding (no gradient, no weight decay), so that
+prompts of classes with other names still differ.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def pretrain(steps: int) -> CLIP:
         chosen = torch.isin(looks[:, 0], few).nonzero().flatten()
         chosen = chosen[torch.randperm(len(chosen))[:BATCH]]  # (N,) different species
         dice = torch.rand(len(chosen), demo.DICE)
-        dice = 0.5 + (dice - 0.5) * min(1, step / SETTLED)  # 0.5: in the middle of every range
+        dice = 0.5 + (dice - 0.5) * min(1, step / SETTLED)  # 0.5: the middle of every range
         images = normalize(demo.render(looks[chosen], dice, "drawing"))  # (N, 3, n, n)
         captions = tokens[int(torch.randint(len(TEMPLATES), ()))][chosen]  # (N, 77)
         logits = clip(images, captions)  # (N, N)
@@ -79,7 +80,7 @@ def pretrain(steps: int) -> CLIP:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        with torch.no_grad():  # as CLIP: a temperature above 100 would be unstable
+        with torch.no_grad():  # as in CLIP: a scale above 100 would be unstable
             clip.logit_scale.clamp_(max=math.log(100))
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
         if (step + 1) % 100 == 0:

@@ -1,8 +1,8 @@
-"""For `mkdocs build`: links from docs/ to the rest of the repository lead somewhere on the site.
+"""For `mkdocs build`: make links from docs/ to the rest of the repository work on the site.
 
-Pages link to code and pictures beside docs/, as `../methods/lora.py`, so that links work where the
-repository is read. On the site a file of text becomes a page below source/, and a picture is
-copied. A link to a file that does not exist ends the build.
+Pages link to files outside docs/, as `../methods/lora.py`, which works in the repository. On the
+site, a text file becomes a page below source/, and an image is copied. A link to a missing file
+ends the build.
 """
 
 import os
@@ -14,18 +14,18 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)")  # to above, up to an anchor
+LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)")  # a path upwards, without its anchor
 PICTURES = (".png", ".svg", ".jpg")
 
 
 def outside(page: str, link: str) -> Path | None:
-    """What a link on the page docs/PAGE leads to, if that lies outside docs/."""
+    """The file that a link on the page docs/PAGE leads to, if it is outside docs/."""
     target = Path(os.path.normpath((DOCS / page).parent / link))
     return None if target.is_relative_to(DOCS) else target
 
 
 def place(target: Path) -> str:
-    """Where it is on the site."""
+    """Its place on the site."""
     path = target.relative_to(ROOT).as_posix()
     return f"source/{path}" if target.suffix in PICTURES else f"source/{path}.md"
 
@@ -38,7 +38,7 @@ def on_files(files: Files, config) -> Files:
             if not (target := outside(name, link)):
                 continue
             if not (target.is_relative_to(ROOT) and target.is_file()):
-                raise PluginError(f"docs/{name}: {link} is no file")
+                raise PluginError(f"docs/{name}: {link} is not a file")
             linked.add(target)
     for target in sorted(linked):
         if target.suffix in PICTURES:

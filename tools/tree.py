@@ -1,9 +1,9 @@
-"""The lines of code that the README's tree of files states, counted again and written there.
+"""Count the lines of code in the README's tree of files, and update the numbers there.
 
     python tools/tree.py
 
-A line of the tree is a name, or several of one folder, then a count, then what is in it. A folder's
-count is that of all its Python files.
+A line of the tree has a name (or several in the same folder), a count, and a description. A
+folder's count includes all its Python files.
 """
 
 import re
@@ -20,7 +20,7 @@ def lines_of(path: Path) -> int:
 
 
 def counted(tree: str) -> str:
-    """The tree with its counts as they are now."""
+    """The tree with current counts."""
     found, folder = [], ROOT
     for line in tree.splitlines():
         if not (match := LINE.match(line)):

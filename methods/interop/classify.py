@@ -1,12 +1,12 @@
-"""Pictures of one's own, named by a run, or by zero-shot CLIP.
+"""Classify your own images with a trained run, or with zero-shot CLIP.
 
     from methods.interop.classify import open_run
 
     for answer in open_run("runs/demo/demo/lora-s10-seed1").classify(["a.jpg", "folder"]):
         print(answer.path, answer.names[0], answer.probabilities[0])
 
-Threads decode the next pictures while the model computes with these, and no more than a few batches
-are in memory, however many pictures there are.
+Threads decode the next images while the model computes. Only a few batches are in memory, however
+many images there are.
 """
 
 import csv
@@ -30,15 +30,15 @@ from fewshot.run import Run
 from methods.base import Method
 from methods.interop.load import trained
 
-BATCH = 64  # pictures that are computed with at once
+BATCH = 64  # images in a batch
 TOP = 5
 
 
 @dataclass
 class Answer:
-    """What a picture is called: the likeliest names first, five or all, each with its probability.
+    """The names of an image with the highest probabilities: five, or all if there are fewer.
 
-    Of a picture that cannot be read there are none, and `error` says why.
+    For an image that cannot be read there are none, and `error` says why.
     """
 
     path: Path
@@ -48,13 +48,14 @@ class Answer:
 
     @property
     def margin(self) -> float:
-        """The first probability less the second."""
+        """The first probability minus the second."""
         return self.probabilities[0] - sum(self.probabilities[1:2])
 
     def row(self, threshold: float = 0.0) -> dict:
-        """As a line of a table; `answer` is the first name, or "" below the threshold."""
+        """A row of a table; `answer` is the first name, or "" if it is below the threshold."""
         known = bool(self.names) and self.probabilities[0] >= threshold
-        row = {"path": str(self.path), "answer": self.names[0] if known else ""}
+        row: dict[str, str | float] = {"path": str(self.path)}
+        row["answer"] = self.names[0] if known else ""
         row["margin"] = round(self.margin, 6) if self.names else ""
         for i in range(TOP):
             there = i < len(self.names)
@@ -65,32 +66,33 @@ class Answer:
 
 @dataclass
 class Classifier:
-    """A trained method, for the names that it chooses from."""
+    """A trained method, ready to classify among its names."""
 
     method: Method
     precision: str = "fp32"
 
     def classify(self, paths: Iterable[str | Path]) -> Iterator[Answer]:
-        """The answers to pictures and to folders of pictures, in their order."""
+        """The answers for images and for folders of images, in this order."""
         files = [file for path in paths for file in pictures_in(Path(path))]
         device, how = self.method.clip.device, PRECISIONS[self.precision]
         with self.method.inference(), torch.autocast(device.type, **how):
-            batches = self._encoded(files)
+            batches: Iterable = self._encoded(files)
             if self.method.transductive:  # it labels all jointly
                 batches = [_joined(list(batches))] if files else []
             for read, x in batches:
-                rows = [] if x is None else self.method.classify(x).float().softmax(-1)  # (B, K)
+                rows: Iterator[Tensor] = iter(())
+                if x is not None:
+                    rows = iter(self.method.classify(x).float().softmax(dim=-1))  # (B, K)
                 for path, why in read:
-                    yield Answer(path, [], [], why) if why else self._answer(path, rows[0])
-                    rows = rows if why else rows[1:]
+                    yield Answer(path, [], [], why) if why else self._answer(path, next(rows))
 
     def _answer(self, path: Path, row: Tensor) -> Answer:
         best = row.topk(min(TOP, len(row)))
         return Answer(path, [self.method.classnames[i] for i in best.indices], best.values.tolist())
 
     def _encoded(self, files: list[Path]) -> Iterator[tuple[list[tuple[Path, str]], Tensor | None]]:
-        """A batch at a time: the files, each with why it cannot be read, or ""; and those that can
-        be, encoded for `method.classify` (B, …).
+        """Batches: the files, each with the reason why it cannot be read, or ""; and the readable
+        images, encoded for `method.classify` (B, …).
         """
         config = self.method.clip.config
 
@@ -122,15 +124,18 @@ def open_run(
     model: str = "",
     share: float | None = None,
 ) -> Classifier:
-    """A run of train.py, ready to name pictures.
+    """A run of train.py, ready to classify images.
 
-    classnames: what it chooses from; default: all names of the run, or those it learned if it can
-    name no others. model: where CLIP is, if it has moved. share: of what it learned, see
-    methods/wise_ft.py.
+    classnames: names to choose from; default: all names of the run, or only the learned ones if the
+    method cannot name others. model: where CLIP is, if it has moved. share: the share of the
+    learned change to keep, see methods/wise_ft.py.
     """
     run = Run.open(Path(path))
     moved = {"device": device} | ({"model": model} if model else {})
-    experiment = Experiment(**{**run.config["experiment"], **moved})
+    try:
+        experiment = Experiment(**{**run.config["experiment"], **moved})
+    except TypeError as error:
+        raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     method = trained(run, clip, share=share)
     if classnames is None and method.names_unseen:
@@ -140,7 +145,7 @@ def open_run(
 
 
 def pictures_in(path: Path) -> list[Path]:
-    """A picture's file, or all those below a folder; what else lies there is noted."""
+    """An image file, or all image files below a folder; a note counts the other files."""
     if not path.is_dir():
         return [path]
     left_out: dict[str, list[Path]] = {}
@@ -148,33 +153,31 @@ def pictures_in(path: Path) -> list[Path]:
     for why, others in left_out.items():
         print(f"note: {path}: left out {len(others)} {why}")
     if not files:
-        raise UserError(f"--image {path}: is a folder without pictures")
+        raise UserError(f"--image {path}: is a folder without pictures; give a folder with some")
     return files
 
 
 def write(answers: Iterable[Answer], file: Path, threshold: float = 0.0) -> tuple[int, int, int]:
-    """Write answers to a .csv or .json file as they come -> how many; how many of them are below
-    the threshold; how many could not be read.
+    """Write answers to a .csv or .json file as they come -> the numbers of answers in all, of those
+    below the threshold, and of unreadable images.
     """
-    counts = [0, 0, 0]
+    count = unsure = unread = 0
     with replacing(file) as temporary, _text(temporary) as out:
-        lines = None
         for answer in answers:
             row = answer.row(threshold)
-            counts[0] += 1
-            counts[1] += bool(answer.names) and not row["answer"]
-            counts[2] += bool(answer.error)
             if file.suffix == ".json":
-                out.write(("[\n" if lines is None else ",\n") + json.dumps(row, ensure_ascii=False))
-                lines = True
-                continue
-            if lines is None:
-                lines = csv.DictWriter(out, row)
-                lines.writeheader()
-            lines.writerow(row)
+                out.write((",\n" if count else "[\n") + json.dumps(row, ensure_ascii=False))
+            else:
+                table = csv.DictWriter(out, row)
+                if not count:
+                    table.writeheader()
+                table.writerow(row)
+            count += 1
+            unsure += bool(answer.names) and not row["answer"]
+            unread += bool(answer.error)
         if file.suffix == ".json":
-            out.write("\n]\n" if lines else "[]\n")
-    return tuple(counts)
+            out.write("\n]\n" if count else "[]\n")
+    return count, unsure, unread
 
 
 def _text(file: str) -> TextIO:

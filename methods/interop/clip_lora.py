@@ -1,7 +1,7 @@
-"""LoRA from a file: of CLIP-LoRA's code, or of loralib's tensors.
+"""Read a LoRA from a file of CLIP-LoRA's code, or of loralib's tensors.
 
-CLIP-LoRA   a .pt file: {"weights": parts and towers apart, "metadata"}
-loralib     a .pt or .safetensors file: tensors fused as ours are, on OpenAI's names
+CLIP-LoRA   a .pt file: {"weights": separate parts and towers, "metadata"}
+loralib     a .pt or .safetensors file: tensors fused as ours are, with OpenAI's names
 """
 
 import re
@@ -27,7 +27,7 @@ def read_file(path: Path, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     return _read_loralib(path, content, method)
 
 
-# CLIP-LoRA's --position, in towers of 12 blocks and, until September 2024, in all.
+# The blocks of CLIP-LoRA's --position, for towers of 12 blocks and, until September 2024, for all.
 CLIP_LORA_BLOCKS = {
     "top": range(11, 12),
     "top1": range(11, 12),
@@ -41,14 +41,14 @@ CLIP_LORA_BLOCKS = {
 }
 
 
-# In ViT-L/14's 24 image blocks since then; before, "all" were 21 of them.
+# For ViT-L/14's 24 image blocks since then; before, "all" meant 21 of them.
 CLIP_LORA_BLOCKS_24 = {"all": range(24), "half-up": range(12, 24), "half-bottom": range(12)}
 
 
 def _clip_lora_places(
     towers: list[str], position: str, depths: dict[str, int], layers: int
 ) -> list[tuple[str, int]]:
-    """Tower and block of each layer in a file; of their two tables the one that has so many."""
+    """Tower and block of each layer in a file, by the table whose number of layers fits."""
     blocks = {
         tower: range(depths[tower]) if position == "all" else CLIP_LORA_BLOCKS[position]
         for tower in towers
@@ -63,7 +63,7 @@ def _clip_lora_places(
 def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     """weights: {"layer_i": {"q_proj": {"w_lora_A", "w_lora_B"}, …, "proj"}}, text blocks first.
 
-    Their code multiplies by α/√R, whatever the paper writes.
+    Their code multiplies by α/√R, although the paper writes α/R.
     """
     try:
         weights, metadata = content["weights"], content["metadata"]
@@ -73,9 +73,9 @@ def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, 
         )
         if len(places) != len(weights):
             raise UserError(
-                f"{path}: holds {len(weights)} layers, but encoder "
-                f"{metadata['encoder']}, position {metadata['position']} are {len(places)} of this "
-                "model's; give the model it was made for with --model"
+                f"{path}: holds {len(weights)} layers, but encoder {metadata['encoder']}, position "
+                f"{metadata['position']} are {len(places)} layers of this model; give the model it "
+                "was made for with --model"
             )
         pairs = {
             (tower, block, {"proj": "o"}.get(name, name[0])): (pair["w_lora_A"], pair["w_lora_B"])
@@ -84,7 +84,7 @@ def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, 
         }
         alpha = metadata["alpha"]
     except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a file of CLIP-LoRA ({error!r:.200})") from None
+        raise UserError(f"{path}: not a complete file of CLIP-LoRA ({error!r:.200})") from None
     expect(alpha, float, str(path), "metadata.alpha")
     state, settings = fuse(path, pairs, method)
     alphas = {f"{tower}_alpha": float(alpha) for tower in {key[0] for key in pairs}}
@@ -93,7 +93,8 @@ def _read_clip_lora(path: Path, content: dict, method: LoRA) -> tuple[dict[str, 
 
 def _read_loralib(path: Path, content, method: LoRA) -> tuple[dict[str, Tensor], dict]:
     """Names such as visual.transformer.resblocks.0.attn.in_proj.lora_A, after any prefix; DISEF's
-    own code calls the projections qkv and proj. α and the parts are not told: the flags' count.
+    own code calls the projections qkv and proj. The file has neither α nor the parts, so the flags
+    set them.
     """
     state = {}
     for name, tensor in content.items() if isinstance(content, dict) else ():
@@ -107,16 +108,16 @@ def _read_loralib(path: Path, content, method: LoRA) -> tuple[dict[str, Tensor],
             state[f"clip.{match[1]}{projection}.{match[3]}"] = tensor
         elif "lora_" in str(name):
             raise UserError(
-                f"{path}: {name} is no LoRA tensor of an attention projection, which "
-                "are all that --method lora learns"
+                f"{path}: {name} is not a LoRA tensor of an attention projection, and "
+                "--method lora learns no others"
             )
     if not state:
         raise UserError(
-            f"{path}: no tensor …transformer.resblocks.N.attn.in_proj.lora_A as "
-            "loralib names it, and not CLIP-LoRA's weights and metadata"
+            f"{path}: has no tensor of loralib (…transformer.resblocks.N.attn.in_proj.lora_A) and "
+            "no weights and metadata of CLIP-LoRA; give a file of one of them"
         )
     check_matrices(path, state)
-    ranks = {}
+    ranks: dict[str, int] = {}
     for tower, prefix in OUR_TOWER.items():
         found = [t.shape[-1] for n, t in state.items() if n.startswith(prefix) and n[-1] == "B"]
         ranks |= {f"{tower}_rank": found[0]} if found else {}

@@ -1,4 +1,4 @@
-"""train.py's command line: which methods, with which settings, on what."""
+"""train.py's command line: the methods to train, their settings, and the data."""
 
 import argparse
 import functools
@@ -14,14 +14,14 @@ from fewshot import cache, datasets, grid
 from fewshot.catalogue import DATASETS, GROUPS, IMPLIED
 from fewshot.experiment import Experiment
 from fewshot.flags import Parser, add_flags, listed, pick
-from methods import METHODS, Method, Settings, TrainingSettings
+from methods import METHODS, BaseSettings, Method, TrainingSettings
 from methods.disef import DISEFSettings
 from methods.templates import PromptSettings
 
-# The recipes that were made for a data set, and are taken on it; elsewhere "default" is.
+# Recipes made for a data set, which are used on it; elsewhere "default" is used.
 MADE_FOR = {"demo": ("demo",), "flowers102": ("notebook", "improved")}
 
-# What --method all stands for: methods that label one image at a time, and need no others made.
+# --method all: the methods without joint labels and synthetic images.
 COMPARED = [
     name
     for name, method in METHODS.items()
@@ -29,33 +29,33 @@ COMPARED = [
     if not issubclass(method.Settings, DISEFSettings)
 ]
 
-# Flags that most people change; --help shows them first.
-OFTEN = ("dataset", "data_root", "model", "shots", "seed", "epochs", "lr", "batch_size")
-OFTEN += ("image_rank", "text_rank")
+# The flags that most people change, shown first by --help.
+OFTEN = ["dataset", "data_root", "model", "shots", "seed", "epochs", "lr", "batch_size"]
+OFTEN += ["image_rank", "text_rank"]
 
 
 @dataclass
 class Plan:
-    """What the command line asks for, of one method: a run for each data set, shots and seed."""
+    """The runs of one method that the command line asks for: for each data set, shots and seed."""
 
     method: str
     data: str  # one data set, or several: "coop-11"
     recipe: str
-    usual: Settings  # the recipe's
-    settings: Settings  # the same, as flags have changed them
+    usual: BaseSettings  # the recipe's
+    settings: BaseSettings  # the recipe's, changed by flags
     experiments: list[Experiment]
     out: Path
     init_from: Path | None
     resume: bool
     cache: Path | None
-    several: bool  # is it one of several runs, so that --resume leaves out what has ended?
-    report: bool = False  # write the page of each run
+    several: bool  # one of several runs? Then --resume skips those that have ended
+    report: bool = False  # write a report page for each run
 
 
 def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
-    """-> a plan for each method, and the seconds that all may take together.
+    """-> a plan for each method, and the time limit for all together, in seconds.
 
-    Two passes: which methods, and then their own settings beside the common ones.
+    There are two passes, since --method decides which other flags exist.
     """
     first = Parser(add_help=False)
     for flag in ("--method", "--model", "--dataset", "--data-root", "--recipe", "--prompts"):
@@ -64,16 +64,16 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     titles = "\n".join(f"  {name:<14}{m.title}" for name, m in METHODS.items())
     about = f"{about}\nmethods:\n{titles}\n\ndata sets:\n{datasets.LISTED}"
     parser = Parser(usage="%(prog)s --method METHOD [FLAG VALUE …]", description=about)
-    often = parser.add_argument_group("what most people change")
+    often = parser.add_argument_group("common settings")
     often.add_argument(
-        "--method", help="the method to train, listed above; several, as a,b; or all"
+        "--method", help="method to train, from the list above; several, as a,b; or all"
     )
-    often.add_argument("--out", help="folder that run folders are made in [runs]")
-    often.add_argument("--seeds", type=grid.numbers, help="several, as 1,2,3: a run for each")
+    often.add_argument("--out", help="parent of the run folders [runs]")
+    often.add_argument("--seeds", type=grid.numbers, help="several seeds, as 1,2,3: a run for each")
     add_flags(often, Experiment, only=OFTEN)
     shots = next(a for a in parser._actions if a.dest == "shots")
     shots.type = functools.partial(grid.numbers, words=("all",))
-    shots.help += "; several, as 1,2,4: a run for each"
+    shots.help = f"{shots.help}; several, as 1,2,4: a run for each"
     names = []
     if known.method is not None:
         names = listed("--method", known.method, METHODS, {"all": COMPARED})
@@ -97,21 +97,21 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     rest = [f.name for f in fields(Experiment) if f.name not in OFTEN]
     add_flags(parser.add_argument_group("experiment"), Experiment, only=rest)
     group = parser.add_argument_group("run")
-    group.add_argument("--recipe", help="a named set of defaults for the method's settings")
-    group.add_argument("--resume", action="store_true", help="go on with what was killed")
-    group.add_argument("--report", action="store_true", help="write the run's page, report.html")
+    group.add_argument("--recipe", help="named defaults for the method's settings")
+    group.add_argument("--resume", action="store_true", help="continue runs that were interrupted")
+    group.add_argument("--report", action="store_true", help="write the page of each run")
     group.add_argument(
-        "--budget", type=seconds_in, help="of several methods, run those that fit in 90s, 10m, 2h"
+        "--budget", type=seconds_in, help="run only as many of the methods as fit in 90s, 10m, 2h"
     )
     add_flags(group, cache.Flags)
     group.add_argument(
         "--init-from",
         metavar="PATH",
-        help="start from an adapter: a run's folder, PEFT's folder, CLIP-LoRA's or loralib's file",
+        help="start from an adapter: a run's or a PEFT folder, or a file of CLIP-LoRA or loralib",
     )
     if known.method is None:
         parser.parse(argv)  # --help ends here
-        raise UserError(f"--method is missing; methods are {', '.join(METHODS)}")
+        raise UserError(f"--method is missing; give one of {', '.join(METHODS)}")
 
     given = parser.parse(argv)
     if "seed" in given and "seeds" in given:
@@ -119,9 +119,9 @@ def parse(argv: list[str], about: str) -> tuple[list[Plan], float]:
     if "templates" in given and "prompts" in given:
         raise UserError("--templates and --prompts: give one of them")
     if len(names) == 1 and "budget" in given:
-        raise UserError("--budget is for several methods, as --method lora,coop; leave it out")
+        raise UserError("--budget needs several methods, as --method lora,coop; leave it out")
     if len(names) > 1 and "init_from" in given:
-        raise UserError("--init-from is for one method; leave it out, or name one")
+        raise UserError("--init-from works with a single method; leave it out, or name one")
     common = IMPLIED.get(data, {}) | pick(Experiment, given)
     experiments = [
         Experiment(**{**common, "dataset": dataset, "shots": shots, "seed": seed})
@@ -154,21 +154,21 @@ def check_together(names: list[str]) -> None:
     for name in names:
         if METHODS[name].transductive:
             raise UserError(
-                f"--method {','.join(names)}: {name} labels a batch of test images jointly, which "
-                "no other method can be compared with; run it apart"
+                f"--method {','.join(names)}: {name} labels test images jointly and "
+                "cannot be compared with other methods; run it separately"
             )
 
 
 def check_prompts(names: list[str]) -> None:
-    """UserError, unless each of these methods reads prompts that are written for each class."""
+    """UserError, unless all these methods read written prompts."""
     for name in names:
         if not issubclass(METHODS[name].Settings, PromptSettings):
             title = METHODS[name].title
-            raise UserError(f"--prompts: {name} ({title}) reads no written prompts; leave it out")
+            raise UserError(f"--prompts: {name} ({title}) does not read prompts; leave it out")
 
 
 def add_settings(parser, often, recipes: dict[str, str], presets: dict[str, dict]) -> None:
-    """Flags of the settings of these methods; of several, only those that mean the same to all."""
+    """Add the flags of these methods: of several, only flags with the same meaning in all."""
     shared = [f.name for f in fields(TrainingSettings) if f.name not in OFTEN]
     kinds = {n: typing.get_type_hints(METHODS[n].Settings, include_extras=True) for n in recipes}
     known = [(key, kind) for of in kinds.values() for key, kind in of.items()]
@@ -177,8 +177,8 @@ def add_settings(parser, often, recipes: dict[str, str], presets: dict[str, dict
     groups = {"often": often, "training": None}
     for name, preset in presets.items():
         own = left.difference(OFTEN, shared)
-        title = f"{name}: recipe {recipes[name]} of {', '.join(METHODS[name].recipes)}"
-        shown = preset if len(presets) == 1 else dict.fromkeys(left, "")  # each has its own
+        title = f"{name}, recipe {recipes[name]} (of {', '.join(METHODS[name].recipes)})"
+        shown = preset if len(presets) == 1 else dict.fromkeys(left, "")  # defaults differ
         for group, keys in (("often", OFTEN), (title, own), ("training", shared)):
             keys = [
                 f.name for f in fields(METHODS[name].Settings) if f.name in left.intersection(keys)
@@ -189,9 +189,9 @@ def add_settings(parser, often, recipes: dict[str, str], presets: dict[str, dict
                 left.difference_update(keys)
 
 
-def settings_of(name: str, preset: dict, given: dict) -> Settings:
-    """A method's settings: its recipe's, as flags have changed them."""
-    if "grid" in preset:  # a flag wins over it, too
+def settings_of(name: str, preset: dict, given: dict) -> BaseSettings:
+    """A method's settings: its recipe's, changed by flags."""
+    if "grid" in preset:  # a flag replaces its axis of the grid
         axes = preset["grid"].split()
         preset = preset | {
             "grid": " ".join(axis for axis in axes if axis.split("=")[0] not in given)
@@ -201,13 +201,13 @@ def settings_of(name: str, preset: dict, given: dict) -> Settings:
             raise UserError(f"--{of.replace('_', '-')} and --grid {axis}: give one of them")
     kind = METHODS[name].Settings
     settings = kind(**{**preset, **pick(kind, given)})
-    if "epochs" in given and "min_steps" not in given and hasattr(settings, "epochs"):
-        settings = replace(settings, min_steps=0)  # as many as asked for, then
+    if isinstance(settings, TrainingSettings) and "epochs" in given and "min_steps" not in given:
+        settings = replace(settings, min_steps=0)  # exactly as many epochs as asked for
     return settings
 
 
 def recipe_for(method: type[Method], data: str, model: str) -> str:
-    """The recipe that is taken if none is named: one made for the data, or the default."""
+    """The recipe to use if none is named: one made for the data, or the default."""
     of_its_world = (data == "demo") == (model == "demo")
     wanted = MADE_FOR.get(data, ()) if of_its_world else ()
     return next(r for r in (*wanted, "default", *method.recipes) if r in method.recipes)

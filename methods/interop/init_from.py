@@ -1,14 +1,14 @@
 """Start from an adapter made elsewhere: `train.py --init-from PATH`.
 
-    our own          a run folder: config.json and adapter.safetensors; any method's
+    our own          a run folder of any method: config.json and adapter.safetensors
     PEFT             a folder: adapter_config.json and adapter_model.safetensors, made on
                      `transformers.CLIPModel`
     CLIP-LoRA        a .pt file of github.com/MaxZanella/CLIP-LoRA: {"weights", "metadata"}
     loralib          a .pt or .safetensors file of `loralib.MergedLinear` tensors on OpenAI's names
 
-All hold the same correction s·B·A; where q, k and v are kept apart, fused.py stacks them.
-Shapes do not tell everything: neither s nor which parts a stack holds. Where the file does, it is
-compared with the settings of the method that is to go on, which must be the same.
+The LoRA formats hold the same correction s·B·A; fused.py stacks q, k and v where they are separate.
+Shapes show neither s nor which parts a stack holds. If the file says so, its settings must equal
+those of the method that continues from it.
 """
 
 from dataclasses import asdict
@@ -25,24 +25,24 @@ from methods.interop.load import described
 from methods.interop.peft import read_peft
 from methods.lora import LoRA, block_numbers
 
-# Settings that say what tensors mean, beyond their shapes.
-MEANING = ("image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks")
-MEANING += ("scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation")
+# Settings that change what tensors mean, beyond their shapes.
+MEANING = ["image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks"]
+MEANING += ["scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation"]
 
 
 def load_into(method: Method, path: Path) -> None:
-    """Put the adapter at `path` into `method`, as if it had been learned here."""
+    """Load the adapter at `path` into `method`."""
     try:
         if method.starts_over:
             raise UserError(
-                f"{path}: {type(method).__name__} takes all it learns from the training images, "
-                "wherever it starts; drop the flag, or test that run with eval.py"
+                f"{path}: {type(method).__name__} learns only from the training images, wherever "
+                "it starts; leave the flag out, or test that run with eval.py"
             )
         state, settings = read(path, method)
         differ = [k for k in MEANING if k in settings and not _same(method, k, settings[k])]
         if differ:
             flags = " ".join(_flag(key, settings[key]) for key in differ)
-            raise UserError(f"{path}: was made with other settings than these; give {flags}")
+            raise UserError(f"{path}: was made with other settings; give {flags}")
         try:
             method.load_adapter(state)
         except UserError as error:
@@ -52,7 +52,7 @@ def load_into(method: Method, path: Path) -> None:
 
 
 def _flag(key: str, value) -> str:
-    """What to type for a setting: --image-rank 4, --class-specific, --no-class-specific."""
+    """A setting as a flag: --image-rank 4, --class-specific, --no-class-specific."""
     key = key.replace("_", "-")
     if isinstance(value, bool):
         return f"--{key}" if value else f"--no-{key}"
@@ -60,29 +60,29 @@ def _flag(key: str, value) -> str:
 
 
 def read(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
-    """Whichever of the four kinds it is -> tensors under our names, settings as far as known."""
+    """An adapter of any of the four kinds -> tensors under our names, and its known settings."""
     if path.is_file() or (path / "adapter_config.json").is_file():
-        check_lora(method, path)
-        return (read_file if path.is_file() else read_peft)(path, method)
+        return (read_file if path.is_file() else read_peft)(path, as_lora(method, path))
     if (path / "config.json").exists():
         return read_run(path, method)
-    neither = "is neither, expected a run of train.py or a PEFT adapter"
+    neither = "is neither a run of train.py nor a PEFT adapter; give one of these"
     raise UserError(f"{path}: {neither if path.is_dir() else 'there is no such folder or file'}")
 
 
-def check_lora(method: Method, path: Path) -> None:
-    """UserError, unless the method learns what a LoRA adapter holds."""
+def as_lora(method: Method, path: Path) -> LoRA:
+    """The method, if it is a LoRA; UserError if not."""
     if not isinstance(method, LoRA):
         raise UserError(
             f"{path}: is a LoRA adapter, and {type(method).__name__} learns something "
             "else; use --method lora, or give a run of the same method"
         )
+    return method
 
 
 def _same(method: Method, key: str, value) -> bool:
-    """Whether a setting of the method means the same as `value`, however it is written."""
+    """Whether a setting of the method means the same as `value`, even if written differently."""
     if not hasattr(method.settings, key):
-        return True  # the tensors' names and shapes will tell
+        return True  # the tensors' names and shapes are checked later
     mine = getattr(method.settings, key)
     if key == "parts":
         return set(mine) == set(value)
@@ -96,10 +96,10 @@ def _same(method: Method, key: str, value) -> bool:
 
 
 def read_run(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
-    """A folder that train.py left -> its learned tensors and settings."""
+    """A run folder of train.py -> its learned tensors and settings."""
     run = Run.open(path)
     run.check_model(weights.fingerprint(method.lent[0]))
     settings = asdict(described(run)[1])
-    unused = {"image": "text_", "text": "image_"}.get(settings.get("towers"), "no such setting")
+    unused = {"image": "text_", "text": "image_"}.get(settings.get("towers", ""), "no such setting")
     settings = {key: value for key, value in settings.items() if not key.startswith(unused)}
     return run.load_adapter(), settings

@@ -1,17 +1,18 @@
-"""A run's folder, back as the method that was trained there.
+"""Load a run folder as the trained method.
 
-Runs are the experiment's (fewshot/run.py) and are only read here: config, names, learned tensors.
+Runs belong to the experiment (fewshot/run.py). This file only reads config, names and learned
+tensors.
 """
 
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import unknown
 from fewshot.run import Run
-from methods import METHODS, Method, Settings
+from methods import METHODS, BaseSettings, Method
 from methods.wise_ft import keep_share
 
 
-def described(run: Run) -> tuple[type[Method], Settings]:
-    """The method and the settings that a run's config.json names."""
+def described(run: Run) -> tuple[type[Method], BaseSettings]:
+    """The method and its settings, from a run's config.json."""
     name = run.config["method"]
     if name not in METHODS:
         raise unknown(f"{run.path}/config.json: method", name, METHODS)
@@ -24,10 +25,10 @@ def described(run: Run) -> tuple[type[Method], Settings]:
 
 
 def trained(run: Run, clip: CLIP, template: str = "", share: float | None = None) -> Method:
-    """The method as it was after its training, for the classes it learned from.
+    """The method after training, for the classes it learned from.
 
-    clip: the one it was trained on. template: if not the run's own. share: how much of what it
-    learned is kept (methods/wise_ft.py); None: all of it, of any method.
+    clip: the model it was trained on. template: replaces the run's own. share: the share of the
+    learned change to keep (methods/wise_ft.py); None: all, for any method.
     """
     run.check_model(weights.fingerprint(clip))
     method_class, settings = described(run)

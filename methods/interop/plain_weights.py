@@ -1,12 +1,11 @@
-"""What was learned as plain weights, which need no method: of a whole CLIP, or of a classifier.
+"""Turn a trained method into plain weights: a whole CLIP, or a classifier matrix.
 
-    merged_clip    a CLIP with the corrections added to its weights (LoRA), or simply with its new
-                   weights (full fine-tuning; two-stage's, whose classifier is written apart);
+    merged_clip    a CLIP with the corrections added to its weights (LoRA), or with its new weights
+                   (full fine-tuning; two-stage, whose classifier is written separately);
                    clip_min/formats.py writes it for other libraries
-    classifier     one row for each class name: all that prompts come to, once they are learned,
-                   or a linear head
+    classifier     a row for each class name: the text features of learned prompts, or a linear head
 
-Each refuses, and says why, where the form cannot hold what the method does.
+A UserError says why, if a method cannot be written in this form.
 """
 
 import torch
@@ -21,8 +20,8 @@ from methods.two_stage import TwoStage
 
 
 def merged_clip(method: Method) -> CLIP:
-    """The method's CLIP as a plain one, which gives its logits (two-stage's: those of names that
-    its classifier has no row for); the method itself is used up.
+    """The method's CLIP as a plain CLIP with the same logits (for two-stage: the logits of names
+    without a row in its classifier). The method cannot be used afterwards.
     """
     clip = method.clip
     for module in list(clip.modules()):
@@ -30,7 +29,7 @@ def merged_clip(method: Method) -> CLIP:
             if isinstance(layer, GroupedLoRA):
                 layer.merge()
                 setattr(module, name, layer.base)
-    with torch.device("meta"):  # names and shapes alone
+    with torch.device("meta"):  # only names and shapes
         plain = CLIP(clip.config).state_dict()
     apart = ["classifier"] if isinstance(method, TwoStage) else []
     learned = [name for name in method.adapter_state() if name not in apart]
@@ -38,7 +37,7 @@ def merged_clip(method: Method) -> CLIP:
     if outside or mismatches(clip.state_dict(), plain):
         raise UserError(
             f"{type(method).__name__} is more than a CLIP with other weights: it learns "
-            f"{(outside or ['parts of its own'])[0]}; --format classifier may hold it"
+            f"{(outside or ['parts of its own'])[0]}; try --format classifier"
         )
     return clip
 
@@ -47,8 +46,7 @@ def merged_clip(method: Method) -> CLIP:
 def classifier(method: Method) -> dict[str, Tensor]:
     """The method's `matrix`: weight (K, E), a row for each class name, and logit_scale or bias.
 
-    That the logits of any image are what the matrix says is not taken for granted but tried, on
-    random images.
+    The logits of this matrix are compared with the method's on random images.
     """
     clip, dice = method.clip, torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, *2 * [clip.config.image_size], generator=dice)
@@ -59,8 +57,9 @@ def classifier(method: Method) -> dict[str, Tensor]:
         )
     if not fits:
         raise UserError(
-            f"{type(method).__name__} has no classifier matrix: its logits are not image features "
-            "times one row for each class (CoCoOp's prompts, for one, depend on the image)"
+            f"{type(method).__name__} has no classifier matrix: its logits are not a product of "
+            "CLIP's image features with a row for each class (CoCoOp's prompts, for example, "
+            "depend on the image); choose another --format"
         )
     return tensors
 

@@ -48,7 +48,7 @@ def test_heads_that_no_tensor_tells_are_read_beside_the_file(tmp_path):
     config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=32)
     model = transformers.CLIPModel(config).eval()
     model.save_pretrained(tmp_path)
-    with pytest.warns(Note, match="config.json beside it does not say how its pictures"):
+    with pytest.warns(Note, match="config.json beside it does not describe the preprocessing"):
         loaded = load(tmp_path / "model.safetensors")
     assert (loaded.config.vision_heads, loaded.config.text_heads) == (4, 6)
     images, tokens = torch.randn(2, 3, 32, 32), tokenize(["a rose", "a red tulip"])
@@ -116,8 +116,16 @@ def test_what_a_description_tells(files, changed, beside):
         (HF, BARE | {"vision_config": {"num_attention_heads": True}}, "is True, exp"),
         (HF, {"vision_config": {}}, "text_config is missing"),
         (HF, {"vision_config": None, "text_config": None}, "vision_config is None, expected an"),
-        (HF, BARE | {"vision_config": {"hidden_act": "gelu"}}, "computes 'gelu and quick_gelu'"),
-        (HF, BARE | {"text_config": {"hidden_act": "relu"}}, "computes 'quick_gelu and relu'"),
+        (
+            HF,
+            BARE | {"vision_config": {"hidden_act": "gelu"}},
+            "the activation is 'gelu and quick_gelu'",
+        ),
+        (
+            HF,
+            BARE | {"text_config": {"hidden_act": "relu"}},
+            "the activation is 'quick_gelu and relu'",
+        ),
         (HF, BARE | {"text_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps is 1e-06, but"),
         (OPEN, {"model_cfg": GELU | {"vision_cfg": {"head_width": 0}}}, "heads, 0 and 1"),
         (OPEN, {"model_cfg": GELU | {"vision_cfg": {"head_width": 60}}}, "heads, 0 and 1"),
@@ -187,13 +195,16 @@ def test_tensors_of_a_tower_with_wider_mlps_are_refused(model):
 
 def test_what_nothing_tells_is_said(beside):
     (note,) = beside({HF: {"method": "lora", "settings": {}}})[1]  # a config of something else
-    assert "no config.json or open_clip_config.json beside it says how it was trained" in note
-    assert "QuickGELU and heads 64 wide are assumed; pictures are taken to be prepared" in note
+    assert "no config.json or open_clip_config.json beside it describes the model" in note
+    assert (
+        "QuickGELU and heads 64 wide are assumed; OpenAI's preprocessing of images is assumed"
+        in note
+    )
     (note,) = beside({PROCESSOR: {}})[1]
     assert "heads 64 wide are assumed;" in note
     assert beside({HF: BARE})[1] == []
     (note,) = beside({HF: {}, OPEN: QUICK})[1]
-    assert "open_clip_config.json beside it does not say how its pictures were prepared" in note
+    assert "open_clip_config.json beside it does not describe the preprocessing" in note
     assert beside({})[1] == []  # said
     wide = dataclasses.replace(SMALL, vision_width=1280, vision_heads=20)
     with pytest.warns(Note, match="heads 80 wide"):
@@ -205,10 +216,12 @@ def test_of_two_descriptions_the_one_that_belongs_to_the_file_is_followed(beside
     files = {OPEN: {"model_cfg": GELU}, HF: BARE, PROCESSOR: {"image_mean": 0.5}}
     config, (note, _) = beside(files, "open_clip_model.safetensors")
     assert config == dataclasses.replace(SMALL, activation="gelu")
-    assert "config.json beside it differ in activation; open_clip_config.json, which" in note
+    assert (
+        "config.json beside it differ in activation; open_clip_config.json is used, which" in note
+    )
     config, (note,) = beside(files | {OPEN: {"model_cfg": GELU, "preprocess_cfg": {}}})
     assert config == dataclasses.replace(SMALL, mean=(0.5, 0.5, 0.5))
-    assert "differ in activation, mean; config.json, which belongs to it, is followed" in note
+    assert "differ in activation, mean; config.json is used, which belongs to this file" in note
 
 
 def test_a_folder_of_hugging_faces_or_open_clips_is_read_in_silence(tmp_path):
@@ -237,7 +250,7 @@ def test_our_own_header_tells_it_all_and_an_old_one_means_openais(tmp_path):
         assert load(tmp_path / "ours.safetensors").config == config
     old = {"vision_heads": 4, "text_heads": 1}
     for told, said in (
-        ({"activation": "relu"}, "computes 'relu' in"),
+        ({"activation": "relu"}, "the activation is 'relu'"),
         ({"mean": [1]}, "three numbers"),
         ({"resize": "none"}, "resize is 'none'"),
         ({"std": "x"}, "std.0 is 'x'"),

@@ -188,7 +188,9 @@ def test_a_hub_that_wants_to_know_who_asks_is_one_line(refusal, fetch, monkeypat
 def test_a_hub_that_does_not_answer_is_one_line_at_once(fetch, tmp_path):
     """Nothing listens there. That the client does not try again shows in its silence."""
     result = fetch(endpoint="http://127.0.0.1:9")
-    assert_one_line_error(result, "ViT-B/16", "cannot be reached", "ViT-B-16.pt; --model demo, ")
+    assert_one_line_error(
+        result, "ViT-B/16", "cannot be reached", "ViT-B-16.pt; to try things", "--model demo"
+    )
 
 
 def test_a_file_that_is_not_the_published_one_is_one_line_and_never_used(
@@ -296,7 +298,7 @@ def test_safetensors_come_first_else_a_bin_file(publish, fetch, theirs, state, t
     }
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"no safetensors")
     publish(tmp_path / "folder", "laion/both")
-    assert_one_line_error(fetch("laion/both"), "not a whole safetensors file")
+    assert_one_line_error(fetch("laion/both"), "not a complete safetensors file")
 
 
 @pytest.mark.parametrize("model", ["ViT-B-16-SigLIP", "EVA02-B-16", "RN50", "ViT-bigG-14"])
@@ -326,7 +328,7 @@ def test_what_the_hub_does_not_have_is_one_line(name, parts, fetch):
 
 @pytest.mark.parametrize(
     ("refusal", "said"),
-    [((401, "RepoNotFound"), "private"), ((403, "GatedRepo"), "accept their terms")],
+    [((401, "RepoNotFound"), "private"), ((403, "GatedRepo"), "accept its owners' terms")],
 )
 def test_a_repository_that_is_not_for_everyone_is_one_line(refusal, said, fetch, monkeypatch):
     monkeypatch.setattr(Hub, "refusal", refusal)
@@ -336,12 +338,14 @@ def test_a_repository_that_is_not_for_everyone_is_one_line(refusal, said, fetch,
 
 def test_a_repository_that_is_not_cached_needs_the_hub(fetch):
     result = fetch(OTHER, endpoint="http://127.0.0.1:9")
-    assert_one_line_error(result, f"{OTHER}: there is no such file or folder here", "connect once")
+    assert_one_line_error(
+        result, f"{OTHER}: there is no such file or folder here", "connect to the internet once"
+    )
 
 
 def test_a_name_is_seen_to_be_possible_without_asking_anyone(tmp_path):
     for name in (OTHER, f"{OTHER}@0123abcd", "timm/vit_base_patch16_clip_224.openai", *hub.HUB):
-        assert hub.locate(name, download=False) is None
+        assert hub.local(name) is None
     for name in (
         "ViT-B/61",
         "laion",
@@ -351,8 +355,8 @@ def test_a_name_is_seen_to_be_possible_without_asking_anyone(tmp_path):
         "laion/",
         str(tmp_path),
     ):
-        with pytest.raises(UserError, match="models are demo, ViT-B/32"):
-            hub.locate(name, download=False)
+        with pytest.raises(UserError, match="give demo, ViT-B/32"):
+            hub.local(name)
 
 
 def test_the_table_of_known_models_is_whole_and_has_nothing_made_up(capsys):
@@ -362,7 +366,7 @@ def test_the_table_of_known_models_is_whole_and_has_nothing_made_up(capsys):
     assert len({*names}) == len(names)
     assert names[:4] == list(hub.HUB)
     for known in hub.KNOWN:
-        assert hub.locate(known.name, download=False) is None
+        assert hub.local(known.name) is None
         assert known.size in CONFIGS
         assert f"\n{known.name} " in said
     # What open_clip itself knows of them: the activation, by repository.

@@ -133,7 +133,7 @@ def test_an_upward_import_is_found(tmp_path, file, source, complaint):
         "clip_min/model.py": "import torch",
         "methods/lora.py": "from . import base\nfrom clip_min import CLIP\nimport methods.base",
         "methods/interop/load.py": "import fewshot.run, methods.interop.a\nfrom methods import x",
-        "gen/filter.py": "from methods import Settings",
+        "gen/filter.py": "from methods import BaseSettings",
         file: source,
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

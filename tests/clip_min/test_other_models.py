@@ -171,9 +171,9 @@ def test_photographs_are_prepared_as_open_clip_does(way, flowers12):
 
 def test_what_openai_clip_takes_for_granted_is_not_exported_otherwise(tmp_path):
     plain = dataclasses.replace(TINY, vision_heads=1, text_width=64, text_heads=1)
-    for way, said in (("LAION's", "activation, and .* gelu"), ("DFN's", "resize, and .* squash")):
+    for way, said in (("LAION's", "activation, but .* gelu"), ("DFN's", "resize, but .* squash")):
         clip = CLIP(dataclasses.replace(plain, **WAYS[way]))
-        with pytest.raises(UserError, match=f"own {said}; transformers and open_clip can"):
+        with pytest.raises(UserError, match=f"own {said}; export it for transformers or open_clip"):
             formats.save_openai(clip, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
 

@@ -53,9 +53,9 @@ def test_what_does_not_fit_is_named(value, kind, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"a": NaN}', "NaN is no finite number"),
-        (b'{"a": -Infinity}', "no finite number"),
-        (b'{"a": 1e999}', "1e999 is no finite number"),
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b'{"a": -Infinity}', "not a finite number"),
+        (b'{"a": 1e999}', "1e999 is not a finite number"),
         (b'{"a": ' * 100_000, "nested too deeply"),
         (b'{"a": "\xff"}', "cannot be read as JSON|cannot be read"),
         (b'{"a": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),

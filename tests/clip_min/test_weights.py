@@ -436,7 +436,7 @@ def test_a_resized_model_is_another_and_is_saved_as_it_is(theirs, tmp_path):
     assert load(tmp_path / "b.safetensors").config == larger.config
     assert_holds(load(tmp_path / "b.safetensors"), larger.state_dict())
     for size in (-8, 30, 33):
-        with pytest.raises(UserError, match=f"pictures of {size} pixels; .* multiple of .* 8"):
+        with pytest.raises(UserError, match=f"images of {size} pixels; .* multiple of .* 8"):
             load(tmp_path / "a.safetensors", image_size=size)
 
 
@@ -605,7 +605,7 @@ def test_a_safetensors_file_cut_short_is_refused(theirs, tmp_path, size):
     save(same_in_ours(theirs, SMALL), tmp_path / "whole.safetensors")
     path = tmp_path / "cut.safetensors"
     path.write_bytes((tmp_path / "whole.safetensors").read_bytes()[:size])
-    assert "not a whole safetensors file" in refusal(path)
+    assert "not a complete safetensors file" in refusal(path)
 
 
 @pytest.mark.parametrize("form", [torchscript_file, state_dict_file])
@@ -628,7 +628,7 @@ OTHER = {
 def test_a_file_of_something_else_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(OTHER[content])
     message = refusal(tmp_path / name)
-    assert "not a state dict" in message or "not a whole safetensors" in message
+    assert "not a state dict" in message or "not a complete safetensors" in message
     assert "weights_only" not in message  # torch's own advice would be to read it unsafely
 
 
@@ -880,7 +880,7 @@ def test_the_command_leaves_what_is_there_already(capsys, tmp_path):
     target.write_bytes(b"precious")
     assert weights.main(["convert", "demo", str(target)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {target}: is there already; choose another place, or remove it\n"
+        f"error: {target}: exists already; choose another place, or remove it\n"
     )
     assert target.read_bytes() == b"precious"
 

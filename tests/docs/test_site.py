@@ -85,7 +85,7 @@ def test_a_link_to_a_missing_file_ends_the_build(root, tmp_path):
     (copy / "docs" / "index.md").write_text("[code](../methods/no_such.py)\n", encoding="utf-8")
     done = build(copy / "mkdocs.yml", tmp_path / "broken")
     assert done.returncode != 0
-    assert "docs/index.md: ../methods/no_such.py is no file" in done.stderr
+    assert "docs/index.md: ../methods/no_such.py is not a file" in done.stderr
 
 
 class Silent(SimpleHTTPRequestHandler):

@@ -11,7 +11,7 @@ from clip_min import CLIP, CLIPConfig, UserError
 from fewshot import cache
 from fewshot.batches import Batches
 from fewshot.pictures import Pictures, Reader
-from methods import Method, Settings
+from methods import BaseSettings, Method
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def new_batches(folder, seed: int = 0) -> Batches:
 
 
 def method_on(clip) -> Method:
-    return Method(clip, ["rose", "tulip"], "a photo of a {}.", Settings())
+    return Method(clip, ["rose", "tulip"], "a photo of a {}.", BaseSettings())
 
 
 def refusing(clip) -> Method:

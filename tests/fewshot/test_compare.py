@@ -60,8 +60,8 @@ def test_advice_goes_by_validation_and_names_what_is_as_good_in_less_time():
     text = advice(found, 100, {"slow", "quick", "far"})
     assert text.startswith("Take slow: it is best on the 100 validation images, 80.0 %.")
     error = 100 * math.sqrt(0.8 * 0.2 / 100)  # of a share of 100 images
-    assert f"{error:.1f} points, is quick, 78.5 %, in 2.0 s of training, not 10.0 s" in text
-    assert "other names" not in text
+    assert f"{error:.1f} points, is quick, 78.5 %, in 2.0 s of training instead of 10.0 s" in text
+    assert "new names" not in text
     assert "quick" not in advice(found, 10_000, set(found))  # there 1.5 points are many
 
 
@@ -69,13 +69,11 @@ def test_advice_names_another_where_the_best_learns_nothing_of_new_names():
     found = rows(probe=result(90, 1, novel=None), gda=result(85, 1), lora=result(70, 1))
     text = advice(found, 100, {"lora"})
     assert text.startswith("Take probe")
-    assert text.endswith(
-        "of methods whose learning reaches other names, lora is best there, 70.0 %."
-    )
+    assert text.endswith("that also learn for new names, lora is best on them, 70.0 %.")
 
 
 def test_clip_as_it_is_may_be_the_best():
-    assert advice(rows(lora=result(10, 99)), 50, {"lora"}).startswith("Take CLIP as it is: ")
+    assert advice(rows(lora=result(10, 99)), 50, {"lora"}).startswith("Take zero-shot CLIP: ")
 
 
 def test_what_fits_in_a_time_is_the_shortest_first():

@@ -308,9 +308,7 @@ def test_validation_is_called_as_others_call_it(tree, called):
 def test_classes_called_by_numbers_are_noted_with_the_way_to_name_them(tree):
     root = tree({f"{part}/{k}": 1 for part in ("train", "test") for k in range(3)})
     (note,) = load(root).notes
-    assert note.startswith(
-        "the classes are called 0, 1, 2, and CLIP reads names; say what they are"
-    )
+    assert note.startswith("the classes are called 0, 1, 2, but CLIP reads names; give their names")
     (root / "classes.txt").write_text("rose\ntulip\nlily\n")
     assert load(root).notes == []
     (root / "classes.txt").rename(root / "classes.json")
@@ -373,5 +371,5 @@ def test_names_that_are_one_to_clip_are_an_error(one, other):
 
 @pytest.mark.parametrize("name", ["", " ", "\u00a0 \n"])
 def test_a_name_that_is_nothing_to_clip_is_an_error(name):
-    with pytest.raises(UserError, match="which CLIP reads as nothing"):
+    with pytest.raises(UserError, match="is empty for CLIP"):
         datasets.check_names("here", ["tulip", name])

@@ -154,7 +154,7 @@ def test_other_weights_are_refused(photos, made, clip):
     torch.manual_seed(1)
     other = CLIP(clip.config).eval()
     method = METHODS["zero_shot"].plain(other, data.classnames, "{}")
-    with pytest.raises(UserError, match="were made by tiny with fingerprint .* the model here has"):
+    with pytest.raises(UserError, match="were made by tiny with fingerprint .* this model has"):
         list(task.tests["all"].batches.each(method, [torch.arange(2)]))
 
 
@@ -172,14 +172,18 @@ def test_a_method_that_learns_in_the_image_tower_is_refused(name, photos, made, 
     [
         (lambda out: (out / "index.json").unlink(), "index.json: there is no such file"),
         (lambda out: (out / "00001.safetensors").unlink(), "00001.safetensors: there is no"),
-        (lambda out: shutil.copy(out / "00000.json", out / "00004.json"), "is not what 00004"),
+        (lambda out: shutil.copy(out / "00000.json", out / "00004.json"), "does not match 00004"),
         (lambda out: shutil.rmtree(out), "holds no features"),
-        (lambda out: change(out, "features", lambda x: x[:3]), "is not what 00000.json"),
-        (lambda out: change(out, "features", lambda x: x.half()), "is not what 00000.json"),
-        (lambda out: change(out, "sha256", lambda x: x[:, :5].contiguous()), "is not what 00000"),
+        (lambda out: change(out, "features", lambda x: x[:3]), "does not match 00000.json"),
+        (lambda out: change(out, "features", lambda x: x.half()), "does not match 00000.json"),
+        (
+            lambda out: change(out, "sha256", lambda x: x[:, :5].contiguous()),
+            "does not match 00000",
+        ),
         (lambda out: tell(out, "labels", ""), "no picture has a label"),
         (lambda out: tell(out, "labels", "iris"), "trains on 1 classes"),
-        (lambda out: tell(out, "parts", "test"), "has test alone"),
+        (lambda out: tell(out, "parts", "test"), "has only test"),
+        (lambda out: index(out, [None]), "unreadable.0 is None, expected a list"),
     ],
 )
 def test_what_cannot_be_learned_from_is_one_line(harm, said, photos, made):
@@ -199,6 +203,11 @@ def tell(out, key, value):
     for file in out.glob("0*.json"):
         told = json.loads(file.read_text())
         file.write_text(json.dumps(told | {key: [value] * len(told[key])}))
+
+
+def index(out, unreadable):
+    told = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps(told | {"unreadable": unreadable}))
 
 
 def test_a_folder_of_features_given_as_pictures_is_told(photos, made):

@@ -704,7 +704,7 @@ def test_a_grid_that_is_killed_and_resumed_ends_in_the_same_bits(
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
-        ("rate=1,2", "'rate=1,2' is not a setting's name"),
+        ("rate=1,2", "'rate=1,2' is not the name of a setting"),
         ("lr=1,x", "'lr=1,x' is not"),
         ("lr", "'lr' is not"),
         ("lr=1 lr=2", "'lr=2' is not"),
@@ -882,7 +882,7 @@ def test_tensors_of_another_run_to_go_on_from_are_named(name, tensor, run, train
     descend(Toy(settings(epochs=1)), train, val, run, seed=1)
     tensors, position = run.load_resume()
     run.save_resume(tensors | {name: tensor}, position)
-    with pytest.raises(UserError, match=r"resume\.safetensors: holds other tensors than this run"):
+    with pytest.raises(UserError, match=r"resume\.safetensors: its tensors do not fit this run"):
         descend(Toy(settings(epochs=1)), train, val, run, seed=1, resume=True)
 
 

@@ -194,17 +194,17 @@ def repeat_a_row(root: Path) -> None:
     [
         (replace("train.csv", "path,label", "image,label"), "train.csv: has no column 'path'"),
         (replace("train.csv", "path,label", "path,class"), "train.csv: has no column 'label'"),
-        (text("train.csv", ""), "should name path, label, and names none"),
+        (text("train.csv", ""), "should name path, label, but names none"),
         (text("train.csv", "path,label\n"), "train.csv: lists no pictures"),
         (lambda root: (root / "test.csv").unlink(), "test.csv: there is no such file"),
         (replace("test.csv", ",rose", ","), "test.csv, line "),
         (replace("test.csv", ",rose", ""), "its label is empty"),
         (replace("test.csv", ",rose", ",roze"), "test.csv (test): its classes are not those of"),
-        (replace("train.csv", "photos/4.png", "photos/99.png"), "photos/99.png is no file"),
+        (replace("train.csv", "photos/4.png", "photos/99.png"), "photos/99.png is not a file"),
         (replace("train.csv", ",rose", ",rose, red"), "has more cells than the 2 columns"),
         (replace("train.csv", "path,label", "path,label,label"), "has two columns 'label'"),
-        (repeat_a_row, "a picture is listed once"),
-        (move_a_test_row_to_train, "a picture is listed once"),
+        (repeat_a_row, "list each picture once"),
+        (move_a_test_row_to_train, "list each picture once"),
         (replace("train.csv", "rose", "blue-bell"), "are both the class 'blue bell'"),
         (text("data.csv", "path,label,split\n"), "both data.csv and train.csv"),
         (lambda root: (root / "train.csv").rename(root / "data.csv"), "both data.csv and val.csv"),
@@ -215,8 +215,8 @@ def repeat_a_row(root: Path) -> None:
         (replace("train.csv", "path", '"path'), "cannot be read as CSV"),
         (lambda root: (root / "train.csv").write_bytes(b"path,label\n\xff"), "as UTF-8 text"),
         (text("classes.txt", "rose\ntiger lily\n"), "'blue_bell' is not in classes.txt"),
-        (text("classes.txt", "rose\nrose\ntiger lily\nblue bell\n"), "'rose' stands there twice"),
-        (text("classes.txt", "a_b\nrose\na b\n"), "'a b' stands there twice"),
+        (text("classes.txt", "rose\nrose\ntiger lily\nblue bell\n"), "'rose' occurs twice"),
+        (text("classes.txt", "a_b\nrose\na b\n"), "'a b' occurs twice"),
         (text("classes.txt", "rose\ntiger lily\nblue bell\nfern\n"), "fern in one only"),
         (text("classes.json", '{"rose": "a"'), "classes.json: cannot be read as JSON"),
         (text("classes.json", '["rose"]'), "expected a JSON object of names"),
@@ -243,14 +243,14 @@ def test_a_misspelled_label_is_told_the_nearest(root):
 
 
 def test_numbers_alone_are_no_names(numbered_root):
-    with pytest.raises(UserError, match=r"CLIP reads names; list them in .*classes\.txt"):
+    with pytest.raises(UserError, match=r"CLIP reads names; list the names in .*classes\.txt"):
         load(numbered_root)
 
 
 def test_several_missing_pictures_are_counted(root):
     for i in (2, 5, 14):
         (root / f"photos/{i}.png").unlink()
-    with pytest.raises(UserError, match=r"is no file \(and 2 more\)"):
+    with pytest.raises(UserError, match=r"is not a file \(and 2 more\)"):
         load(root)
 
 

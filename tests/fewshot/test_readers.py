@@ -362,7 +362,7 @@ def test_an_official_split_is_read_from_coops_folder_too(name, request, tmp_path
 def test_without_data_or_network_it_is_one_line_that_says_what_to_do(name, tmp_path):
     with pytest.raises(UserError) as error:
         load(name, tmp_path)
-    assert str(error.value).startswith(f"--dataset {name}: could not be had in {tmp_path} (")
+    assert str(error.value).startswith(f"--dataset {name}: is not found in {tmp_path} (")
     assert "\n" not in str(error.value)
     fetched = DATASETS[name].fetch
     assert bool(fetched) == ("put into" in str(error.value))
@@ -371,10 +371,10 @@ def test_without_data_or_network_it_is_one_line_that_says_what_to_do(name, tmp_p
 
 def test_a_list_that_names_no_picture_or_no_class_is_one_line(food, aircraft):
     (food / "food-101/images/waffles/9.jpg").unlink()
-    with pytest.raises(UserError, match=r"meta/test.txt: .*waffles/9.jpg is no file"):
+    with pytest.raises(UserError, match=r"meta/test.txt: .*waffles/9.jpg is not a file"):
         load("food101", food)
     (food / "food-101/meta/train.txt").write_text("apple pie\n")
-    with pytest.raises(UserError, match="train.txt: has a line that cannot be read: 'apple pie'"):
+    with pytest.raises(UserError, match="train.txt: has an unreadable line: 'apple pie'"):
         load("food101", food)
     (aircraft / "fgvc-aircraft-2013b/data/variants.txt").write_text("707-320\nBoeing 717\n")
     with pytest.raises(UserError, match="its classes are not those of variants.txt: F-16A/B"):
@@ -461,7 +461,7 @@ def test_an_imagenet_that_is_laid_out_otherwise_is_one_line(imagenet):
         load("imagenet", imagenet)
     for folder in (images / "val").iterdir():
         shutil.rmtree(folder)
-    with pytest.raises(UserError, match="images/val: has no folders of classes, n01440764/"):
+    with pytest.raises(UserError, match="images/val: has no class folders n01440764/"):
         load("imagenet", imagenet)
     (imagenet / "imagenet/classnames.txt").unlink()
     with pytest.raises(UserError, match="classnames.txt.*put into .*/imagenet: images/train/"):

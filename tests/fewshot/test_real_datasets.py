@@ -124,7 +124,7 @@ def test_a_damaged_cifar100_is_never_unpickled(cifar100, offline, monkeypatch):
     file = cifar100 / "cifar-100-python/train"
     file.write_bytes(file.read_bytes() + b"x")
     monkeypatch.setattr(pickle, "load", lambda *a, **k: pytest.fail("it was unpickled"))
-    with pytest.raises(UserError, match="--dataset cifar100: could not be had"):
+    with pytest.raises(UserError, match="--dataset cifar100: is not found"):
         load("cifar100", cifar100)
 
 
@@ -207,7 +207,7 @@ def test_flowers102_has_the_pictures_and_labels_of_the_official_files(flowers102
 def test_without_a_network_it_is_one_line_that_says_what_to_do(name, tmp_path, offline):
     with pytest.raises(UserError) as error:
         load(name, tmp_path)
-    assert str(error.value).startswith(f"--dataset {name}: could not be had in {tmp_path} (")
+    assert str(error.value).startswith(f"--dataset {name}: is not found in {tmp_path} (")
     assert "Name or service not known" in str(error.value)
     assert "--data-root" in str(error.value)
     assert "\n" not in str(error.value)

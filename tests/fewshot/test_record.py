@@ -116,7 +116,9 @@ def test_on_another_split_of_the_same_pictures_those_it_has_seen_are_left_out(ro
     assert files(again.tests["all"].batches) == expected
     out = len(there) - len(expected)
     assert (out > 0) == (seed != 3)
-    said = f"{out} of 18 test images are left out: the run learned from them or validated on them"
+    said = (
+        f"{out} of 18 test images are left out: they are training or validation images of the run"
+    )
     assert again.notes == ([said] if out else [])
 
 
@@ -124,7 +126,7 @@ def test_where_nothing_else_is_left_it_is_an_error(root):
     task = trained(root)
     record = task.record("")
     record["train"] += record["test"]
-    with pytest.raises(UserError, match="all 18 test images are among those that the run learned"):
+    with pytest.raises(UserError, match="all 18 test images are training or validation images"):
         retest(root, record, again=False)
 
 

@@ -106,7 +106,7 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path):
 
 def test_where_no_folder_can_be_made_a_line_says_so(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not be made .*; choose another place with --out"):
+    with pytest.raises(UserError, match="could not be created .*; choose another place with --out"):
         Run.start(tmp_path / "file" / "run", CONFIG)
 
 
@@ -197,6 +197,15 @@ def test_resuming_with_other_settings_is_an_error_that_names_the_first(run, chan
     assert contents(run.path) == before
 
 
+def test_resuming_a_config_with_a_strange_setting_names_it(run):
+    """Also where that is null, as one that is not there reads."""
+    config = json.loads((run.path / "config.json").read_text())
+    config["settings"]["strange"] = None
+    (run.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was started with strange None, not None;"):
+        Run.resume(run.path, CONFIG)
+
+
 def test_resuming_removes_what_a_killed_run_had_half_written_and_nothing_else(run):
     run.save_adapter({"w": torch.zeros(3)})
     mine = (".notes.20240131.md", ".tmpnRT2eS", "clip_min-a-abcdefgh", ".clip_min-a-ABCDEFGH")
@@ -227,7 +236,8 @@ def test_resuming_where_bits_may_differ_says_so(run, capsys):
     Run.resume(run.path, CONFIG | {"threads": 9, "versions": {"torch": "3"}})
     said = capsys.readouterr().out
     assert (
-        "begun with torch 2, 4 threads, and goes on with torch 3, 9 threads: its last bits" in said
+        "started with torch 2, 4 threads, and continues with torch 3, 9 threads: its last bits"
+        in said
     )
     assert provenance()["threads"] == torch.get_num_threads()
 
@@ -285,7 +295,7 @@ def test_tensors_that_are_not_whole_are_an_error_that_names_the_file(run, name):
     run.save_resume({"w": torch.zeros(100)}, {"epoch": 1})
     path = run.path / name
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="not a whole safetensors file") as error:
+    with pytest.raises(UserError, match="not a complete safetensors file") as error:
         run.load_adapter() if name.startswith("adapter") else run.load_resume({})
     assert str(path) in str(error.value)
 
@@ -322,7 +332,7 @@ def test_the_adapter_a_run_ended_with_is_vouched_for_by_its_config(run):
     assert Run.open(run.path).load_adapter()["w"].sum() == 3
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + b"\x3e")  # a flipped bit of the last number
-    with pytest.raises(UserError, match="is not the adapter that this training ended with"):
+    with pytest.raises(UserError, match="is not the adapter that this run saved"):
         Run.open(run.path).load_adapter()
     again = Run.resume(run.path, CONFIG)
     again.save_adapter({"w": torch.full((3,), 2)})  # goes on learning: nothing is vouched for
@@ -334,14 +344,16 @@ def test_the_adapter_of_another_run_is_refused_by_its_header(run, key, tmp_path)
     other = Run.start(tmp_path / "other", CONFIG | {key: "another"})
     other.save_adapter({"w": torch.zeros(3)})
     shutil.copy(other.path / "adapter.safetensors", run.path)
-    with pytest.raises(UserError, match=f"is of {key} 'another', but config.json beside it says"):
+    with pytest.raises(
+        UserError, match=f"was made with {key} 'another', but config.json beside it says"
+    ):
         run.load_adapter()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_numbers_that_are_not_finite_are_not_kept(run, value):
     run.save_adapter({"w": torch.zeros(3)})
-    with pytest.raises(UserError, match=r"not finite \(w\), which are not kept; lower --lr"):
+    with pytest.raises(UserError, match=r"not finite \(w\), which are not saved; lower --lr"):
         run.save_adapter({"w": torch.tensor([1.0, value])})
     assert run.load_adapter()["w"].sum() == 0
 
@@ -357,9 +369,9 @@ def test_a_folder_that_is_gone_is_said_and_what_was_learned_is_kept(run, how, wr
         "resume": lambda: run.save_resume({"w": torch.arange(3)}, {"epoch": 1}),
         "results": lambda: run.write_json("results.json", {}),
     }
-    with pytest.raises(UserError, match=r"is no longer there.*is kept as") as error:
+    with pytest.raises(UserError, match=r"was deleted or moved.*are saved as") as error:
         writes[write]()
-    beside = Path(str(error.value).split("is kept as ")[1])
+    beside = Path(str(error.value).split("are saved as ")[1])
     assert torch.equal(read_safetensors(beside)[0]["w"], torch.arange(3))
     assert not run.path.exists()
 

@@ -115,9 +115,9 @@ def test_only_what_is_missing_is_made(clip, folder, tmp_path, monkeypatch):
 def test_other_pictures_than_before_are_refused(clip, folder, tmp_path, noise):
     make(clip, folder, tmp_path / "out")
     noise(folder / "a/deep/00b.png", 99)
-    with pytest.raises(UserError, match=r"00000\.json: names other pictures than there are now"):
+    with pytest.raises(UserError, match=r"00000\.json: was made from other pictures"):
         make(clip, folder, tmp_path / "out")
-    with pytest.raises(UserError, match="was begun with shard_size 5, not 6"):
+    with pytest.raises(UserError, match="was started with shard_size 5, not 6"):
         make(clip, folder, tmp_path / "out", size=6)
 
 

@@ -71,7 +71,7 @@ def test_base_classes_alone_may_be_listed(data, write):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([], "lists no pictures, or is no file"),
+        ([], "is not a file, or is empty"),
         ([("rose/9.png", 1)], "line 1: no training picture is rose/9.png"),
         ([("rose/6.png", 1)], "no training picture is"),  # it is a test picture
         ([("1.png", 1)], "line 1: 3 training pictures end like 1.png"),

@@ -60,7 +60,7 @@ def test_classes_of_uneven_size_have_means_over_classes_too():
         "probe": {**scores, "novel": None, "parts": {"base": part(2, 9, 60, 55)}},
     }
     lines = table(rows).splitlines()
-    assert lines[3] == "test images of a class: 2 to 9; means over classes, accuracy and F1:"
+    assert lines[3] == "test images per class: 2 to 9; means over classes, accuracy and F1:"
     assert lines[4].split() == ["base", "F1", "novel", "F1"]
     assert lines[5].split() == ["zero-shot", "50.00", "40.00", "30.00", "20.00"]
     assert lines[6].split() == ["probe", "60.00", "55.00", "n/a", "n/a"]
@@ -71,4 +71,4 @@ def test_classes_of_uneven_size_have_means_over_classes_too():
 def test_training_images_of_uneven_classes_are_told():
     names = ["rose", "tulip", "lily"]
     line = uneven(torch.tensor([7, 3, 20]), names)
-    assert line.startswith("training images of a class: 3 (tulip) to 20 (lily); --balance")
+    assert line.startswith("training images per class: 3 (tulip) to 20 (lily); --balance")

@@ -54,10 +54,10 @@ def test_base_is_the_first_half_and_the_larger_one(dataset, numbers, count, base
 @pytest.mark.parametrize(
     ("count", "base", "said"),
     [
-        (2, None, "the base half is one class, 'class 0'"),
-        (3, None, "the novel half is one class, 'class 2'"),
-        (5, [3], "the base half is one class, 'class 3'"),
-        (5, [0, 1, 2, 4], "the novel half is one class, 'class 3'"),
+        (2, None, "the base half has a single class, 'class 0'"),
+        (3, None, "the novel half has a single class, 'class 2'"),
+        (5, [3], "the base half has a single class, 'class 3'"),
+        (5, [0, 1, 2, 4], "the novel half has a single class, 'class 3'"),
     ],
 )
 def test_a_half_of_one_class_is_an_error_since_every_answer_would_be_right(
@@ -187,7 +187,7 @@ def test_of_ones_own_large_validation_part_some_are_drawn_and_that_is_noted(data
     data = replace(data, own=True)
     task, other = (task_of(data, 16, seed, "all") for seed in (1, 2))
     assert Counter(task.val.labels.tolist()) == {0: 100, 1: 100}
-    assert task.notes == ["200 of 600 validation images are used, 100 a class"]
+    assert task.notes == ["200 of 600 validation images are used, 100 per class"]
     truth = dict(zip(numbers(data.val.source), data.val.labels.tolist(), strict=True))
     drawn = numbers(task.val.pixels)
     assert drawn == sorted(set(drawn))
@@ -260,7 +260,7 @@ def test_a_test_picture_that_is_learned_from_is_noted_whatever_its_name(noise, t
 
     assert notes([9, 10, 11, 12]) == []
     assert notes([9, 10, 4, 5]) == [
-        "2 test images are also learned from or validated on, pixel for pixel"
+        "2 test images are also training or validation images, pixel for pixel"
     ]
 
 
@@ -289,7 +289,7 @@ def test_pictures_are_the_same_if_all_pixels_are(tmp_path):
         parts = (Pictures(part, torch.tensor([0, 0, 1, 1])) for part in source)
         task = make_task(Dataset(["a", "b"], "{}", *parts), 2, 1, "all", Reader(16, folder=None))
         assert task.notes == [
-            "1 test images are also learned from or validated on, pixel for pixel"
+            "1 test images are also training or validation images, pixel for pixel"
         ]
 
 

@@ -90,7 +90,7 @@ def test_what_processes_wrote_is_read_and_in_the_end_is_in_one_book(manifest, as
 def test_a_line_that_is_there_twice_is_named(manifest):
     with open(manifest.folder / "captions.jsonl", "a") as file:
         file.write((manifest.folder / "captions.jsonl").read_text())
-    with pytest.raises(UserError, match=r"captions.jsonl, line 2: tells what a line above tells"):
+    with pytest.raises(UserError, match=r"captions.jsonl, line 2: repeats an earlier line"):
         Manifest.open(manifest.folder)
 
 
@@ -134,11 +134,11 @@ def test_a_line_that_is_not_ours_is_named(manifest):
             "expected 'undecided/rose-red-0",
         ),
         ({"state": "lost"}, "state is 'lost', expected kept or rejected or waived or undecided"),
-        ({"classname": "tulip"}, "'tulip' is no class of settings.json"),
-        ({"predicted": "tulip"}, "'tulip' is no class of settings.json"),
+        ({"classname": "tulip"}, "'tulip' is not a class of settings.json"),
+        ({"predicted": "tulip"}, "'tulip' is not a class of settings.json"),
         ({"predicted": None, "state": "rejected"}, "predicted is null"),
         ({"margin": "0.5"}, "margin is '0.5', expected a finite number or null"),
-        ({"stranger": 1}, "stranger is no key"),
+        ({"stranger": 1}, "stranger is not a key"),
     ],
 )
 def test_a_line_that_says_what_none_of_ours_says_is_named(manifest, change, said):

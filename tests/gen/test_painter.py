@@ -69,7 +69,7 @@ def test_captions_follow_from_picture_name_and_seed():
 
 
 def test_strange_pictures_and_prompts_are_refused():
-    with pytest.raises(UserError, match="know the demo's own training pictures"):
+    with pytest.raises(UserError, match="know only the demo's own training pictures"):
         DemoCaptioner()([Image.new("RGB", (64, 64))], ["x"], [0])
     with pytest.raises(UserError, match="a photo of a dog"):
         DemoPainter(0.75)([picture(0)], ["a photo of a dog"], [0])

@@ -86,7 +86,7 @@ def test_each_class_weighs_as_it_is_told_to(name):
 
 @pytest.mark.parametrize("name", ["finetune", "projection"])
 def test_pairs_have_no_classes_to_weigh(name):
-    with pytest.raises(UserError, match="--balance weighs classes, .* --objective class"):
+    with pytest.raises(UserError, match="--balance weights classes, .* --objective class"):
         METHODS[name].Settings(objective="contrastive", balance=True)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_min import UserError, tokenize
-from methods import METHODS, Method, Settings, TrainingSettings
+from methods import METHODS, BaseSettings, Method, TrainingSettings
 from methods.support import WithSupport
 
 NAMES = ["rose", "red tulip", "ox-eye daisy", "bird of paradise"]
@@ -242,19 +242,19 @@ def test_zero_shot_is_the_scaled_cosine_of_image_and_prompt(new_clip, images):
         ]
         zero_shot = logits(new("zero_shot", clip), images)
         torch.testing.assert_close(zero_shot, torch.stack(by_hand), atol=1e-4, rtol=1e-4)
-        base = Method(clip, NAMES, TEMPLATE, Settings())  # the same, from images
+        base = Method(clip, NAMES, TEMPLATE, BaseSettings())  # the same, from images
         torch.testing.assert_close(logits(base, images), zero_shot)
 
 
 @pytest.mark.parametrize("template", ["a photo of a flower.", "{ }", "", "{0}"])
 def test_a_template_without_a_place_for_the_name_is_an_error_that_shows_it(template, new_clip):
     with pytest.raises(UserError, match="has no {}") as error:
-        Method(new_clip(), NAMES, template, Settings())
+        Method(new_clip(), NAMES, template, BaseSettings())
     assert repr(template) in str(error.value)
 
 
 def test_inference_computes_class_features_once_and_drops_gradients(new_clip, images):
-    method = Method(new_clip(), NAMES, TEMPLATE, Settings())
+    method = Method(new_clip(), NAMES, TEMPLATE, BaseSettings())
     calls = []
     method.prompts.register_forward_hook(lambda *_: calls.append(1))
     with method.inference():
@@ -358,7 +358,7 @@ def test_a_training_setting_out_of_range_is_an_error_that_names_its_flag(field, 
 
 
 def test_the_default_loss_is_cross_entropy(new_clip, images):
-    method = Method(new_clip(), NAMES, TEMPLATE, Settings())
+    method = Method(new_clip(), NAMES, TEMPLATE, BaseSettings())
     labels = torch.tensor([0, 3, 2, 1, 0])
     rows = method(images).log_softmax(-1)
     by_hand = -sum(row[label] for row, label in zip(rows, labels, strict=True)) / 5
@@ -367,7 +367,7 @@ def test_the_default_loss_is_cross_entropy(new_clip, images):
 
 def test_fit_by_default_hands_itself_to_the_gradient_loop(new_clip):
     seen = []
-    Method(new_clip(), NAMES, TEMPLATE, Settings()).fit("train", "val", seen.append)
+    Method(new_clip(), NAMES, TEMPLATE, BaseSettings()).fit("train", "val", seen.append)
     assert not seen  # nothing is learned
     method = new("lora", new_clip())
     method.fit("train", "val", lambda *arguments: seen.extend(arguments))

@@ -124,9 +124,9 @@ def test_settings_hold_the_texts_and_not_the_name_of_their_file(file, tmp_path):
         ({"rose": "a rose."}, "own.json: rose is 'a rose.', expected a list"),
         ({"rose": ["a rose.", 3]}, "own.json: rose.1 is 3, expected text"),
         ({"rose": []}, "own.json: rose has no text"),
-        ({"rose": ["a rose.", " "]}, "own.json: rose: ' ' says nothing"),
-        ({"tiger_lily": ["a."], "tiger lily": ["b."]}, "own.json: tiger lily is there twice"),
-        ('{"rose": ["a."], "rose": ["b."]}', "'rose' is there twice"),
+        ({"rose": ["a rose.", " "]}, "own.json: rose: ' ' is empty"),
+        ({"tiger_lily": ["a."], "tiger lily": ["b."]}, "own.json: tiger lily occurs twice"),
+        ('{"rose": ["a."], "rose": ["b."]}', "'rose' occurs twice"),
         ({"rose": ["word " * 80]}, "own.json: rose: word word"),
         ({"rose": ["{} " * 76]}, None),  # 76 times "rose", start and end are 78 tokens
         ({"rose": ["{} " * 75]}, "fits"),
@@ -154,14 +154,14 @@ def test_classes_without_texts_are_named_with_what_may_be_meant(clip, file):
         new("zero_shot", clip, path)
     assert "no texts for red tulip, ox-eye daisy; every class" in str(error.value)
     some = new("zero_shot", clip, path, names=["rose"])
-    with pytest.raises(UserError, match="ox-eye daisy; is 'ox eye daisy', which has some, meant"):
+    with pytest.raises(UserError, match="did you mean ox-eye daisy by 'ox eye daisy'"):
         some.for_classes(["ox-eye daisy"])
 
 
 def test_texts_that_no_class_reads_are_noted_with_the_nearest_name():
     prompts = {"rose": ["a."], "ox eye daisy": ["b."], "fern": ["c."]}
     (note,) = strangers(prompts, NAMES)
-    assert "no class here: ox eye daisy (near ox-eye daisy), fern" in note
+    assert "not classes: ox eye daisy (near ox-eye daisy), fern" in note
     assert strangers({"rose": ["a."]}, ["rose"]) == strangers({}, NAMES) == []
 
 

@@ -92,5 +92,7 @@ def test_the_layers_are_e_over_the_reduction_wide(reduction, hidden, new_clip):
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_a_learned_ratio_cannot_start_where_its_gradient_is_0(ratio):
-    with pytest.raises(UserError, match=f"--ratio {ratio}: a learned r starts between 0 and 1"):
+    with pytest.raises(
+        UserError, match=f"--ratio {ratio}: --learn-ratio needs a start between 0 and 1"
+    ):
         ClipAdapterSettings(ratio=ratio, learn_ratio=True)

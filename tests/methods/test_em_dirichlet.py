@@ -383,7 +383,7 @@ def test_the_paper_recipes_are_those_of_its_code():
 
 
 def test_a_range_of_k_eff_the_wrong_way_round_is_an_error():
-    with pytest.raises(UserError, match="--k-eff-max 3: expected 0, or --k-eff 5 up"):
+    with pytest.raises(UserError, match="--k-eff-max 3: expected 0, or --k-eff 5 or more"):
         EMDirichletSettings(k_eff_max=3)
 
 

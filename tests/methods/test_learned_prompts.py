@@ -264,7 +264,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_context_length_must_fit_the_words(clip):
-    with pytest.raises(UserError, match="--n-ctx 5: but --ctx-init 'a photo of a' is 4 tokens"):
+    with pytest.raises(UserError, match="--n-ctx 5: --ctx-init 'a photo of a' has 4 tokens"):
         CoOp(clip, NAMES, "", CoOpSettings(n_ctx=5))
     with pytest.raises(UserError, match="--n-ctx 0: expected"):
         CoOpSettings(n_ctx=0)

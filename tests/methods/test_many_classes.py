@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from clip_min import UserError
 from methods import METHODS
 from methods.gda import ALPHAS
 from methods.linear_probe import logistic_regression
@@ -55,6 +56,16 @@ def test_gda_chooses_on_some_images_a_part_at_a_time(new_clip, pictures, monkeyp
         right[alpha] = (method.classify(x).argmax(dim=1) == labels).sum().item()
     assert chosen == pytest.approx(max(ALPHAS, key=right.get))
     assert len(set(right.values())) > 2
+
+
+def test_what_grows_with_the_square_of_the_classes_is_refused_before_work(new_clip, monkeypatch):
+    kind, clip = METHODS["em_dirichlet"], new_clip()
+    monkeypatch.setattr("methods.em_dirichlet.free_memory", lambda device: 10e9)
+    with pytest.raises(UserError, match=r"10,000 classes.* take 13\.6 GB of memory, but 10\.0 GB"):
+        kind(clip, NAMES, "a photo of a {}.", kind.Settings())
+    method = kind(clip, NAMES[:50], "a photo of a {}.", kind.Settings())
+    with pytest.raises(UserError, match="give fewer"):
+        method.for_classes(NAMES)
 
 
 def test_a_probe_is_solved_a_part_at_a_time_as_at_once(monkeypatch):

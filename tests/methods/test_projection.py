@@ -195,11 +195,11 @@ def test_what_learns_is_what_is_said(clip):
 
 
 def test_a_rate_of_the_towers_without_one_of_the_head_is_an_error():
-    with pytest.raises(UserError, match="--tower-lr 0.1: is a share of --lr, which is 0"):
+    with pytest.raises(UserError, match="--tower-lr 0.1: needs --lr above 0"):
         ProjectionSettings(lr=0.0, tower_lr=0.1)
     with pytest.raises(UserError, match="--tower-lr -1: expected 0 or more"):
         ProjectionSettings(tower_lr=-1)
-    with pytest.raises(UserError, match="--activation relu: is for --head square"):
+    with pytest.raises(UserError, match="--activation relu: only works with --head square"):
         ProjectionSettings(head="attention", activation="relu")
 
 

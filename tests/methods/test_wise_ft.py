@@ -134,7 +134,7 @@ def test_of_lora_the_merged_weights_are_not_the_factors(new_clip):
 @pytest.mark.parametrize(("name", "settings"), REFUSED)
 def test_without_such_a_start_there_is_no_line(name, settings, new_clip):
     method = new(name, settings, new_clip())
-    with pytest.raises(UserError, match="--keep-share 0.5: .*start is not zero-shot") as error:
+    with pytest.raises(UserError, match="--keep-share 0.5: .*did not start at zero-shot") as error:
         keep_share(method, method.adapter_state(), 0.5)
     assert "\n" not in str(error.value)
 

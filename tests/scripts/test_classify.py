@@ -108,6 +108,14 @@ def test_in_python(trained, pictures, expected):
     assert sum(answer.probabilities) == pytest.approx(1)
 
 
+def test_in_python_a_config_with_a_strange_key_is_the_users_error(trained, tmp_path):
+    run = Path(shutil.copytree(trained.path, tmp_path / "run"))
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"skip_bad_images"', '"skip_images"'))
+    with pytest.raises(UserError, match="config.json: not a config of a run .*'skip_images'"):
+        open_run(run)
+
+
 def test_few_pictures_are_in_memory_at_once(trained, pictures, monkeypatch):
     """Decoded ahead are AHEAD at most, whatever there is to come."""
     opened = []
@@ -149,7 +157,7 @@ def test_one_name_has_no_second(tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--csv", "out.txt"), "--csv out.txt: expected a file that ends in .csv or .json"),
+        (("--csv", "out.txt"), "--csv out.txt: expected a file name with .csv or .json"),
         (("--threshold", "1.5"), "--threshold 1.5: expected 0 to 1"),
         (("--threshold", "nan"), "--threshold nan: expected 0 to 1"),
     ],

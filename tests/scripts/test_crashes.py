@@ -260,7 +260,7 @@ def goes_on(script, flags, begun: bool = True) -> None:
     """The same command again, with --resume if a run was begun."""
     result = script("train", *flags, "--resume")
     if not begun:
-        assert (result.code, "no run was begun there" in result.err) == (2, True), result.err
+        assert (result.code, "so there is no run" in result.err) == (2, True), result.err
         result = script("train", *flags)
     assert result.code == 0, result.err
 

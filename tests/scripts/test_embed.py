@@ -113,4 +113,4 @@ def test_features_are_of_the_model_that_is_named(script, model, new_model, is_on
     flags = ("--data", tmp_path / "photos", "--out", tmp_path / "out2")
     assert script("embed", "--model", model, *flags).code == 0
     other = script("embed", "--model", new_model(1), *flags)
-    assert is_one_line(other, "was begun with model")
+    assert is_one_line(other, "was started with model")

@@ -293,7 +293,7 @@ def test_after_pictures_have_come_the_run_is_tested_on_the_same(
     result = script("eval", "--run", path)
     assert result.code == 0, result.err
     assert table_lines(result.out) == table
-    assert "test images are not those of the run, and are not tested on" in result.out
+    assert "test images are not the run's, and are left out" in result.out
     seen = json.loads((path / "data.json").read_text())
     assert all((tree / file).is_file() for part in seen.values() for file, *_ in part)
 
@@ -304,7 +304,7 @@ def test_as_another_data_set_the_runs_own_pictures_are_left_out(script, train, t
     )  # where --dataset draws by seed 1
     result = script("eval", "--run", path, "--dataset", "folder", "--data-root", tree)
     assert result.code == 0, result.err
-    assert "test images are left out: the run learned from them or validated on them" in result.out
+    assert "test images are left out: they are training or validation images" in result.out
     learned = {
         file
         for part in ("train", "val")
@@ -391,7 +391,7 @@ def test_a_run_that_has_not_ended_is_tested_and_that_is_said(script, run, traine
     (run / "results.json").unlink()
     result = script("eval", "--run", run)
     assert (result.code, result.err) == (0, "")
-    assert "note: no results.json; if this training has not ended" in result.out
+    assert "note: no results.json; an unfinished run is tested" in result.out
     assert table_lines(result.out) == table_lines(trained.out)
 
 
@@ -424,8 +424,8 @@ def not_finite(file: Path):
     ("spoil", "said"),
     [
         (Path.unlink, "there is no such file; finish the run: train.py --resume"),
-        (cut, "adapter.safetensors: not a whole safetensors file"),
-        (garble, "adapter.safetensors: not a whole safetensors file"),
+        (cut, "adapter.safetensors: not a complete safetensors file"),
+        (garble, "adapter.safetensors: not a complete safetensors file"),
         (rename, "lora_A is missing"),
         (reshape, "has shape (1, 64), expected (8, 64)"),
         (not_finite, "lora_A has NaN or infinity"),
@@ -434,7 +434,7 @@ def not_finite(file: Path):
 def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_one_line):
     spoil(run / "adapter.safetensors")
     result = script("eval", "--run", run)
-    vouched = "is not the adapter that this training ended with"
+    vouched = "is not the adapter that this run saved"
     assert is_one_line(result, vouched if spoil in (rename, reshape, not_finite) else said)
     no_longer_vouched_for(run)
     assert is_one_line(script("eval", "--run", run), said)
@@ -445,23 +445,29 @@ def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_o
     [
         ([], "give either --run DIR or --method zero_shot"),
         (["--run", "x", "--method", "zero_shot"], "give either --run DIR or --method zero_shot"),
-        (["--run", "x", "--shots", "3"], "--shots: a run knows its own; leave it out"),
-        (["--run", "x", "--classes", "all"], "--classes: a run knows its own; leave it out"),
-        (["--run", "x", "--image", "a.png", "--data-root", "."], "--data-root: is not read with"),
-        (["--run", "x", "--image", "a.png", "--precision", "bf16"], "a run knows its own"),
+        (["--run", "x", "--shots", "3"], "--shots: a run has its own; leave it out"),
+        (["--run", "x", "--classes", "all"], "--classes: a run has its own; leave it out"),
+        (["--run", "x", "--image", "a.png", "--data-root", "."], "--data-root: has no effect with"),
+        (["--run", "x", "--image", "a.png", "--precision", "bf16"], "a run has its own"),
         (
             ["--run", "x", "--image", "a.png", "--cache", "none"],
-            "--cache: is not read with --image",
+            "--cache: has no effect with --image",
         ),
-        (["--method", "zero_shot", "--image", "a.png", "--shots", "3"], "--shots: is not read"),
-        (["--method", "zero_shot", "--image", "a.png", "--seed", "3"], "--seed: is not read"),
-        (["--method", "zero_shot", "--image", "a.png", "--split", "coop"], "--split: is not read"),
-        (["--method", "zero_shot", "--image", "a", "--dataset", "demo"], "--dataset: is not read"),
+        (["--method", "zero_shot", "--image", "a.png", "--shots", "3"], "--shots: has no effect"),
+        (["--method", "zero_shot", "--image", "a.png", "--seed", "3"], "--seed: has no effect"),
+        (
+            ["--method", "zero_shot", "--image", "a.png", "--split", "coop"],
+            "--split: has no effect",
+        ),
+        (
+            ["--method", "zero_shot", "--image", "a", "--dataset", "demo"],
+            "--dataset: has no effect",
+        ),
         (["--run", "x", "--imgae", "a.png"], "unknown argument --imgae; did you mean --image"),
         (["--run", "x", "--lr", "3"], "unknown argument --lr"),
         (["--method", "lora"], "--method lora: unknown; known are zero_shot"),
         (["--method", "zero_shot", "--classes", "al"], "--classes al: unknown; did you mean all"),
-        (["--method", "zero_shot", "--image", "a.png"], "say which classes to choose from"),
+        (["--method", "zero_shot", "--image", "a.png"], "needs the classes to choose from"),
         (["--method", "zero_shot", "--image", "a.png", "--classes", " , "], "names no class"),
         (["--method", "zero_shot", "--image", "a.png", "--classes", "a,A"], "one class to CLIP"),
     ],

@@ -33,8 +33,6 @@ def test_zero_shot_clip_alone_is_drawn_too(script, model, photo, tmp_path):
 
 def test_more_than_one_picture_or_none_is_one_line(script, is_one_line, trained, photo, tmp_path):
     run = ["--run", trained.path, "--explain", tmp_path / "a.png"]
-    assert is_one_line(
-        script("eval", *run, "--image", photo, photo), "draws one picture", "gives 2"
-    )
-    assert is_one_line(script("eval", *run), "give it with --image")
+    assert is_one_line(script("eval", *run, "--image", photo, photo), "draws one picture", "has 2")
+    assert is_one_line(script("eval", *run), "works only with --image")
     assert not (tmp_path / "a.png").exists()

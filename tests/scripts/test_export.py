@@ -164,7 +164,7 @@ def test_a_two_stage_clip_leaves_its_classifier_to_the_other_form_and_says_so(
     out = tmp_path / "out.safetensors"
     result = script("export", "--run", runs["two_stage"], "--format", "safetensors", out)
     assert (result.code, result.err) == (0, "")
-    assert "note: this names all classes by their prompts; --format classifier" in result.out
+    assert "note: this classifies by prompts only; the learned rows" in result.out
     clip, novel = clip_min.load(out), our_logits(runs["two_stage"], NOVEL)
     torch.testing.assert_close(clip(IMAGES, tokens(NOVEL)), novel, atol=1e-4, rtol=0)
     base = our_logits(runs["two_stage"], BASE)
@@ -320,8 +320,8 @@ def test_every_form_tells_the_names_and_the_template(script, runs, tmp_path):
         ("cocoop", "classifier", "CoCoOp has no classifier matrix"),
         ("cocoop", "huggingface", "it learns context"),
         ("coop", "safetensors", "CoOp is more than a CLIP with other weights: it learns context"),
-        ("coop", "peft", "PEFT's adapter is a LoRA's, and CoOp is none"),
-        ("whole", "peft", "PEFT's adapter is a LoRA's, and Whole is none"),
+        ("coop", "peft", "--format peft needs a LoRA, and CoOp is none"),
+        ("whole", "peft", "--format peft needs a LoRA, and Whole is none"),
     ],
 )
 def test_what_a_format_cannot_hold_is_one_line(
@@ -351,7 +351,10 @@ def test_heads_that_openai_clip_does_not_compute_are_one_line(
         (["--run", "x", "--format", "onnx", "out"], "--format onnx: unknown"),
         (["--run", "x", "--format", "peft", "out.safetensors"], "peft writes a folder"),
         (["--run", "x", "--format", "openai", "out.pt"], "openai writes a file, NAME.safetensors"),
-        (["--run", "x", "--format", "peft", "--classes", "a", "out"], "rows of a classifier"),
+        (
+            ["--run", "x", "--format", "peft", "--classes", "a", "out"],
+            "works only with --format classifier",
+        ),
         (["--run", "nowhere", "--format", "peft", "out"], "nowhere/config.json: there is no such"),
         (["--rum", "x"], "unknown argument --rum; did you mean --run"),
     ],
@@ -366,7 +369,7 @@ def test_what_is_there_already_is_left_alone(script, runs, tmp_path, is_one_line
     for form, out in (("peft", tmp_path / "out"), ("openai", tmp_path / "o.safetensors")):
         out.write_text("precious")
         result = script("export", "--run", runs["lora"], "--format", form, out)
-        assert is_one_line(result, f"{out}: is there already")
+        assert is_one_line(result, f"{out}: exists already")
         assert out.read_text() == "precious"
 
 

@@ -7,7 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ON_FEATURES = ["linear_probe", "tip_adapter", "tip_adapter_f", "gda", "clip_adapter", "coop"]
+from fewshot.mapped import Mapped
+from fewshot.predictions import predict_task
+
+ON_FEATURES = [
+    "linear_probe",
+    "lp_plus_plus",
+    "tip_adapter",
+    "tip_adapter_f",
+    "gda",
+    "clip_adapter",
+    "coop",
+]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +103,16 @@ def test_zero_shot_on_features_and_on_pictures(script, data, features, model):
     assert one.out.splitlines()[-2:] == other.out.splitlines()[-2:]
 
 
+def test_of_what_is_tested_a_batch_is_in_memory_at_once(script, features, monkeypatch):
+    read, sizes = Mapped.read, []
+    monkeypatch.setattr(Mapped, "read", lambda rows: sizes.append(len(rows)) or read(rows))
+    monkeypatch.setattr(predict_task, "__defaults__", (3,))  # images in a batch
+    where = ("--dataset", "features", "--data-root", features, "--classes", "all")
+    result = script("eval", "--method", "zero_shot", *where)
+    assert result.code == 0, result.err
+    assert (sum(sizes), max(sizes)) == (20, 3)  # each once
+
+
 def test_a_run_on_features_names_pictures_and_has_a_page(both, script, data, tmp_path):
     (pictures, _), (run, _) = both("gda")
     image = next(data.rglob("test/*/*.png"))
@@ -101,7 +122,7 @@ def test_a_run_on_features_names_pictures_and_has_a_page(both, script, data, tmp
     assert page.code == 0, page.err
     text = (tmp_path / "page.html").read_text()
     assert "data:image/" in text
-    assert "not at hand" not in text
+    assert "could not be loaded" not in text
 
 
 def test_what_needs_pictures_is_told_before_any_work(script, features, is_one_line, tmp_path):
@@ -109,7 +130,7 @@ def test_what_needs_pictures_is_told_before_any_work(script, features, is_one_li
     result = script("train", "--method", "lora", *where)
     assert is_one_line(result, "LoRA needs the pictures themselves", "--dataset folder")
     result = script("train", "--method", "gda", "--augment", "crop-flip", *where)
-    assert is_one_line(result, "--augment crop-flip changes them")
+    assert is_one_line(result, "--augment crop-flip changes pictures")
     assert is_one_line(script("train", "--method", "vpt,lora", *where), "each of these methods")
     assert not (tmp_path / "runs").exists()
 
@@ -126,5 +147,5 @@ def test_of_several_methods_those_that_can_are_trained(script, features, tmp_pat
 def test_another_model_is_one_line(script, features, new_model, is_one_line, tmp_path):
     where = ("--dataset", "features", "--data-root", features, "--out", tmp_path)
     result = script("train", "--method", "gda", *where, "--model", new_model(1))
-    assert is_one_line(result, "the features were made by", "give the right one with --model")
+    assert is_one_line(result, "the features were made by", "give the right model with --model")
     assert is_one_line(script("train", "--method", "gda", "--dataset", "features"), "--data-root")

@@ -478,7 +478,7 @@ def test_at_lambda_1_the_adapter_is_loras_to_the_byte(script, flags, trained, sy
 
     mixed = script("train", *disef, "--lam", 0.5, "--out", tmp_path / "mixed")
     assert mixed.code == 0, mixed.err
-    assert "6 synthetic images join them" in mixed.out
+    assert "6 synthetic images are added" in mixed.out
     other = load_file(tmp_path / "mixed/noise/tiny/disef-s4-seed1/adapter.safetensors")
     assert any(not torch.equal(tensor, loras[name]) for name, tensor in other.items())
 
@@ -507,21 +507,21 @@ def test_images_that_are_missing_unfinished_or_anothers_are_refused(
 ):
     disef = ["--method", "disef", *flags[2:], "--out", tmp_path]
     result = script("train", *disef)
-    assert is_one_line(result, "there are no synthetic images yet", "python generate.py --dataset")
+    assert is_one_line(result, "has no synthetic images yet", "python generate.py --dataset")
     result = script("train", *disef, "--synthetic", synthetic(shots=10))
     assert is_one_line(result, "shots 10, not 4")
     unfinished = Path(shutil.copytree(synthetic(shots=4), tmp_path / "images"))
     rows = (unfinished / "manifest.jsonl").read_text().splitlines()
     (unfinished / "manifest.jsonl").write_text("\n".join(rows[:-1]) + "\n")
     result = script("train", *disef, "--synthetic", unfinished, *TWO)
-    assert is_one_line(result, "1 images are still to be made", "python generate.py")
+    assert is_one_line(result, "1 images are still missing", "python generate.py")
     assert not (tmp_path / "noise").exists()
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ((), "has 2 images a class, not 32; add --per-class 2"),
+        ((), "has 2 images of each class, not 32; add --per-class 2"),
         ((*TWO, "--plan", "f1"), "its images were made with plan uniform, not f1"),
         ((*TWO, "--filter", "lora"), "its images were made with filter zero_shot, not lora"),
     ],

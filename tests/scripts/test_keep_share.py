@@ -54,7 +54,7 @@ def test_the_curve_goes_from_zero_shot_to_the_run(run, script, data):
     assert rows["lora, 0 kept"] == rows["zero-shot"]
     numbers = [*(results[k] for k in ("base", "novel", "hm")), results["joint"]["hm"]]
     assert rows["lora, 1 kept"] == [f"{number:.2f}" for number in numbers]
-    assert "these accuracies are of test images: a share that is chosen by them is no" in result.out
+    assert "these accuracies are on test images: do not report a share" in result.out
 
     saved = json.loads((run / "keep_share.json").read_text())
     assert (saved["method"], saved["accuracies_of"]) == ("lora", "test images")
@@ -143,7 +143,7 @@ def test_a_share_that_cannot_be_is_one_line(more, said, trained, script, is_one_
 
 def test_shares_are_of_a_run_and_an_export_has_one(trained, script, is_one_line, tmp_path):
     flags = ("--method", "zero_shot", "--keep-share", "0.5")
-    assert is_one_line(script("eval", *flags), "--keep-share: is for --run DIR")
+    assert is_one_line(script("eval", *flags), "--keep-share: works only with --run DIR")
     out = ("--format", "peft", "--keep-share", "0,1", tmp_path / "out")
     assert is_one_line(script("export", "--run", trained.path, *out), "expected one number")
 
@@ -154,7 +154,7 @@ def test_a_method_that_did_not_start_at_zero_shot_is_refused(
     where = ("--dataset", "folder", "--data-root", data, "--model", model, "--out", tmp_path)
     assert script("train", "--method", "vpt", "--epochs", 1, "--n-tokens", 2, *where).code == 0
     (path,) = tmp_path.glob("*/*/vpt-*")
-    said = "VPT's start is not zero-shot CLIP"
+    said = "VPT did not start at zero-shot CLIP"
     for more in ((), ("--image", data / "test/blue-bell/0.png")):
         assert is_one_line(script("eval", "--run", path, "--keep-share", "0.5", *more), said)
     out = ("--format", "classifier", tmp_path / "out.safetensors")
@@ -179,7 +179,7 @@ def test_an_export_is_of_the_share(run, script, tmp_path, data):
     flags = ("--run", run, "--keep-share", "0.5")
     result = script("export", *flags, "--format", "safetensors", plain)
     assert (result.code, result.err) == (0, "")
-    assert "lora, 0.5 of what it learned kept, as safetensors" in result.out
+    assert "lora, keep-share 0.5, as safetensors" in result.out
     found, expected = clip_min.load(plain), between(run, 0.5)
     for key, tensor in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[key], tensor, rtol=1e-5, atol=1e-6)

@@ -97,10 +97,10 @@ def test_prompts_without_a_template_name_other_classes_and_classwise_ones_cannot
     ("more", "said"),
     [
         (("--dataset", "flower102"), "--dataset flower102: unknown; did you mean flowers102"),
-        (("--dataset", "folder"), "say where your pictures are with --data-root"),
-        (("--dataset", "demo", "--shots", "3"), "--shots: a run knows its own; leave it out"),
-        (("--dataset", "demo", "--image", "a.png"), "--dataset: is not read with --image"),
-        (("--split", "coop"), "--split: a run knows its own; leave it out"),
+        (("--dataset", "folder"), "give your pictures' folder with --data-root"),
+        (("--dataset", "demo", "--shots", "3"), "--shots: a run has its own; leave it out"),
+        (("--dataset", "demo", "--image", "a.png"), "--dataset: has no effect with --image"),
+        (("--split", "coop"), "--split: a run has its own; leave it out"),
         (("--dataset", "demo", "--template", "flower"), "has no {} for the class name"),
     ],
 )
@@ -298,7 +298,7 @@ def test_a_variant_is_not_learned_from(script, imagenet, model, tmp_path, is_one
     result = script(
         "train", "--method", "lora", *where, "--classes", "all", "--out", tmp_path / "runs"
     )
-    assert is_one_line(result, "no training image: the data set is for testing alone")
+    assert is_one_line(result, "no training images: this data set is only for testing")
     assert not (tmp_path / "runs").exists()
 
 
@@ -310,7 +310,9 @@ def test_a_published_draw_is_what_is_learned_from(script, flags, data, tmp_path,
     rows = [("amber_lily", 0), ("amber_lily", 5), ("blue-bell", 3), ("cyan lotus", 7)]
     lines = [json.dumps({"path": f"/x/train/{name}/{i}.png", "label": name}) for name, i in rows]
     file.write_text("\n".join(lines) + "\n")
-    assert is_one_line(script("train", *flags, "--shots-file", file), "--shots-file", "drop one")
+    assert is_one_line(
+        script("train", *flags, "--shots-file", file), "--shots-file", "leave one out"
+    )
     k = flags.index("--shots")
     out = ("--shots-file", file, "--out", tmp_path / "runs")
     result = script("train", *flags[:k], *flags[k + 2 :], *out)
@@ -361,7 +363,7 @@ def test_base_classes_by_name_are_learned_and_the_others_are_novel(
         ("blue bel\n", (), "class blue bel: unknown; did you mean blue bell"),
         ("", (), "names 0 of 5 classes"),
         ("amber lily\nblue bell\ncyan lotus\ndark iris\negg flower", (), "names 5 of 5 classes"),
-        ("blue bell\n", ("--classes", "all"), "--base-classes is for base-novel"),
+        ("blue bell\n", ("--classes", "all"), "--base-classes needs two halves"),
         (None, (), "there is no such file"),
     ],
 )

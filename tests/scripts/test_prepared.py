@@ -89,7 +89,7 @@ def test_image_size_belongs_to_the_run(odd, script, data, tmp_path, is_one_line)
         script("train", *common, "--image-size", 30, "--out", tmp_path), "30 pixels", "multiple"
     )
     assert is_one_line(
-        script("eval", "--run", path.parent, "--image-size", 32), "a run knows its own"
+        script("eval", "--run", path.parent, "--image-size", 32), "a run has its own"
     )
     out = tmp_path / "out.safetensors"
     assert script("export", "--run", path.parent, "--format", "safetensors", out).code == 0

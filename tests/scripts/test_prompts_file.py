@@ -48,8 +48,9 @@ def test_a_run_is_tested_and_exported_without_the_file(call, script, file, tmp_p
     path = file(own(bluebell=["x"]))
     result = call("--prompts", path)
     assert result.code == 0, result.err
-    assert "note: --prompts: has texts for what is no class here: bluebell (near blue bell)" in (
-        result.out
+    assert (
+        "note: --prompts: has texts for names that are not classes: bluebell (near blue bell)"
+        in (result.out)
     )
     assert "prompts of 6 classes" in result.out  # not their texts
     path.unlink()
@@ -112,7 +113,7 @@ def test_zero_shot_is_tested_with_them(script, data, model, file):
 @pytest.mark.parametrize(
     ("method", "content", "more", "said"),
     [
-        ("coop", own(), (), ("--prompts: coop (", "reads no written prompts")),
+        ("coop", own(), (), ("--prompts: coop (", "does not read prompts")),
         ("linear_probe", own(), (), ("--prompts: linear_probe (",)),
         ("lora", {k: v for k, v in own().items() if k != "dark iris"}, (), ("dark iris; every",)),
         ("lora", {"rose": []}, (), ("own.json: rose has no text",)),

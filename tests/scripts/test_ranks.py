@@ -121,7 +121,7 @@ def test_whole_runs_are_spread_and_are_those_of_one_process(script, many, flags_
             for name, more in (("seeds", seeds), ("points", points))
         ],
     )
-    assert "2 processes take runs of their own" in printed
+    assert "2 processes take separate runs" in printed
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("adapter.*")]
     assert len(files) == 3 + 1 + 3  # three seeds; a grid and its points
     for file in files:
@@ -170,7 +170,7 @@ def test_a_process_dies_and_one_alone_goes_on(torchrun, script, flags_for, tmp_p
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({}, "WORLD_SIZE is '4' in the environment, as where torchrun starts processes, but RANK"),
+        ({}, "WORLD_SIZE is '4' in the environment, as set by torchrun, but RANK"),
         ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}, "but MASTER_ADDR is ''"),
         ({"RANK": "first"}, "but RANK is 'first'"),
         ({"WORLD_SIZE": "four", "RANK": "0"}, "but WORLD_SIZE is 'four'"),

@@ -157,7 +157,7 @@ def test_a_page_shows_the_numbers_and_stands_alone(script, run):
     results = json.loads((run / "results.json").read_text())
     for value in (results["base"], results["novel"], results["hm"], results["joint"]["hm"]):
         assert f"{value:.2f}" in text
-    assert "pictures and features are not at hand" in text
+    assert "pictures and features could not be loaded" in text
     assert "1,234" in text
 
 
@@ -173,7 +173,7 @@ def test_pictures_and_features_of_a_real_run(script, real):
     assert features["before"]["gap"] != features["after"]["gap"]
     wrong = sum(len(s["mistakes"]) for key, s in found["scopes"].items() if key == "joint")
     assert text.count("data:image/jpeg") >= wrong > 0
-    assert "picture not at hand" not in text
+    assert "picture not found" not in text
 
 
 def test_thumbnails_are_of_the_pictures_that_are_named(script, real):
@@ -220,7 +220,7 @@ def test_every_kind_of_method_has_a_page(script, data, model, tmp_path, method):
     assert script("report", path).code == 0
     text = sound(path / "report.html")
     if method == "linear_probe":
-        assert "does not compare images with texts" in text
+        assert "does not compare image features with text features" in text
     if method == "em_dirichlet":
         assert "label test images jointly" in text
 
@@ -231,9 +231,9 @@ def test_every_kind_of_method_has_a_page(script, data, model, tmp_path, method):
 @pytest.mark.parametrize(
     ("lost", "said"),
     [
-        ("results.json", "no results.json: the training has not ended"),
-        (predictions.FILE, "no predictions.safetensors, as in runs of earlier versions"),
-        ("data.json", "no data.json that belongs to this run"),
+        ("results.json", "no results.json: training has not ended"),
+        (predictions.FILE, "no predictions.safetensors: runs of earlier versions"),
+        ("data.json", "no data.json of this run"),
         ("log.jsonl", None),
     ],
 )
@@ -261,12 +261,12 @@ def test_a_run_before_its_first_round_has_a_page(script, run, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(run / "config.json", tmp_path / "run")
     assert script("report", tmp_path / "run").code == 0
-    assert "the training has not ended" in sound(tmp_path / "run/report.html")
+    assert "training has not ended" in sound(tmp_path / "run/report.html")
 
 
 def test_what_is_no_run_is_one_line(script, is_one_line, tmp_path, run):
     (tmp_path / "empty").mkdir()
-    assert is_one_line(script("report", tmp_path / "empty"), "has neither runs (config.json)")
+    assert is_one_line(script("report", tmp_path / "empty"), "contains neither runs (config.json)")
     assert is_one_line(script("report", tmp_path / "none"), "there is no such folder")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")

@@ -64,7 +64,7 @@ def test_what_cannot_be_compared_is_listed_with_its_reason(script, folder):
     result = script("report", folder)
     assert result.code == 0, result.err
     text = sound(folder / "report.html")
-    assert "coop-s1-seed3: no results.json: the training has not ended" in text
+    assert "coop-s1-seed3: no results.json: training has not ended" in text
     assert "coop-s1-seed4/config.json" in text
     assert ".old1" not in text
     assert "8 runs on one task" in text
@@ -143,7 +143,7 @@ def test_the_sheet_has_every_image_beside_its_sources(script, images):
     count = len(Manifest.open(images).attempts)
     assert text.count('class="tile"') == count > 0
     assert text.count("data:image/jpeg") == 3 * count  # captioned, painted over, made
-    assert "picture not at hand" not in text
+    assert "picture not found" not in text
     assert (images / "report.html").stat().st_size < 8e6
     again = Manifest.open(images)  # the page is no stranger in the folder
     assert len(again.attempts) == count
@@ -168,6 +168,6 @@ def test_images_whose_sources_are_gone_are_shown_and_it_is_said(script, syntheti
     result = script("report", copy)
     assert result.code == 0, result.err
     text = sound(copy / "report.html")
-    assert "1 real pictures are not where they were, as /nowhere/a.png" in text
+    assert "1 real pictures are not in their place, such as /nowhere/a.png" in text
     assert "&lt;script&gt;alert(1)" in text
     assert text.count("data:image/jpeg") == len(rows)

@@ -61,7 +61,7 @@ def test_it_tells_how_long_it_takes_and_ends_with_a_table_and_advice(together):
     assert rows.keys() == {*NAMES, "zero-shot"}
     val = [row["val"]["mean"] for row in rows.values()]
     assert val == sorted(val, reverse=True)
-    assert advice.startswith(f"Take {next(iter(rows)).replace('zero-shot', 'CLIP as it is')}: ")
+    assert advice.startswith(f"Take {next(iter(rows)).replace('zero-shot', 'zero-shot CLIP')}: ")
     for name in NAMES:
         run = json.loads((out / BASE / f"{name}-s4-seed1/results.json").read_text())
         assert rows[name]["base"]["mean"] == run["base"]
@@ -126,10 +126,13 @@ def test_all_is_every_method_that_can_be_compared():
     ("flags", "said"),
     [
         (("--method", "lora,cop"), ("--method", "cop", "did you mean coop?")),
-        (("--method", "lora,em_dirichlet"), ("em_dirichlet labels a batch", "run it apart")),
+        (
+            ("--method", "lora,em_dirichlet"),
+            ("em_dirichlet labels test images jointly", "run it separately"),
+        ),
         (("--method", "lora,gda", "--recipe", "notebook"), ("gda: --recipe notebook: unknown",)),
-        (("--method", "lora,gda", "--init-from", "x"), ("--init-from is for one method",)),
-        (("--method", "lora", "--budget", "5m"), ("--budget is for several methods",)),
+        (("--method", "lora,gda", "--init-from", "x"), ("--init-from works with a single method",)),
+        (("--method", "lora", "--budget", "5m"), ("--budget needs several methods",)),
         (("--method", "lora,gda", "--budget", "soon"), ("--budget", "'soon'", "90s, 10m or 2h")),
         (("--method", "lora,gda", "--n-ctx", "4"), ("unknown argument --n-ctx",)),
         (("--method", "gda,lora", "--lr", "-1"), ("--lr -1.0",)),

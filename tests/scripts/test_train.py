@@ -411,7 +411,7 @@ def test_an_earlier_run_is_kept_under_another_name(train, script, flags, tmp_pat
         (["--blocks", "7"], "--blocks '7': expected all, or numbers below 2"),
         (["--template", "a flower"], "--template 'a flower' has no {}"),
         (["--device", "warp"], "--device warp: cannot be used"),
-        (["--data-root", "nowhere"], "--data-root nowhere: expected a folder of pictures"),
+        (["--data-root", "nowhere"], "--data-root nowhere: there is no such folder"),
         (["--dataset", "demo"], "--data-root"),  # given, but the demo reads none
         (["extra"], "unknown argument extra"),
     ],
@@ -435,7 +435,7 @@ def test_a_mistake_is_one_line_and_costs_no_earlier_run(
         (["--blocks", "0,2"], "--blocks '0,2': expected all, or numbers below 2"),
         (["--method", "vpt", "--first-block", "2"], "--first-block 2: expected 0 to 1"),
         (["--method", "finetune", "--train", "last-3"], "--train last-3: expected both"),
-        (["--method", "coop", "--n-ctx", "5"], "--n-ctx 5: but --ctx-init 'a photo of a' is 4"),
+        (["--method", "coop", "--n-ctx", "5"], "--n-ctx 5: --ctx-init 'a photo of a' has 4"),
         (["--method", "disef", "--blocks", "7"], "--blocks '7': expected all"),
         (["--init-from", "nowhere"], "--init-from nowhere: there is no such folder"),
     ],
@@ -542,7 +542,7 @@ def test_help_of_a_method_shows_its_settings_with_its_defaults(script):
     shown = " ".join(result.out.split())
     assert result.code == 0
     assert "--image-rank INT R in the image tower [16]" in shown  # the demo's recipe
-    heads = ["what most people change:", "lora: recipe demo of default, notebook, paper, demo:"]
+    heads = ["common settings:", "lora, recipe demo (of default, notebook, paper, demo):"]
     heads = [shown.index(head) for head in (*heads, "training:", "experiment:", "run:")]
     assert heads == sorted(heads)
     first = ("method", "dataset", "data-root", "model", "shots", "seed", "seeds", "epochs", "lr")
@@ -700,6 +700,6 @@ def test_a_run_whose_folder_is_removed_ends_with_a_line_and_keeps_what_was_learn
     monkeypatch.setattr(Run, "save_resume", remove)
     result = script("train", *flags, "--out", tmp_path)
     beside = tmp_path / f"{HERE}.rescued.safetensors"
-    assert is_one_line(result, "is no longer there", str(beside))
+    assert is_one_line(result, "was deleted or moved", str(beside))
     assert load_file(beside)
     assert list(beside.parent.iterdir()) == [beside]

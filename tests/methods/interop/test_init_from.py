@@ -172,7 +172,7 @@ LAYER = "base_model.model.vision_model.encoder.layers.1"
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (put(f"{LAYER}.mlp.fc1.lora_A.weight"), "mlp.fc1.lora_A.weight is no LoRA tensor of an"),
+        (put(f"{LAYER}.mlp.fc1.lora_A.weight"), "mlp.fc1.lora_A.weight is not a LoRA tensor of an"),
         (put(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector"), "lora_magnitude_vector is no"),
         (drop("layers.1.self_attn.q_proj.lora_B"), "has only one of lora_A and lora_B"),
         (drop("vision_model.encoder.layers.1.self_attn.v_proj"), "block 1 of the image tower has"),
@@ -182,9 +182,9 @@ LAYER = "base_model.model.vision_model.encoder.layers.1"
             put(f"{LAYER}.self_attn.q_proj.lora_A.weight", (4, 7)),
             "block 1, image tower, differ in shape",
         ),
-        (lambda tensors, config: tensors.clear(), "corrects nothing"),
+        (lambda tensors, config: tensors.clear(), "holds no corrections"),
         (lambda tensors, config: config.update(peft_type="LOHA"), "LOHA, expected LORA"),
-        (lambda tensors, config: config.update(init_lora_weights="pissa"), "started by pissa"),
+        (lambda tensors, config: config.update(init_lora_weights="pissa"), "initialised by pissa"),
         (
             lambda tensors, config: config.update(alpha_pattern={r".*layers\.1\..*": 9}),
             "tower has no single lora_alpha",
@@ -209,7 +209,7 @@ def test_a_peft_adapter_that_does_not_fit_is_one_line(spoil, said, new_clip, tmp
 
 def test_what_is_no_lora_is_no_peft_adapter(new_clip):
     coop = METHODS["coop"](new_clip(), NAMES, TEMPLATE, METHODS["coop"].Settings())
-    with pytest.raises(UserError, match="LoRA's, and CoOp is none"):
+    with pytest.raises(UserError, match="needs a LoRA, and CoOp is none"):
         to_peft(coop)
 
 
@@ -321,8 +321,8 @@ def test_clip_loras_file_adds_root_scaled_products_text_tower_first(
         ({"r": 3}, "give --image-rank 3 --text-rank 3"),
         ({"params": "qv"}, "give --parts qv"),
         ({"depths": [3, 2]}, "holds 5 layers, but encoder both, position all are 4"),
-        ({"encoder": "neither"}, "not a file of CLIP-LoRA"),
-        ({"position": "somewhere"}, "not a file of CLIP-LoRA"),
+        ({"encoder": "neither"}, "not a complete file of CLIP-LoRA"),
+        ({"position": "somewhere"}, "not a complete file of CLIP-LoRA"),
         ({"width": 32}, "has shape"),
     ],
 )
@@ -369,8 +369,8 @@ class Malicious:
         ({"weights": {}, "metadata": Malicious()}, "nothing in it was run"),
         ([1, 2], "no tensor"),
         ({"a": torch.zeros(2)}, "no tensor"),
-        ({"weights": {}, "metadata": {}}, "not a file of CLIP-LoRA"),
-        ({"transformer.resblocks.0.mlp.c_fc.lora_A": torch.zeros(2)}, "is no LoRA tensor"),
+        ({"weights": {}, "metadata": {}}, "not a complete file of CLIP-LoRA"),
+        ({"transformer.resblocks.0.mlp.c_fc.lora_A": torch.zeros(2)}, "is not a LoRA tensor"),
     ],
     ids=["code", "code inside", "a list", "other tensors", "empty", "mlp"],
 )
@@ -440,7 +440,7 @@ def test_a_run_that_does_not_fit_is_one_line(new_clip, tmp_path):
     here, there = weights.fingerprint(other), weights.fingerprint(new_clip())
     coop = METHODS["coop"](new_clip(), NAMES, TEMPLATE, METHODS["coop"].Settings())
     for method, said in (
-        (new_lora(other), f"fingerprint {there}, but the model here has {here}"),
+        (new_lora(other), f"fingerprint {there}, but this model has {here}"),
         (new_lora(new_clip(), parts="qk"), "give --parts qv"),
         (coop, "context is missing"),
     ):
@@ -450,7 +450,7 @@ def test_a_run_that_does_not_fit_is_one_line(new_clip, tmp_path):
     with pytest.raises(UserError, match="method is missing"):
         load_into(lora, tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="expected a run of train.py or a PEFT adapter"):
+    with pytest.raises(UserError, match="neither a run of train.py nor a PEFT adapter"):
         load_into(lora, tmp_path)
     with pytest.raises(UserError, match="no such folder or file"):
         load_into(lora, tmp_path / "nowhere")
@@ -469,14 +469,14 @@ def test_a_lora_of_others_is_no_start_for_a_prompt_method(new_clip, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"lora_alpha": math.nan}, "NaN is no finite number"),
+        ({"lora_alpha": math.nan}, "NaN is not a finite number"),
         ({"lora_alpha": "4"}, "lora_alpha is '4', expected a finite number or null"),
         ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\], expected an object"),
         ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern.q_proj is '4', expected a finite"),
-        ({"alpha_pattern": {"(((.*)*)*)*x": 4}}, "cannot be taken .* write the names"),
-        ({"alpha_pattern": {"(a|a)*(b|b)+$": 4}}, "cannot be taken .it repeats too much"),
-        ({"alpha_pattern": {".*.*.*.*x": 4}}, "cannot be taken .it repeats too much"),
-        ({"alpha_pattern": {"(": 4}}, "cannot be taken"),
+        ({"alpha_pattern": {"(((.*)*)*)*x": 4}}, "cannot be used .* give the full names"),
+        ({"alpha_pattern": {"(a|a)*(b|b)+$": 4}}, "cannot be used .too many repetitions"),
+        ({"alpha_pattern": {".*.*.*.*x": 4}}, "cannot be used .too many repetitions"),
+        ({"alpha_pattern": {"(": 4}}, "cannot be used"),
         ({"peft_type": {}}, "peft_type is {}, expected text or null"),
         ({"use_rslora": 1}, "use_rslora is 1, expected true or false or null"),
     ],
@@ -505,19 +505,19 @@ def test_tensors_that_are_no_lora_matrices_are_named(tensor, new_clip, tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
     name = next(name for name in state if "lora_A" in name)
     save_file(state | {name: tensor}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="is no matrix|differ in shape|has ranks"):
+    with pytest.raises(UserError, match="is not a matrix|differ in shape|has ranks"):
         load_into(new_lora(new_clip()), tmp_path)
     save_file(
         {"visual.transformer.resblocks.0.attn.in_proj.lora_B": tensor}, tmp_path / "a.safetensors"
     )
-    with pytest.raises(UserError, match="is no matrix|with other settings"):
+    with pytest.raises(UserError, match="is not a matrix|with other settings"):
         load_into(new_lora(new_clip()), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"adapter_sha256": "0" * 64}, "is not the adapter that this training ended with"),
+        ({"adapter_sha256": "0" * 64}, "is not the adapter that this run saved"),
         ({"settings": {"parts": 3}}, "config.json: settings: --parts 3: expected text"),
         ({"settings": 3}, "config.json: settings is 3, expected an object"),
     ],
