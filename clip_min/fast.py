@@ -73,7 +73,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., D), weight (O, D), bias (O,) -> (..., O)."""
-    if not convolves(x, weight):
+    # With one thread, PyTorch gives 1 x 1 kernels to MKL as well.
+    if torch.get_num_threads() == 1 or not convolves(x, weight):
         return F.linear(x, weight, bias)
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     convolution = _convolution if learns else _FrozenConvolution.apply
@@ -89,7 +90,6 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
         and rows >= 128
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
-        and torch.get_num_threads() > 1  # with one, PyTorch gives 1 x 1 kernels to MKL as well
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and rows * weight.numel() >= GAINS_FROM.get(processor()[:2], inf)
         and not torch.is_autocast_enabled("cpu")

@@ -35,8 +35,7 @@ class BaseSettings:
     # Field -> its smallest and largest value. Checked at once: a value out of range would otherwise
     # fail after minutes of work or, worse, train.
     limits: ClassVar[dict[str, tuple[float, float]]] = {}
-    # Field -> the function that reads its value from a given text or file.
-    readers: ClassVar[dict[str, Callable]] = {}
+    readers: ClassVar[dict[str, Callable]] = {}  # field -> what reads it from a text or file
 
     def __post_init__(self):
         for name, read in self.readers.items():
@@ -205,7 +204,7 @@ class Method(nn.Module):
     def set_classes(self, classnames: list[str]) -> None:
         """Set the K classes that `classify` chooses from."""
         self.classnames = list(classnames)
-        self.prompts = self.prompt_tree().to(self.clip.device)
+        self.prompts = self.prompt_tree().to(self.clip.logit_scale.device)
         self._text = None
 
     def written_prompts(self) -> list[list[str]]:
