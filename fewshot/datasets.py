@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_min.errors import UserError
+from clip_min.errors import UserError, unknown
 from clip_min.tokenizer import tokenizer
 from fewshot import coop_split, readers
 from fewshot.catalogue import DATASETS, GROUPS, Entry
@@ -35,6 +35,8 @@ def load(
     name: str, root: Path | None, seed: int, split: str = "official", split_file: Path | None = None
 ) -> Dataset:
     """Load a data set by name, with its own split ("official") or CoOp's ("coop", `split_file`)."""
+    if name not in DATASETS:
+        raise unknown("--dataset", name, DATASETS)
     entry = DATASETS[name]
     split = split if entry.read else "coop"
     root = (root or Path("data")) if entry.folders else root
