@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 from fewshot.mapped import Mapped
 from fewshot.predictions import predict_task
 
-ON_FEATURES = ["linear_probe", "tip_adapter", "tip_adapter_f", "gda", "clip_adapter", "coop"]
+ON_FEATURES = [
+    "linear_probe",
+    "lp_plus_plus",
+    "tip_adapter",
+    "tip_adapter_f",
+    "gda",
+    "clip_adapter",
+    "coop",
+]
 
 
 @pytest.fixture(scope="module")
