@@ -21,7 +21,7 @@ of a batch, each image is mixed with its counterpart in reversed order, and so a
 The paper draws real and synthetic images separately (`--apart`): a batch has 64 of each, and an
 epoch ends when the smaller set ends. Otherwise they are shuffled together.
 
-Both kinds go through the towers in one pass, as in DISEF's code (the notebook takes two). What we
+Both kinds go through the towers in one pass, as in DISEF's code and unlike in the notebook. What we
 do differently: at λ = 1 the synthetic images, which have no weight, are left out, so that training
 equals LoRA's on the real images, to the bit. The paper chooses a learning rate between 2⁻¹⁵ and
 2⁻¹⁰ for each data set; recipe `paper` uses 2⁻¹², and `paper-grid` chooses on validation.

@@ -20,8 +20,7 @@ that, as in the authors' code. Differences from that code: every step computes t
 first six blocks; a batch has images of any classes (theirs, from 4 shots on, of a single class);
 their code also adds some other classes, drawn once at random; float32 instead of float16; and their
 hand-written template of each data set must be given (Flowers102: `--template "a close-up photo of a
-{}."`), and
-`--epochs 5` on ImageNet, SUN397 and Food101.
+{}."`), and `--epochs 5` on ImageNet, SUN397 and Food101.
 """
 
 import math

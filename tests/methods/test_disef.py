@@ -117,8 +117,9 @@ def test_each_part_of_a_batch_is_mixed_within_itself(synthetic, new_clip, images
 
 def test_images_go_through_the_tower_once(new_clip, images, monkeypatch):
     method, seen = new(new_clip()), []
-    encode = method.clip.encode_image
-    monkeypatch.setattr(method.clip, "encode_image", lambda x: (seen.append(len(x)), encode(x))[1])
+    tower = method.clip.visual
+    encode = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda x: (seen.append(len(x)), encode(x))[1])
     method.loss(images, LABELS, SYNTHETIC)
     assert seen == [5]
 
