@@ -94,10 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{names} on {plan.data}, model {first.model}, {first.device}")
     for plan in plans:
         of = f"{plan.method}: " if len(plans) > 1 else ""
-        differs = ""
-        if plan.settings != plan.usual:
-            differs = f", with {changes(plan.settings, plan.usual)}"
-        print(f"{of}recipe {plan.recipe}{differs}")
+        changed = plan.settings != plan.usual and changes(plan.settings, plan.usual)
+        print(f"{of}recipe {plan.recipe}{', with ' + changed if changed else ''}")
     # The first of each data set, so that a missing one is an error before hours of training.
     firsts = [e for e in plan.experiments if (e.shots, e.seed) == (first.shots, first.seed)]
     if len(firsts) > 1 or ranks.size > 1:
