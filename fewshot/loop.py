@@ -42,7 +42,7 @@ class State:
 
     def __init__(self, method, train: Batches):
         self.learned = method.adapter_state()
-        # Of the best round, the last, or the mean; not views.
+        # Copies: of the best round, the last, or the mean.
         self.kept = {name: tensor.detach().clone() for name, tensor in self.learned.items()}
         trained = {name: tensor for name, tensor in self.learned.items() if tensor.requires_grad}
         self.trained = list(trained.values())

@@ -81,8 +81,7 @@ class Pictures:
             features = self.features.joined(other.features)
         labels = torch.cat([self.labels, other.labels])
         source, made = [*self.source, *other.source], [*self.digests, *other.digests]
-        if isinstance(self.source, Tensor) and isinstance(other.source, Tensor):
-            source = torch.stack(source)
+        source = torch.stack(source) if isinstance(self.source, Tensor) else source
         return Pictures(source, labels, made, features)
 
     def name(self, i: int) -> str:

@@ -145,8 +145,8 @@ def twice(learned: list[Batches], tested: list[Batches]) -> list[str]:
             if first.setdefault(made, file) != file
         ]
         if copies:
-            count = f"{len(copies)} ({few(copies)})"
-            notes.append(f"images that are copies of others, byte for byte: {count}")
+            said = f"{len(copies)} ({few(copies)})"
+            notes.append(f"images that are copies of others, byte for byte: {said}")
     return notes
 
 

@@ -48,7 +48,9 @@ def compared(method, batches, chosen: Tensor) -> tuple[Tensor, Tensor]:
     clip.logits = lambda f, w: seen.append((f, w)) or type(clip).logits(clip, f, w)
     try:
         with method.inference(), batches.autocast():
-            method.classify(batches.fresh(method, chosen))
+            stored = batches.pictures.features is not None
+            x = batches.inputs(method, chosen) if stored else method.encode(batches.images(chosen))
+            method.classify(x)
     finally:
         del clip.logits
     if not seen:
