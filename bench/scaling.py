@@ -154,7 +154,7 @@ def plot(panels: dict[str, tuple[str, dict[str, dict[int, float]]]], path: str) 
     import matplotlib.pyplot as plt
 
     columns = math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 8), squeeze=False)
+    figure, axes = plt.subplots(2, columns, figsize=(5.5 * columns, 8), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, (measured, rows)) in zip(axes.flat, panels.items(), strict=False):
@@ -162,7 +162,10 @@ def plot(panels: dict[str, tuple[str, dict[str, dict[int, float]]]], path: str) 
         for (name, points), colour in zip(rows.items(), colours, strict=True):
             axis.plot(points.keys(), points.values(), marker="o", label=name, color=colour)
         axis.set(xscale="log", yscale="log", xlabel=title, ylabel=measured)
-        axis.legend(fontsize="x-small")
+        sizes = sorted({size for points in rows.values() for size in points})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.xaxis.minorticks_off()
+        axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.endswith("svg") else None)
 
