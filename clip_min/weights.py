@@ -182,11 +182,12 @@ def fingerprint(module: nn.Module) -> str:
     if now is None or now != seen:
         digest = hashlib.sha256()
         if isinstance(module, CLIP):
+            config = module.config
             usual = {key: getattr(CLIPConfig, key) for key in UNTOLD}
             heads = [max(1, width // 64) for width in (config.vision_width, config.text_width)]
             if replace(config, vision_heads=heads[0], text_heads=heads[1], **usual) != config:
-                told = asdict(module.config).items()  # less newer fields that have the old value
-                told = {k: v for k, v in told if k not in usual or v != usual[k]}
+                every = asdict(config).items()  # less newer fields that have the old value
+                told = {k: v for k, v in every if k not in usual or v != usual[k]}
                 digest.update(repr(told).encode())
         for name, tensor in state:
             digest.update(name.encode())

@@ -27,7 +27,7 @@ from fewshot.pictures import READERS, Pictures, Reader, pixel_hash
 KEPT = 1e9  # bytes of uncropped pictures to keep in memory for random crops
 
 # For torch.autocast: precision of matrix products; weights and sums stay fp32.
-PRECISIONS = {
+PRECISIONS: dict[str, dict] = {
     "fp32": {"enabled": False},
     "bf16": {"dtype": torch.bfloat16},
     "fp16": {"dtype": torch.float16},

@@ -17,7 +17,7 @@ import torch
 from fewshot import grid
 from fewshot.loop import NotFinite, State, gradient_step, shuffled
 from fewshot.predictions import ZERO_SHOT
-from fewshot.schedule import Length, duration, validation_seconds
+from fewshot.schedule import Length, curve, duration, validation_seconds
 from fewshot.task import Task
 
 
@@ -45,7 +45,7 @@ def seconds_of(method, task: Task) -> float:
                 one = time.perf_counter() - started
             spent += (end - start) * one
         rounds = math.ceil(length.total / length.round) if length.chooses else 0
-        images = len(train.some(len(val))) + len(val)
+        images = len(curve(train, val)) + len(val)
         trained += (spent + rounds * images * each) * max(1, len(s.points()))
         method.eval()
         return 0.0

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from clip_min import UserError
@@ -82,7 +82,7 @@ def pick(settings: type, given: dict) -> dict:
     return {name: value for name, value in given.items() if name in names}
 
 
-def listed(flag: str, text: str, known: dict, groups: dict[str, Sequence[str]]) -> list[str]:
+def listed(flag: str, text: str, known: dict, groups: Mapping[str, Sequence[str]]) -> list[str]:
     """The names that a flag gives: "dtd" is one, "dtd,eurosat" two, and a group all that it has."""
     parts = [part.strip() for part in text.split(",")]
     names = [name for part in parts for name in groups.get(part, (part,))]

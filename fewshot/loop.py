@@ -22,7 +22,7 @@ from fewshot import ranks
 from fewshot.batches import Batches
 from fewshot.metrics import accuracy, accuracy_on, predict
 from fewshot.run import Run
-from fewshot.schedule import Length, announce, duration, learning_rate, seconds_left
+from fewshot.schedule import Length, announce, curve, duration, learning_rate, seconds_left
 
 
 @dataclass
@@ -262,7 +262,7 @@ def judge(
     at.waited = 0 if better else at.waited + 1
     if at.waited and at.waited == s.patience:
         at.stopped = f"no better validation accuracy in {s.patience} validations"
-    return {"val": found, "train": accuracy_on(method, train.some(len(val)))}
+    return {"val": found, "train": accuracy_on(method, curve(train, val))}
 
 
 def share_of_mean(method, length: Length, now: int) -> float:

@@ -86,6 +86,13 @@ def learning_rate(s, length: Length, step: int, factor: float = 1.0) -> float:
     return s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def curve(train: Batches, val: Batches) -> Batches:
+    """The training images whose accuracy is logged beside that of validation: few, as it takes time
+    and decides nothing.
+    """
+    return train.some(min(len(val), 100))
+
+
 def seconds_left(
     method, train: Batches, val: Batches, length: Length, done: int, step: float
 ) -> float:
@@ -94,7 +101,7 @@ def seconds_left(
     if not length.chooses:
         return left * step
     each = validation_seconds(method, val)
-    images = len(train.some(len(val))) + len(val)  # see `judge`
+    images = len(curve(train, val)) + len(val)
     return left * step + math.ceil(left / length.round) * images * each
 
 

@@ -116,8 +116,9 @@ class DISEF(LoRA):
         Without `synthetic` all images are real, and the loss is LoRA's.
         """
         s = self.settings
-        how = {"weight": self.class_weights, "label_smoothing": s.label_smoothing}
-        cross_entropy = functools.partial(F.cross_entropy, **how)
+        cross_entropy = functools.partial(
+            F.cross_entropy, weight=self.class_weights, label_smoothing=s.label_smoothing
+        )
         if s.mixup or s.cutmix:
             real = torch.ones_like(labels, dtype=torch.bool) if synthetic is None else ~synthetic
             x, labels = x.clone(), F.one_hot(labels, len(self.classnames)).float()
