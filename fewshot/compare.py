@@ -70,7 +70,8 @@ def within(budget: float, seconds: dict[str, float]) -> list[str]:
 
 def announce(seconds: dict[str, float], kept: list[str]) -> str:
     """The estimate, and the methods that were left out, in one or two lines."""
-    listed = ", ".join(f"{name} {duration(seconds[name])}" for name in kept)
+    each = {name: duration(s) if s else "not timed" for name, s in seconds.items()}  # closed forms
+    listed = ", ".join(f"{name} {each[name]}" for name in kept)
     text = f"about {duration(sum(seconds[name] for name in kept))}: {listed}"
     out = [f"{name} (about {duration(s)})" for name, s in seconds.items() if name not in kept]
     return text + (f"\nleft out, since they do not fit: {', '.join(out)}" if out else "")

@@ -92,3 +92,9 @@ def test_the_mean_of_data_sets_is_of_means_and_hm_of_these():
     assert found["lora"]["val"]["mean"] == 70
     assert found["lora"]["hm"]["mean"] == pytest.approx(2 * 80 * 50 / 130)
     assert found["lora"]["seconds"] == 10
+
+
+def test_a_closed_form_is_said_to_be_not_timed():
+    assert announce({"lora": 40.0, "gda": 0.0}, ["lora", "gda"]) == (
+        "about 40 s: lora 40 s, gda not timed"
+    )
