@@ -201,7 +201,7 @@ def memberwise(draw, whole: bytes) -> bytes:
                     st.sampled_from(["../../out", "/tmp/out", "a/data.pkl", "constants.pkl"])
                 )
             if name == chosen and kind == "packed":
-                content, way = bytes(50_000_000), zipfile.ZIP_DEFLATED
+                content, way = bytes(1_000_000), zipfile.ZIP_DEFLATED
             archive.writestr(name, content, way)
     return made.getvalue()
 
