@@ -119,7 +119,8 @@ class Spool:
 
     def put(self, digest: str, crop: Tensor) -> None:
         """Store a crop, uint8 (3, size, size), if there is room."""
-        if digest and (place := next(self.next)) < self.most:
+        new = digest and digest not in self.places
+        if new and (place := next(self.next)) < self.most:
             with contextlib.suppress(OSError):
                 os.pwrite(self.file.fileno(), crop.numpy().data, place * self.bytes)
                 self.places[digest] = place

@@ -217,3 +217,13 @@ def test_features_that_vouch_for_themselves_and_do_not_fit_are_computed_again(tm
     (file,) = (tmp_path / "features").iterdir()
     cache.save(tmp_path, "features", file.stem, bad)
     assert torch.equal(new_batches(tmp_path).encoded(method_on(new_clip())), first)
+
+
+def test_a_picture_that_comes_twice_takes_room_once(tmp_path, monkeypatch):
+    crops = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    monkeypatch.setattr(cache, "limit", crops.nbytes)
+    spool = cache.Spool(tmp_path, 4)
+    for digest, crop in (("a", crops[0]), ("a", crops[0]), ("b", crops[1])):
+        spool.put(digest, crop)
+    assert torch.equal(spool.get("a"), crops[0])
+    assert torch.equal(spool.get("b"), crops[1])
