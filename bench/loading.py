@@ -204,12 +204,12 @@ def _kind(name: str) -> str:
 
 def make(folder: Path, count: int, size: tuple[int, int] = (600, 500)) -> None:
     """Two classes of JPEGs: soft coloured shapes with grain, half of them upright."""
-    dice = np.random.default_rng(0)
-    grain = dice.normal(0, 4, (*size[::-1], 1))
+    rng = np.random.default_rng(0)
+    grain = rng.normal(0, 4, (*size[::-1], 1))
     for i in range(count):
-        shapes = Image.fromarray(dice.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+        shapes = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
         photo = np.asarray(shapes.resize(size, Image.Resampling.BICUBIC))
-        photo = photo + np.roll(grain, dice.integers(size[1]), axis=0)
+        photo = photo + np.roll(grain, rng.integers(size[1]), axis=0)
         image = Image.fromarray(photo.clip(0, 255).astype(np.uint8))
         if i % 2:
             image = image.transpose(Image.Transpose.ROTATE_90)

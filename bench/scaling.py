@@ -118,8 +118,8 @@ def method_cost(model: str, name: str, classes: int, shots: int, rounds: int) ->
 def pictures(count: int) -> Batches:
     """Noise of the demo model's size."""
     size = clip_min.load("demo").config.image_size
-    dice = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=rng)
     return Batches(Pictures(pixels, torch.arange(count) % 2), pixels, Reader(size, folder=None))
 
 

@@ -104,23 +104,23 @@ def draw(train: Pictures, val: Pictures | None, shots: int, seed: int) -> tuple[
     Without val, the latter are drawn from the rest of train (on ImageNet, CoOp validates on the
     test pictures).
     """
-    dice = random.Random(seed)
-    chosen = sample(train.labels.tolist(), shots, dice)
+    rng = random.Random(seed)
+    chosen = sample(train.labels.tolist(), shots, rng)
     pool, taken = (train, {*chosen}) if val is None else (val, set())
     left = [i for i in range(len(pool)) if i not in taken]
     labels = pool.labels[left].tolist()
-    few = [left[i] for i in sample(labels, min(shots, FEW_VAL), dice)]
+    few = [left[i] for i in sample(labels, min(shots, FEW_VAL), rng)]
     return torch.tensor(chosen), torch.tensor(few, dtype=torch.long)
 
 
-def sample(labels: list[int], count: int, dice: random.Random) -> list[int]:
+def sample(labels: list[int], count: int, rng: random.Random) -> list[int]:
     """`count` indices for each label, or all, if a label has fewer."""
     members: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         members.setdefault(label, []).append(i)
     chosen = []
     for of_class in members.values():
-        chosen += of_class if len(of_class) < count else dice.sample(of_class, count)
+        chosen += of_class if len(of_class) < count else rng.sample(of_class, count)
     return chosen
 
 

@@ -8,9 +8,9 @@ tilt, blur and grain. The demo CLIP was pretrained only on drawings, and adaptat
 gap between drawings and photos.
 
 Petals are polar curves: the pixel at angle t and distance r from the eye is petal if r < R(t), with
-a function R for each shape. All randomness of an image comes from its own row of `dice`, random
+a function R for each shape. All randomness of an image comes from its own row of `noise`, random
 numbers drawn in advance. An image therefore does not depend on the rest of its batch, and nearly
-equal dice give nearly equal images.
+equal noise gives nearly equal images.
 
     python -m fewshot.demo OUT      writes the task as a folder of images
 """
@@ -32,7 +32,7 @@ from clip_min.errors import UserError
 
 TEMPLATE = "a photo of a {}, a type of flower."
 PER_CLASS = {"train": 10, "val": 10, "test": 10}  # images
-DICE = 256  # random numbers for an image
+NOISE = 256  # random numbers for an image
 
 COLOURS = {  # sRGB; petals come in the first twelve
     "red": (214, 36, 40),
@@ -112,8 +112,8 @@ def _botany(classes: int = 102, seed: int = 0) -> tuple[list[Species], list[Spec
     task = []
     for half in ((classes + 1) // 2, classes // 2):
         seen = Counter()
-        for _ in range(half):  # the rarest looks so far first, so that a half has equal shares
-            species = min(left, key=lambda s: sum(seen[look] ** 2 for look in enumerate(s)))
+        for _ in range(half):  # the rarest traits so far first, so that a half has equal shares
+            species = min(left, key=lambda s: sum(seen[trait] ** 2 for trait in enumerate(s)))
             seen.update(enumerate(species))
             left.remove(species)
             task.append(species)
@@ -124,7 +124,7 @@ TASK, PRETRAINING = _botany()
 CLASSNAMES = [species.name for species in TASK]
 
 
-def looks(species: list[Species]) -> Tensor:
+def indices(species: list[Species]) -> Tensor:
     """-> (N, 3) int64: colour, shape, eye as row numbers of COLOURS, SHAPES, COLOURS."""
     colours, shapes = list(COLOURS), list(SHAPES)
     return torch.tensor(
@@ -132,9 +132,9 @@ def looks(species: list[Species]) -> Tensor:
     )
 
 
-def roll(n: int, seed: int) -> Tensor:
-    """-> dice (n, DICE), uniform in [0, 1); the first rows are the same for every n."""
-    return torch.rand(n, DICE, generator=torch.Generator().manual_seed(seed))
+def draw_noise(n: int, seed: int) -> Tensor:
+    """-> noise (n, NOISE), uniform in [0, 1); the first rows are the same for every n."""
+    return torch.rand(n, NOISE, generator=torch.Generator().manual_seed(seed))
 
 
 def split(name: str, size: int = 64) -> tuple[Tensor, Tensor]:
@@ -144,12 +144,12 @@ def split(name: str, size: int = 64) -> tuple[Tensor, Tensor]:
     only chooses the shots.
     """
     labels = torch.arange(len(TASK)).repeat_interleave(PER_CLASS[name])  # (N,)
-    dice = roll(len(labels), seed=1 + list(PER_CLASS).index(name))
-    return render(looks(TASK)[labels], dice, "photo", size), labels
+    noise = draw_noise(len(labels), seed=1 + list(PER_CLASS).index(name))
+    return render(indices(TASK)[labels], noise, "photo", size), labels
 
 
-def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int = 32) -> Tensor:
-    """species (N, 3) from `looks`, dice (N, DICE) -> images (N, 3, size, size) uint8.
+def render(species: Tensor, noise: Tensor, style: str, size: int = 64, chunk: int = 32) -> Tensor:
+    """species (N, 3) from `indices`, noise (N, NOISE) -> images (N, 3, size, size) uint8.
 
     style: "drawing" or "photo". `chunk` images are painted at once, about 1 MB each at 64 pixels;
     it does not change the pixels.
@@ -159,7 +159,7 @@ def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int
     x, y = axis.view(1, 1, 1, -1), -axis.view(1, 1, -1, 1)  # of the pixels
     images = torch.empty(len(species), 3, size, size, dtype=torch.uint8)
     for rows in torch.arange(len(species)).split(chunk):
-        painting = paint(species[rows], _Dice(dice[rows]), x, y)  # (n, 3, size, size), 0 to 1
+        painting = paint(species[rows], _Noise(noise[rows]), x, y)  # (n, 3, size, size), 0 to 1
         images[rows] = (painting.clamp(0, 1) * 255).round().to(torch.uint8)
     return images
 
@@ -169,63 +169,63 @@ def render(species: Tensor, dice: Tensor, style: str, size: int = 64, chunk: int
 
 
 @dataclass
-class _Dice:
-    """Returns the columns of dice (N, DICE) from left to right."""
+class _Noise:
+    """Returns the columns of noise (N, NOISE) from left to right."""
 
     left: Tensor
 
     def __call__(self, low: float, high: float, n: int = 1) -> Tensor:
         """-> (N, n, 1, 1), uniform between low and high."""
-        rolled, self.left = self.left[:, :n, None, None], self.left[:, n:]
-        return low + (high - low) * rolled
+        values, self.left = self.left[:, :n, None, None], self.left[:, n:]
+        return low + (high - low) * values
 
 
-def _drawing(species: Tensor, dice: _Dice, x: Tensor, y: Tensor) -> Tensor:
-    x, y = _pose(dice, x, y, shift=0.15, turn=0.35, radius=(0.55, 0.82), tilt=1)
-    paper = dice(0.3, 0.95) + dice(-0.1, 0.1, n=3)  # (N, 3, 1, 1)
+def _drawing(species: Tensor, noise: _Noise, x: Tensor, y: Tensor) -> Tensor:
+    x, y = _pose(noise, x, y, shift=0.15, turn=0.35, radius=(0.55, 0.82), tilt=1)
+    paper = noise(0.3, 0.95) + noise(-0.1, 0.1, n=3)  # (N, 3, 1, 1)
     return _flower(paper, species, x, y)
 
 
-def _photo(species: Tensor, dice: _Dice, x: Tensor, y: Tensor) -> Tensor:
+def _photo(species: Tensor, noise: _Noise, x: Tensor, y: Tensor) -> Tensor:
     size = x.shape[-1]
-    u, v = _pose(dice, x, y, shift=0.18, turn=0.45, radius=(0.52, 0.8), tilt=0.8)
-    coarse, fine = dice(0, 0.6, 36).view(-1, 1, 6, 6), dice(0, 0.4, 121).view(-1, 1, 11, 11)
+    u, v = _pose(noise, x, y, shift=0.18, turn=0.45, radius=(0.52, 0.8), tilt=0.8)
+    coarse, fine = noise(0, 0.6, 36).view(-1, 1, 6, 6), noise(0, 0.4, 121).view(-1, 1, 11, 11)
     ground = (F.interpolate(g, (size, size), mode="bilinear") for g in (coarse, fine))
     image = _earth(sum(ground))
     for _ in range(6):
-        image = _leaf(image, dice, x, y)
+        image = _leaf(image, noise, x, y)
     shadow = torch.sigmoid((0.75 - torch.hypot(u - 0.15, v + 0.2)) / 0.15)  # of the flower
     image = image * (1 - 0.5 * shadow)
     image = _flower(image, species, u, v)
-    image = _leaf(image, dice, x, y)  # may lie on the flower
-    x, _ = _rotate(x, y, dice(0, 2 * pi))
-    evening = torch.tensor([1.04, 0.94, 0.84]).view(3, 1, 1) + dice(-0.1, 0.1, n=3)
-    image = image * evening * (1 + dice(0.1, 0.4) * x)  # from one side
-    image = 0.12 + image * dice(0.6, 0.85)  # haze
+    image = _leaf(image, noise, x, y)  # may lie on the flower
+    x, _ = _rotate(x, y, noise(0, 2 * pi))
+    evening = torch.tensor([1.04, 0.94, 0.84]).view(3, 1, 1) + noise(-0.1, 0.1, n=3)
+    image = image * evening * (1 + noise(0.1, 0.4) * x)  # from one side
+    image = 0.12 + image * noise(0.6, 0.85)  # haze
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    image = torch.lerp(image, soft, dice(0, 1))
-    # Grain is a window at a random place of a sheet of film: two dice instead of 3·n².
+    image = torch.lerp(image, soft, noise(0, 1))
+    # Grain is a window at a random place of a sheet of film: two random numbers, not 3·n².
     film = torch.rand(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(0)) - 0.5
-    down, right = (dice(0, size)[:, 0].long() for _ in range(2))  # (N, 1, 1)
+    down, right = (noise(0, size)[:, 0].long() for _ in range(2))  # (N, 1, 1)
     pixel = torch.arange(size)
     grain = film[:, down + pixel[:, None], right + pixel].transpose(0, 1)  # (3, N, …) -> (N, 3, …)
-    return image + dice(0.05, 0.25) * grain
+    return image + noise(0.05, 0.25) * grain
 
 
 def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
 
-def _pose(dice: _Dice, x, y, shift, turn, radius, tilt) -> tuple[Tensor, Tensor]:
+def _pose(noise: _Noise, x, y, shift, turn, radius, tilt) -> tuple[Tensor, Tensor]:
     """-> (N, 1, n, n) twice: where each pixel (x, y) lies on a flower of radius 1.
 
     The flower is up to `shift` off the middle and rotated by up to `turn` radians, its radius is in
     the range `radius`, and a tilt shortens it in some direction, at most to `tilt`.
     """
-    x, y = x - dice(-shift, shift), y - dice(-shift, shift)
-    radius, turn, axis = dice(*radius), dice(-turn, turn), dice(0, pi)
+    x, y = x - noise(-shift, shift), y - noise(-shift, shift)
+    radius, turn, axis = noise(*radius), noise(-turn, turn), noise(0, pi)
     x, y = _rotate(x / radius, y / radius, axis)
-    return _rotate(x / dice(tilt, 1), y, turn - axis)
+    return _rotate(x / noise(tilt, 1), y, turn - axis)
 
 
 def _inside(f: Tensor) -> Tensor:
@@ -256,11 +256,11 @@ def _earth(height: Tensor) -> Tensor:
     return sum(share * rgb.view(3, 1, 1) for share, rgb in zip(shares, colours, strict=True))
 
 
-def _leaf(canvas: Tensor, dice: _Dice, x: Tensor, y: Tensor) -> Tensor:
-    x, y = _rotate(x - dice(-1, 1), y - dice(-1, 1), dice(0, 2 * pi))
-    blade = _inside(y.abs() / dice(0.1, 0.22) + (x / dice(0.3, 0.7)) ** 2 - 1)
+def _leaf(canvas: Tensor, noise: _Noise, x: Tensor, y: Tensor) -> Tensor:
+    x, y = _rotate(x - noise(-1, 1), y - noise(-1, 1), noise(0, 2 * pi))
+    blade = _inside(y.abs() / noise(0.1, 0.22) + (x / noise(0.3, 0.7)) ** 2 - 1)
     shade = 0.9 + 0.25 * torch.sigmoid(y * 60)  # lit on one side of the midrib
-    return torch.lerp(canvas, _earth(dice(0.25, 0.95)) * shade, blade)
+    return torch.lerp(canvas, _earth(noise(0.25, 0.95)) * shade, blade)
 
 
 def write(root: str | Path, size: int = 64) -> None:

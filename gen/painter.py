@@ -1,10 +1,10 @@
 """A captioner and a painter for the demo task: offline, in milliseconds, and sometimes wrong.
 
 They replace LLaVA and Stable Diffusion, with the same interface. The demo draws each picture from a
-species and a row of random numbers, its dice (fewshot/demo.py). Here
+species and a row of random numbers, its noise (fewshot/demo.py). Here
 
     looking at a picture   means finding which training picture it is
-    repainting it          means rolling some of its dice again; `strength` is their share
+    repainting it          means drawing a share of its noise again, `strength`
     making a mistake       means painting another petal colour, shape or eye than the prompt says
 
 A real diffusion model makes more kinds of mistakes, and its pictures look less like photos than
@@ -22,8 +22,8 @@ from clip_min import UserError
 from fewshot import demo
 
 WRONG = 0.25  # share of repainted pictures with a mistake
-LOOKS = (demo.PETALS, list(demo.SHAPES), demo.EYES)
-SPECIES = re.compile("({}) ({}) with a ({}) eye".format(*map("|".join, LOOKS)))
+TRAITS = (demo.PETALS, list(demo.SHAPES), demo.EYES)
+SPECIES = re.compile("({}) ({}) with a ({}) eye".format(*map("|".join, TRAITS)))
 
 
 class DemoCaptioner:
@@ -32,7 +32,7 @@ class DemoCaptioner:
     name = revision = "demo"
 
     def __init__(self):
-        self.dice = _album()
+        self.noise = _album()
 
     def __call__(
         self, images: list[Image.Image], classnames: list[str], seeds: list[int]
@@ -40,7 +40,7 @@ class DemoCaptioner:
         return [self.describe(*row) for row in zip(images, classnames, seeds, strict=True)]
 
     def describe(self, image: Image.Image, classname: str, seed: int) -> str:
-        left, low = (-1 if value < 0.5 else 1 for value in _look_up(self.dice, image)[:2])
+        left, low = (-1 if value < 0.5 else 1 for value in _look_up(self.noise, image)[:2])
         side = {-1: "left", 1: "right"}[left], {-1: "lower", 1: "upper"}[low]
         begins = ("The flower", f"One {classname}", "A single bloom")[seed % 3]
         return f"{begins} stands {side[0]} of the middle, in the {side[1]} half, among leaves."
@@ -53,20 +53,20 @@ class DemoPainter:
 
     def __init__(self, strength: float):
         self.strength = strength
-        self.dice = _album()
+        self.noise = _album()
 
     def __call__(
         self, images: list[Image.Image], prompts: list[str], seeds: list[int]
     ) -> list[Image.Image]:
-        rolled = [self.redraw(*row) for row in zip(images, prompts, seeds, strict=True)]
-        species, dice = zip(*rolled, strict=True)
-        pixels = demo.render(demo.looks(species), torch.stack(dice), "photo")
+        planned = [self.redraw(*row) for row in zip(images, prompts, seeds, strict=True)]
+        species, noise = zip(*planned, strict=True)
+        pixels = demo.render(demo.indices(species), torch.stack(noise), "photo")
         return [tv.to_pil_image(picture) for picture in pixels]
 
     def redraw(
         self, image: Image.Image, prompt: str, seed: int
     ) -> tuple[demo.Species, torch.Tensor]:
-        """-> the species to paint, and its dice (DICE,)."""
+        """-> the species to paint, and its noise (NOISE,)."""
         found = SPECIES.search(prompt)
         if not found:
             raise UserError(
@@ -74,28 +74,28 @@ class DemoPainter:
                 "none; give a diffusion model"
             )
         generator = torch.Generator().manual_seed(seed)
-        anew = torch.rand(demo.DICE, generator=generator)
-        again = torch.rand(demo.DICE, generator=generator) < self.strength
+        anew = torch.rand(demo.NOISE, generator=generator)
+        again = torch.rand(demo.NOISE, generator=generator) < self.strength
         species = demo.Species(*found.groups())
         if torch.rand((), generator=generator) < WRONG:
             species = _another(species, generator)
-        return species, torch.where(again, anew, _look_up(self.dice, image))
+        return species, torch.where(again, anew, _look_up(self.noise, image))
 
 
 def _another(species: demo.Species, generator: torch.Generator) -> demo.Species:
     """The same flower with a mistake in petal colour, shape or eye."""
-    look = int(torch.randint(3, (), generator=generator))
-    others = [kind for kind in LOOKS[look] if kind not in species]  # not an eye of petal colour
+    trait = int(torch.randint(3, (), generator=generator))
+    others = [kind for kind in TRAITS[trait] if kind not in species]  # not an eye of petal colour
     other = others[int(torch.randint(len(others), (), generator=generator))]
-    return species._replace(**{species._fields[look]: other})
+    return species._replace(**{species._fields[trait]: other})
 
 
 @functools.cache
 def _album() -> dict[bytes, torch.Tensor]:
-    """Training picture -> the dice it was drawn from."""
+    """Training picture -> the noise it was drawn from."""
     pixels, labels = demo.split("train")
-    dice = demo.roll(len(labels), seed=1)
-    return {tv.to_pil_image(p).tobytes(): d for p, d in zip(pixels, dice, strict=True)}
+    noise = demo.draw_noise(len(labels), seed=1)
+    return {tv.to_pil_image(p).tobytes(): d for p, d in zip(pixels, noise, strict=True)}
 
 
 def _look_up(album: dict[bytes, torch.Tensor], image: Image.Image) -> torch.Tensor:

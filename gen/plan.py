@@ -53,7 +53,7 @@ def draw(seed: int, pictures: int, captions: int) -> tuple[int, int, int]:
 
     The two images differ, unless the class has only one.
     """
-    dice = torch.Generator().manual_seed(seed)
-    order = torch.randperm(pictures, generator=dice).tolist()
-    caption = int(torch.randint(captions, (), generator=dice))
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.randperm(pictures, generator=rng).tolist()
+    caption = int(torch.randint(captions, (), generator=rng))
     return order[0], caption, order[1 % pictures]

@@ -108,11 +108,11 @@ def _scope_numbers(names: list[str], mine: Answers, zero: Answers | None) -> dic
     found = {
         "images": len(labels),
         "top1": 100 * right.double().mean().item(),
-        "interval": measures.interval(int(right.sum()), len(labels)),
+        "interval": measures.wilson_interval(int(right.sum()), len(labels)),
         "by_class": measures.scores_by_class(top[:, 0], labels, len(names)),
         "confusions": [[i, j, int(matrix[i, j])] for i, j in matrix.nonzero().tolist()],
-        "order": measures.together(matrix),
-        "pairs": measures.pairs(matrix),
+        "order": measures.cluster_order(matrix),
+        "pairs": measures.most_confused(matrix),
         "calibration": measures.calibration(probabilities[:, 0], right),
         "names": names,
         "mistakes": [
@@ -122,7 +122,7 @@ def _scope_numbers(names: list[str], mine: Answers, zero: Answers | None) -> dic
                 "top": top[i].tolist(),
                 "probabilities": [100 * p for p in probabilities[i].double().tolist()],
             }
-            for i in measures.surest_mistakes(top, probabilities, labels)
+            for i in measures.most_confident_mistakes(top, probabilities, labels)
         ],
         "zero_shot": None,
     }
@@ -137,7 +137,7 @@ def _scope_numbers(names: list[str], mine: Answers, zero: Answers | None) -> dic
             "top1": 100 * before.double().mean().item(),
             "by_class": measures.scores_by_class(zero[1][:, 0], zero[0], len(names)),
             "calibration": measures.calibration(zero[2][:, 0], before),
-            "changed": measures.changed(right, before),
+            "changed": measures.gained_and_lost(right, before),
         }
     return found
 
@@ -170,7 +170,7 @@ def _intervals(results: dict) -> dict[str, list[float]]:
             found[part] = [results[part] - of["interval95"], results[part] + of["interval95"]]
         elif of.get("images"):
             right = round(of["top1"] / 100 * of["images"])
-            found[part] = list(measures.interval(right, of["images"]))
+            found[part] = list(measures.wilson_interval(right, of["images"]))
     return found
 
 

@@ -45,7 +45,7 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict:
     }
 
 
-def interval(right: int, count: int) -> tuple[float, float]:
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """The 95 % interval of an accuracy in percent, given the number of pictures. It is Wilson's,
     which stays between 0 and 100 (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927).
     """
@@ -70,7 +70,7 @@ def scores_by_class(predicted: Tensor, labels: Tensor, count: int) -> list[dict]
     ]
 
 
-def together(matrix: Tensor) -> list[int]:
+def cluster_order(matrix: Tensor) -> list[int]:
     """An order of the classes that puts confused classes next to each other.
 
     Average linkage on 1 - the share of mutual confusions, with optimal leaf ordering (Bar-Joseph et
@@ -88,7 +88,7 @@ def together(matrix: Tensor) -> list[int]:
     return leaves_list(tree).tolist()
 
 
-def pairs(matrix: Tensor, most: int = 12) -> list[dict]:
+def most_confused(matrix: Tensor, most: int = 12) -> list[dict]:
     """The most confused pairs of classes, counted in both directions."""
     both = (matrix + matrix.T).triu(1)
     found = []
@@ -98,7 +98,7 @@ def pairs(matrix: Tensor, most: int = 12) -> list[dict]:
     return sorted(found, key=lambda pair: -pair["times"])[:most]
 
 
-def surest_mistakes(
+def most_confident_mistakes(
     classes: Tensor, probabilities: Tensor, labels: Tensor, most: int = 24
 ) -> list[int]:
     """Indices of the misclassified pictures with the highest confidence."""
@@ -107,6 +107,6 @@ def surest_mistakes(
     return wrong[order[:most]].tolist()
 
 
-def changed(right: Tensor, before: Tensor) -> dict:
+def gained_and_lost(right: Tensor, before: Tensor) -> dict:
     """Pictures that adaptation gained and lost; both inputs (N,) bool."""
     return {"gained": int((right & ~before).sum()), "lost": int((before & ~right).sum())}

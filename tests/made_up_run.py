@@ -27,11 +27,11 @@ def answers(
     classnames: dict[str, list[str]], each: int, seed: int, sure: float = 2.0
 ) -> dict[str, Predictions]:
     """Random answers to `each` pictures of each class, right the more often the larger `sure`."""
-    dice, found, first = torch.Generator().manual_seed(seed), {}, 0
+    rng, found, first = torch.Generator().manual_seed(seed), {}, 0
     total = sum(map(len, classnames.values()))
     for part, names in classnames.items():
         labels = torch.arange(len(names)).repeat_interleave(each)  # (N,)
-        logits = torch.randn(len(labels), total, generator=dice)  # (N, K)
+        logits = torch.randn(len(labels), total, generator=rng)  # (N, K)
         logits[torch.arange(len(labels)), first + labels] += sure
         rows = []
         for some in (logits[:, first : first + len(names)], logits):

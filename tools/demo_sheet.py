@@ -22,8 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "demo.png")
     flags = parser.parse_args()
-    looks, dice = demo.looks(demo.TASK[:SPECIES]), demo.roll(SPECIES, seed=5)
-    rows = [demo.render(looks, dice, style, size=128) for style in ("photo", "drawing")]
+    species, noise = demo.indices(demo.TASK[:SPECIES]), demo.draw_noise(SPECIES, seed=5)
+    rows = [demo.render(species, noise, style, size=128) for style in ("photo", "drawing")]
     sheet = make_grid(torch.cat(rows), nrow=SPECIES, padding=4, pad_value=255)  # (3, h, w)
     to_pil_image(sheet).save(flags.out)
     print(f"{flags.out}: {', '.join(demo.CLASSNAMES[:SPECIES])}")

@@ -51,8 +51,8 @@ LR, DECAY = 1e-3, 0.1
 def pretrain(steps: int) -> CLIP:
     torch.manual_seed(0)
     clip = CLIP(CONFIGS["demo"])
-    looks = demo.looks(demo.PRETRAINING)  # (S, 3)
-    names = [species.name for species in demo.PRETRAINING]
+    species = demo.indices(demo.PRETRAINING)  # (S, 3)
+    names = [kind.name for kind in demo.PRETRAINING]
     tokens = [
         tokenize([t.replace("{}", name) for name in names]) for t in TEMPLATES
     ]  # each (S, 77)
@@ -68,11 +68,11 @@ def pretrain(steps: int) -> CLIP:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             group["lr"] = LR * min(1, (step + 1) / WARMUP) * cosine
         few = torch.randperm(len(demo.PETALS))[:COLOURS]
-        chosen = torch.isin(looks[:, 0], few).nonzero().flatten()
+        chosen = torch.isin(species[:, 0], few).nonzero().flatten()
         chosen = chosen[torch.randperm(len(chosen))[:BATCH]]  # (N,) different species
-        dice = torch.rand(len(chosen), demo.DICE)
-        dice = 0.5 + (dice - 0.5) * min(1, step / SETTLED)  # 0.5: the middle of every range
-        images = normalize(demo.render(looks[chosen], dice, "drawing"))  # (N, 3, n, n)
+        noise = torch.rand(len(chosen), demo.NOISE)
+        noise = 0.5 + (noise - 0.5) * min(1, step / SETTLED)  # 0.5: the middle of every range
+        images = normalize(demo.render(species[chosen], noise, "drawing"))  # (N, 3, n, n)
         captions = tokens[int(torch.randint(len(TEMPLATES), ()))][chosen]  # (N, 77)
         logits = clip(images, captions)  # (N, N)
         pairs = torch.arange(len(chosen))
@@ -115,7 +115,9 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(f"{flags.out}: {flags.out.stat().st_size / 1e6:.2f} MB, {seconds:.0f} s")
     labels = torch.arange(len(demo.TASK)).repeat_interleave(5)
-    drawings = demo.render(demo.looks(demo.TASK)[labels], demo.roll(len(labels), seed=9), "drawing")
+    drawings = demo.render(
+        demo.indices(demo.TASK)[labels], demo.draw_noise(len(labels), seed=9), "drawing"
+    )
     for title, images, y in (
         ("drawings of the task's species", drawings, labels),
         ("validation photos of the task", *demo.split("val")),

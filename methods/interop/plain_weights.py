@@ -48,8 +48,8 @@ def classifier(method: Method) -> dict[str, Tensor]:
 
     The logits of this matrix are compared with the method's on random images.
     """
-    clip, dice = method.clip, torch.Generator().manual_seed(0)
-    images = torch.randn(4, 3, *2 * [clip.config.image_size], generator=dice)
+    clip, rng = method.clip, torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, *2 * [clip.config.image_size], generator=rng)
     with method.inference():
         tensors = method.matrix()
         fits = tensors["weight"].dim() == 2 and torch.allclose(

@@ -82,13 +82,13 @@ def far(result: Tensor, oracle: Tensor) -> float:
 
 def random_tokens(k: int, config: CLIPConfig, seed: int = 0) -> Tensor:
     """(k, 77): [start] 1 to 75 random ids [end] 0 ...; start and end are the two largest ids."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     start, end = config.vocab_size - 2, config.vocab_size - 1
     tokens = torch.zeros(k, config.context_length, dtype=torch.long)
     for row in tokens:
-        n = int(torch.randint(1, config.context_length - 1, (), generator=dice))
+        n = int(torch.randint(1, config.context_length - 1, (), generator=rng))
         row[0], row[n + 1] = start, end
-        row[1 : n + 1] = torch.randint(1, start, (n,), generator=dice)
+        row[1 : n + 1] = torch.randint(1, start, (n,), generator=rng)
     return tokens
 
 

@@ -44,9 +44,9 @@ SHAPES = [(300, 200), (20, 150), (32, 32), (31, 33), (3, 2), (640, 427)]
 
 
 def pictures() -> list[Image.Image]:
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     sizes = [(*shape[::-1], 3) for shape in SHAPES]
-    return [Image.fromarray(dice.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+    return [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
 
 
 def pixels(config: CLIPConfig) -> torch.Tensor:

@@ -22,13 +22,13 @@ MODES = ["RGB", "L", "LA", "P", "1", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I",
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     """Smooth colours under noise, so that every pixel of a resize is its own number."""
-    dice = np.random.default_rng(width * 10_000 + height)
+    rng = np.random.default_rng(width * 10_000 + height)
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 9), np.cos(y / 7), np.sin((x + y) / 11)], axis=-1)
-    pixels = 127 + 60 * waves + dice.normal(0, 40, (height, width, 3))
+    pixels = 127 + 60 * waves + rng.normal(0, 40, (height, width, 3))
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if mode in ("LA", "La", "RGBA"):
-        image.putalpha(Image.fromarray(dice.integers(0, 256, (height, width), dtype=np.uint8)))
+        image.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
     if mode == "LAB":  # Pillow converts to it through colour profiles alone
         return Image.merge("LAB", image.split())
     return image.convert("LA").convert(mode) if mode == "La" else image.convert(mode)
@@ -55,8 +55,8 @@ def rotated_by_exif() -> Image.Image:
 
 
 def sixteen_bits(width: int = 300, height: int = 200) -> Image.Image:
-    dice = np.random.default_rng(0)
-    return Image.fromarray(dice.integers(0, 2**16, (height, width), dtype=np.uint16))
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 2**16, (height, width), dtype=np.uint16))
 
 
 ODD = {
@@ -109,11 +109,11 @@ def assert_equals_openais(image: Image.Image, size: int) -> None:
 def test_photographs(flowers12, size):
     photographs = sorted(flowers12.rglob("*.jpg"))[::40]
     assert len(photographs) > 10
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for path in photographs:
         with Image.open(path) as image:
             assert_equals_openais(image, size)
-            width, height = dice.integers(40, 700, 2).tolist()
+            width, height = rng.integers(40, 700, 2).tolist()
             assert_equals_openais(image.resize((width, height)), size)
             assert_equals_openais(image.crop((0, 10, 224, 10 + height % 190 + 1)), size)
 

@@ -31,22 +31,22 @@ def padded(prompts: list[list[int]]) -> Tensor:
 
 def any_prompts(seed: int) -> Tensor:
     """1 to 300 prompts with anything in common: a beginning, all, nothing; in random order."""
-    dice = random.Random(seed)
-    alphabet = dice.choice([2, 5, END - 1])  # few words, so that beginnings meet by chance too
-    common = [dice.randint(0, alphabet) for _ in range(dice.choice([0, 1, 5, 40, CONTEXT - 1]))]
-    k, longest = dice.choice([(1, 75), (2, 75), (10, 75), (60, 12), (300, 6)])
+    rng = random.Random(seed)
+    alphabet = rng.choice([2, 5, END - 1])  # few words, so that beginnings meet by chance too
+    common = [rng.randint(0, alphabet) for _ in range(rng.choice([0, 1, 5, 40, CONTEXT - 1]))]
+    k, longest = rng.choice([(1, 75), (2, 75), (10, 75), (60, 12), (300, 6)])
     longest = min(longest, CONTEXT - 1 - len(common))
     prompts = []
     for _ in range(k):
-        own = [dice.randint(0, alphabet) for _ in range(dice.randint(0, longest))]
+        own = [rng.randint(0, alphabet) for _ in range(rng.randint(0, longest))]
         prompts.append([*common, *own, END])
     for _ in range(len(prompts) // 5):
-        prompts[dice.randrange(len(prompts))] = list(dice.choice(prompts))  # duplicates
-    if dice.random() < 0.5:  # a prompt that ends inside another, which may only end on a larger id
-        whole = dice.choice(prompts)[:-1]
+        prompts[rng.randrange(len(prompts))] = list(rng.choice(prompts))  # duplicates
+    if rng.random() < 0.5:  # a prompt that ends inside another, which may only end on a larger id
+        whole = rng.choice(prompts)[:-1]
         whole = whole[: CONTEXT - 2]
         prompts += [[*whole, END - 1], [*whole, END - 1, END]]
-    dice.shuffle(prompts)
+    rng.shuffle(prompts)
     return padded(prompts)
 
 
@@ -93,9 +93,9 @@ KINDS = ["after the start", "in the middle", "of each class"]
 
 def prompts_for_context(k: int = 12) -> Tensor:
     """[start] 9 shared words, then 1 to 5 words of its own and [end]; one class name twice."""
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     shared = [END - 1, *range(100, 109)]
-    own = [torch.randint(1, 9, (1 + i % 5,), generator=dice).tolist() for i in range(k - 1)]
+    own = [torch.randint(1, 9, (1 + i % 5,), generator=rng).tolist() for i in range(k - 1)]
     return padded([[*shared, *words, END] for words in [*own, own[0]]])
 
 

@@ -39,44 +39,44 @@ SPECIAL = [START, END, START.upper(), "<|endoftext|", "<|", "|>", "</w>", "<|sta
 SPACES = [" ", "  ", "\t", "\n", "\r\n", "\xa0", "\u2003", "\u200b", "\x1c", "\x85", "\u3000", ""]
 
 
-def piece(dice: random.Random) -> str:
+def piece(rng: random.Random) -> str:
     """One piece of text of any kind."""
-    kind = dice.randrange(12)
+    kind = rng.randrange(12)
     if kind == 0:
-        script = dice.choice(SCRIPTS)
-        return "".join(chr(dice.randint(*script)) for _ in range(dice.randint(1, 12)))
+        script = rng.choice(SCRIPTS)
+        return "".join(chr(rng.randint(*script)) for _ in range(rng.randint(1, 12)))
     if kind == 1:
-        return "".join(chr(dice.randint(*dice.choice(SCRIPTS))) for _ in range(dice.randint(1, 4)))
+        return "".join(chr(rng.randint(*rng.choice(SCRIPTS))) for _ in range(rng.randint(1, 4)))
     if kind == 2:
-        unit = dice.choice(["", "%", "th", ",5", "½"])
-        return str(dice.randrange(10 ** dice.randint(1, 9))) + unit
+        unit = rng.choice(["", "%", "th", ",5", "½"])
+        return str(rng.randrange(10 ** rng.randint(1, 9))) + unit
     if kind == 3:  # UTF-8 read as something else, once or twice
-        text = dice.choice(["café", "“rose”", "naïve – ça", "日本", "😀", "Übergröße", "it’s"])
-        for _ in range(dice.randint(1, 2)):
-            text = text.encode("utf-8").decode(dice.choice(["latin-1", "cp1252"]), "replace")
+        text = rng.choice(["café", "“rose”", "naïve – ça", "日本", "😀", "Übergröße", "it’s"])
+        for _ in range(rng.randint(1, 2)):
+            text = text.encode("utf-8").decode(rng.choice(["latin-1", "cp1252"]), "replace")
         return text
     if kind == 4:
-        return dice.choice(WORDS) + dice.choice(CLITICS) + dice.choice(["", "s", *CLITICS])
+        return rng.choice(WORDS) + rng.choice(CLITICS) + rng.choice(["", "s", *CLITICS])
     if kind == 5:
-        return unicodedata.normalize(dice.choice(["NFD", "NFKC"]), dice.choice(WORDS + EMOJI))
+        return unicodedata.normalize(rng.choice(["NFD", "NFKC"]), rng.choice(WORDS + EMOJI))
     if kind == 6:  # what no dictionary has: ASCII noise
-        return "".join(chr(dice.randint(33, 126)) for _ in range(dice.randint(1, 20)))
+        return "".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(1, 20)))
     if kind == 7:  # words and halves of words that the merges know, run together
-        text = openai_bpe.decode([dice.randrange(VOCAB_SIZE - 2) for _ in range(3)])
-        return text.replace(" ", dice.choice(["", " "]))
-    return dice.choice(dice.choice([EMOJI, ENTITIES, SPECIAL, WORDS]))
+        text = openai_bpe.decode([rng.randrange(VOCAB_SIZE - 2) for _ in range(3)])
+        return text.replace(" ", rng.choice(["", " "]))
+    return rng.choice(rng.choice([EMOJI, ENTITIES, SPECIAL, WORDS]))
 
 
 def any_texts(n: int, seed: int) -> list[str]:
     """n texts, from empty to far more than 77 tokens; the first ones are the corner cases."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     texts = ["", " ", "\n\t ", "\u200b", "\0", "'", "''''", "&", "0", "½", "\ufeff", "\ufffd", "Ⅷ²"]
     texts += [EMOJI[0], START, END, f"a{START}b{END}c", "DON'T", "rock'n'roll", "'tis", "x" * 5000]
     while len(texts) < n:
-        count = 40 if dice.random() < 0.06 else dice.choice([1, 1, 2, 3, 5, 8])
-        usual = dice.choice(SPACES)
-        spaces = [usual if dice.random() < 0.8 else dice.choice(SPACES) for _ in range(count)]
-        texts.append("".join(piece(dice) + space for space in spaces))
+        count = 40 if rng.random() < 0.06 else rng.choice([1, 1, 2, 3, 5, 8])
+        usual = rng.choice(SPACES)
+        spaces = [usual if rng.random() < 0.8 else rng.choice(SPACES) for _ in range(count)]
+        texts.append("".join(piece(rng) + space for space in spaces))
     return texts
 
 
@@ -166,9 +166,9 @@ def test_a_text_too_long_is_an_error_that_names_it_and_its_length(words):
 
 
 def test_decode_equals_openais_for_texts_and_for_any_ids(texts):
-    dice = random.Random(1)
+    rng = random.Random(1)
     some = [openai_bpe.encode(text) for text in texts[:1000]]
-    some += [[dice.randrange(VOCAB_SIZE) for _ in range(20)] for _ in range(500)]  # broken UTF-8
+    some += [[rng.randrange(VOCAB_SIZE) for _ in range(20)] for _ in range(500)]  # broken UTF-8
     for ids in some:
         assert tokenizer().decode(ids) == openai_bpe.decode(ids)
 

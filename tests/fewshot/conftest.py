@@ -16,8 +16,8 @@ def noise():
     """(file, seed, size) -> writes a picture of coloured noise, and returns its path."""
 
     def write(path: Path, seed: int, size: tuple[int, int] = (40, 36)) -> Path:
-        dice = torch.Generator().manual_seed(seed)
-        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=dice, dtype=torch.uint8)
+        rng = torch.Generator().manual_seed(seed)
+        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=rng, dtype=torch.uint8)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.numpy()).save(path)
         return path

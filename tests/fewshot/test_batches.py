@@ -189,8 +189,8 @@ class Encoding:
 
 
 def six_pictures() -> Batches:
-    dice = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=rng)
     return Batches(Pictures(pixels, torch.zeros(6, dtype=torch.int64)), pixels, Reader(8))
 
 

@@ -149,8 +149,8 @@ def new_clip(seed: int = 0) -> CLIP:
 
 
 def new_batches(folder, seed: int = 0) -> Batches:
-    dice = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=dice)
+    rng = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=rng)
     pictures = Pictures(pixels, torch.arange(5))
     return Batches(pictures, pixels, Reader(pixels.shape[-1], folder=folder))
 

@@ -1,4 +1,4 @@
-"""The demo world: what it promises about its species, its pictures and its dice."""
+"""The demo world: what it promises about its species, its pictures and its noise."""
 
 from collections import Counter
 from itertools import combinations
@@ -22,8 +22,8 @@ def val():
 
 
 def middle_of_every_range(n):
-    """Dice of flowers that stand upright, in the middle, at mean size, on mid-grey paper."""
-    return torch.full((n, demo.DICE), 0.5)
+    """Noise of flowers that stand upright, in the middle, at mean size, on mid-grey paper."""
+    return torch.full((n, demo.NOISE), 0.5)
 
 
 # --------------------------------------------------------------------------------------- species
@@ -37,15 +37,15 @@ def test_no_task_species_is_for_pretraining_and_none_is_forgotten():
     assert len(demo.TASK) == 102
 
 
-def test_a_name_is_unique_and_says_how_the_species_looks():
+def test_a_name_is_unique_and_says_what_the_species_looks_like():
     assert demo.CLASSNAMES[0] == demo.TASK[0].name
     assert demo.Species("pink", "star", "yellow").name == "pink star with a yellow eye"
     every = demo.TASK + demo.PRETRAINING
     assert len({species.name for species in every}) == len(every)
-    for species, look in zip(every, demo.looks(every).tolist(), strict=True):
+    for species, row in zip(every, demo.indices(every).tolist(), strict=True):
         colour, shape, _, _, eye, _ = species.name.split()
         assert (colour, shape, eye) == species
-        assert look == [
+        assert row == [
             list(demo.COLOURS).index(colour),
             list(demo.SHAPES).index(shape),
             list(demo.COLOURS).index(eye),
@@ -59,11 +59,11 @@ def test_words_of_names_are_single_tokens():
 
 
 @pytest.mark.parametrize("half", HALVES, ids=["base", "novel"])
-def test_each_half_has_even_shares_of_every_look(half):
+def test_each_half_has_even_shares_of_every_trait(half):
     columns = zip(*half, strict=True)
-    for looks, all_looks in zip(columns, (demo.PETALS, demo.SHAPES, demo.EYES), strict=True):
-        counts = Counter(looks)
-        assert set(counts) == set(all_looks)
+    for traits, all_traits in zip(columns, (demo.PETALS, demo.SHAPES, demo.EYES), strict=True):
+        counts = Counter(traits)
+        assert set(counts) == set(all_traits)
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
@@ -89,19 +89,18 @@ def test_a_split_is_ten_photos_a_class_and_always_the_same(val):
 
 def test_no_picture_is_in_two_splits_or_twice_in_one():
     seeds = range(1, 4)  # those of the three splits
-    dice = torch.cat([demo.roll(1020, seed) for seed in seeds])
-    assert len(dice.unique(dim=0)) == len(dice)
+    noise = torch.cat([demo.draw_noise(1020, seed) for seed in seeds])
+    assert len(noise.unique(dim=0)) == len(noise)
     images = torch.cat([demo.split(name, size=8)[0] for name in demo.PER_CLASS])
     assert len(images.flatten(1).unique(dim=0)) == len(images) == 3060
 
 
-def test_an_image_depends_on_its_own_dice_alone(val):
-    looks = demo.looks(demo.TASK)
-    species = looks[torch.arange(40) // 10]
-    dice = demo.roll(40, seed=2)  # the seed of "val"
-    assert dice.equal(demo.roll(1020, seed=2)[:40])
+def test_an_image_depends_on_its_own_noise_alone(val):
+    species = demo.indices(demo.TASK)[torch.arange(40) // 10]
+    noise = demo.draw_noise(40, seed=2)  # the seed of "val"
+    assert noise.equal(demo.draw_noise(1020, seed=2)[:40])
     for rows in (slice(0, 40), slice(7, 20), slice(33, 34)):
-        images = demo.render(species[rows], dice[rows], "photo", chunk=7)
+        images = demo.render(species[rows], noise[rows], "photo", chunk=7)
         assert images.equal(val[0][:40][rows])
 
 
@@ -109,24 +108,24 @@ def test_an_image_depends_on_its_own_dice_alone(val):
 
 
 def test_petals_and_eye_have_the_colours_of_the_name():
-    looks = demo.looks(demo.TASK)
-    images = demo.render(looks, middle_of_every_range(102), "drawing").float()
+    species = demo.indices(demo.TASK)
+    images = demo.render(species, middle_of_every_range(102), "drawing").float()
     colours = torch.tensor(list(demo.COLOURS.values())).float()  # (colours, 3)
     eyes = images[:, :, 31:33, 31:33].mean((2, 3))  # (N, 3)
-    assert (eyes - colours[looks[:, 2]]).abs().max() < 4
+    assert (eyes - colours[species[:, 2]]).abs().max() < 4
     x, y = grid(64)
     around_the_eye = (torch.hypot(x, y)[0, 0] * 2 / (0.55 + 0.82) - 0.55).abs() < 0.2  # (n, n)
-    for image, look in zip(images, looks, strict=True):
+    for image, row in zip(images, species, strict=True):
         differs = (image - image[:, :1, :1]).abs().amax(0) > 25  # from the paper
         petals = image[:, differs & around_the_eye]  # (3, pixels)
         light = petals.sum(0) >= petals.sum(0).quantile(0.7)  # outside the folds
         distances = (colours - petals[:, light].mean(1)).norm(dim=1)
-        assert distances[: len(demo.PETALS)].argmin() == look[0]
+        assert distances[: len(demo.PETALS)].argmin() == row[0]
 
 
 def test_every_shape_has_an_outline_of_its_own():
     species = [demo.Species("red", shape, "yellow") for shape in demo.SHAPES]
-    images = demo.render(demo.looks(species), middle_of_every_range(len(species)), "drawing")
+    images = demo.render(demo.indices(species), middle_of_every_range(len(species)), "drawing")
     flowers = (images.int() - images[:, :, :1, :1].int()).abs().amax(1) > 25  # (N, n, n)
     for one, other in combinations(flowers, 2):
         assert (one & other).sum() / (one | other).sum() < 0.9
@@ -136,39 +135,39 @@ def test_every_shape_has_an_outline_of_its_own():
 
 
 def test_drawings_have_plain_paper_and_photos_a_ground():
-    looks, dice = demo.looks(demo.TASK[:20]), demo.roll(20, seed=4)
+    species, noise = demo.indices(demo.TASK[:20]), demo.draw_noise(20, seed=4)
     edges = {}
     for style in STYLES:
-        images = demo.render(looks, dice, style).float()
+        images = demo.render(species, noise, style).float()
         edges[style] = torch.cat([images[:, :, :2].flatten(2), images[:, :, -2:].flatten(2)], 2)
     assert edges["drawing"].std(2).max() == 0
     assert edges["photo"].std(2).min() > 3
     with pytest.raises(KeyError):
-        demo.render(looks, dice, "painting")
+        demo.render(species, noise, "painting")
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_similar_dice_make_similar_images(style):
-    looks, dice = demo.looks(demo.TASK[:30]), demo.roll(30, seed=5)
-    image = demo.render(looks, dice, style).float()
-    nearly = demo.render(looks, dice + 1e-3 * (0.5 - dice), style).float()
-    other = demo.render(looks, demo.roll(30, seed=6), style).float()
+def test_similar_noise_makes_similar_images(style):
+    species, noise = demo.indices(demo.TASK[:30]), demo.draw_noise(30, seed=5)
+    image = demo.render(species, noise, style).float()
+    nearly = demo.render(species, noise + 1e-3 * (0.5 - noise), style).float()
+    other = demo.render(species, demo.draw_noise(30, seed=6), style).float()
     assert 0 < (image - nearly).abs().mean() < 0.2 * (image - other).abs().mean()
 
 
 def test_no_die_is_used_twice_and_an_image_has_enough():
-    dice, rolled = demo._Dice(demo.roll(3, seed=7)), demo.roll(3, seed=7)
-    assert dice(0, 1)[:, :, 0, 0].equal(rolled[:, :1])
-    assert dice(-1, 1, n=2)[:, :, 0, 0].equal(2 * rolled[:, 1:3] - 1)
+    noise, numbers = demo._Noise(demo.draw_noise(3, seed=7)), demo.draw_noise(3, seed=7)
+    assert noise(0, 1)[:, :, 0, 0].equal(numbers[:, :1])
+    assert noise(-1, 1, n=2)[:, :, 0, 0].equal(2 * numbers[:, 1:3] - 1)
 
-    class Counting(demo._Dice):
+    class Counting(demo._Noise):
         def __call__(self, low, high, n=1):
             used.append(n)
             return super().__call__(low, high, n)
 
     used = []
-    demo._photo(demo.looks(demo.TASK[:1]), Counting(demo.roll(1, seed=7)), *grid(16))
-    assert 150 < sum(used) <= demo.DICE
+    demo._photo(demo.indices(demo.TASK[:1]), Counting(demo.draw_noise(1, seed=7)), *grid(16))
+    assert 150 < sum(used) <= demo.NOISE
 
 
 def test_edges_are_smooth_and_in_the_right_place():
@@ -182,8 +181,8 @@ def test_edges_are_smooth_and_in_the_right_place():
 
 
 def test_a_larger_drawing_is_the_same_drawing():
-    looks, dice = demo.looks(demo.TASK[:30]), demo.roll(30, seed=8)
-    small, large = (demo.render(looks, dice, "drawing", size=n).float() for n in (64, 128))
+    species, noise = demo.indices(demo.TASK[:30]), demo.draw_noise(30, seed=8)
+    small, large = (demo.render(species, noise, "drawing", size=n).float() for n in (64, 128))
     halved = torch.nn.functional.avg_pool2d(large, 2)
     assert (small - halved).abs().mean() < 3  # of 255
     assert (small - halved.flip(3)).abs().mean() > 9  # what a mirrored one would give
@@ -231,7 +230,7 @@ def test_nothing_is_written_among_other_files(tmp_path, capsys):
 def test_the_demo_model_knows_drawings_and_is_fair_on_both_halves_of_the_photos(val):
     clip = load("demo")
     photos, labels = (values[::2] for values in val)  # (510, ...), five a class
-    drawings = demo.render(demo.looks(demo.TASK)[labels], demo.roll(510, seed=9), "drawing")
+    drawings = demo.render(demo.indices(demo.TASK)[labels], demo.draw_noise(510, seed=9), "drawing")
     accuracy = {}
     for style, images in (("drawing", drawings), ("photo", photos)):
         features = torch.cat([clip.encode_image(normalize(x)) for x in images.split(128)])

@@ -35,9 +35,9 @@ def score(base, novel=None, all_=None, joint=None) -> dict:
 @pytest.fixture
 def results():
     """2 numbers of shots x 3 seeds; zero-shot depends on the seed, as when it splits the data."""
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     return {
-        (shots, seed): score(*dice.uniform(50, 99, 2), joint=9)
+        (shots, seed): score(*rng.uniform(50, 99, 2), joint=9)
         | {"zero_shot": score(60 + seed, 70 - seed, joint=5)}
         for shots in (1, 16)
         for seed in (1, 2, 5)

@@ -53,9 +53,9 @@ class Toy(Method):
 
 def batches(count: int, seed: int) -> Batches:
     """Noise, brighter the larger the label."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
-    noise = torch.randint(0, 100, (count, 3, 8, 8), generator=dice)
+    noise = torch.randint(0, 100, (count, 3, 8, 8), generator=rng)
     pixels = (noise + 70 * labels[:, None, None, None]).to(torch.uint8)
     return Batches(Pictures(pixels, labels), pixels, Reader(pixels.shape[-1], folder=None))
 

@@ -16,10 +16,10 @@ from fewshot.pictures import Reader
 @pytest.fixture
 def guesses():
     """Logits (60, 7), right more often than by chance, and labels; class 5 has no pictures."""
-    dice = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 5, (60,), generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (60,), generator=rng)
     labels[labels == 4] = 6
-    logits = torch.randn(60, 7, generator=dice)
+    logits = torch.randn(60, 7, generator=rng)
     logits[torch.arange(60), labels] += 1
     return logits, labels
 

@@ -258,12 +258,12 @@ def test_whatever_a_decoder_raises_the_file_is_unreadable(kind, files, monkeypat
 
 @pytest.mark.filterwarnings("ignore")
 def test_files_with_bits_changed_are_pictures_or_one_line(files, tmp_path):
-    dice = random.Random(0)
+    rng = random.Random(0)
     for _ in range(100):
-        file = dice.choice(files)
+        file = rng.choice(files)
         data = bytearray(file.read_bytes())
-        for _ in range(dice.randint(1, 8)):
-            data[dice.randrange(min(len(data), 200))] = dice.randrange(256)
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(min(len(data), 200))] = rng.randrange(256)
         (tmp_path / "mutated").write_bytes(data)
         with contextlib.suppress(UserError):
             module.open_image(tmp_path / "mutated")

@@ -22,9 +22,9 @@ CPU = torch.device("cpu")
 
 def batches(count: int, seed: int, precision: str = "fp32", folder=None) -> Batches:
     """Noise, brighter the larger the label, of 3."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
-    noise = torch.randint(0, 100, (count, 3, 32, 32), generator=dice)
+    noise = torch.randint(0, 100, (count, 3, 32, 32), generator=rng)
     pixels = (noise + 70 * labels[:, None, None, None]).to(torch.uint8)
     return Batches(Pictures(pixels, labels), pixels, Reader(32, folder=folder, precision=precision))
 

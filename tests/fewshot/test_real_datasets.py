@@ -90,13 +90,13 @@ def md5(file: Path) -> str:
 def cifar100(tmp_path, small, monkeypatch) -> Path:
     """Three files as those of the archive: images as rows of 3072 bytes, planes R, G, B."""
     real = torchvision.datasets.CIFAR100
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     folder = tmp_path / real.base_folder
     folder.mkdir()
     names = [f"thing_{k}" for k in range(100)]
     for file, count in (("train", 200), ("test", 100)):
         entry = {
-            "data": dice.integers(0, 256, (count, 3072), dtype=np.uint8),
+            "data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
             "fine_labels": [i % 100 for i in range(count)],
         }
         (folder / file).write_bytes(pickle.dumps(entry))

@@ -278,8 +278,8 @@ def test_copies_among_the_pictures_are_noted(noise, tmp_path):
 
 
 def test_pictures_are_the_same_if_all_pixels_are(tmp_path):
-    dice = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3, 4, 3, 16, 16), dtype=torch.uint8, generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 4, 3, 16, 16), dtype=torch.uint8, generator=rng)
     pixels[2, :2] = pixels[0, :2]  # two of the test images are training ones
     pixels[2, 1, 2, 5, 5] ^= 1  # but for one bit of one value of the second
     files = [[tmp_path / f"{part}{i}.png" for i in range(4)] for part in range(3)]

@@ -92,8 +92,8 @@ class Guesses:
 
     def classify(self, numbers: torch.Tensor) -> torch.Tensor:
         self.batches.append(numbers)
-        dice = torch.Generator().manual_seed(self.shift)
-        logits = torch.randn(len(LABELS), 8, generator=dice)
+        rng = torch.Generator().manual_seed(self.shift)
+        logits = torch.randn(len(LABELS), 8, generator=rng)
         logits[torch.arange(len(LABELS)), LABELS] += 2
         logits = logits[numbers].clone()
         logits[0] = -logits[0]

@@ -19,9 +19,9 @@ OPTIONS = Generation(caption_tokens=10)
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     sizes = [(40, 60), (32, 32), (90, 50)]
-    return [Image.fromarray(dice.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in sizes]
+    return [Image.fromarray(rng.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in sizes]
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_one_look_is_wrong_in_a_quarter_of_the_pictures():
     assert set(off) == {0, 1}
     assert sum(off) / 400 == pytest.approx(WRONG, abs=0.07)
     assert all(species.colour != species.eye for species in painted)
-    demo.looks(painted)  # all of them can be drawn
+    demo.indices(painted)  # all of them can be drawn
 
 
 def test_captions_follow_from_picture_name_and_seed():

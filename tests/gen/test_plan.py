@@ -36,9 +36,9 @@ def test_deficit_shares_out_the_same_total_in_proportion_to_what_is_missing():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_shares_are_off_by_less_than_one_and_sum_up(seed):
-    dice = torch.Generator().manual_seed(seed)
-    weights = torch.randint(0, 50, (9,), generator=dice).tolist()
-    total = int(torch.randint(0, 300, (), generator=dice))
+    rng = torch.Generator().manual_seed(seed)
+    weights = torch.randint(0, 50, (9,), generator=rng).tolist()
+    total = int(torch.randint(0, 300, (), generator=rng))
     given = shares(total, weights)
     assert sum(given) == total
     for n, weight in zip(given, weights, strict=True):

@@ -38,9 +38,9 @@ def test_synthetic_pictures_do_not_count():
 
 @pytest.mark.parametrize("c", [0.1, 3.0])
 def test_the_balanced_probe_is_scikit_learns(c):
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     labels = torch.tensor([0] * 40 + [1] * 12 + [2] * 5)
-    x = torch.randn(57, 6, generator=dice) + labels[:, None] * 0.7
+    x = torch.randn(57, 6, generator=rng) + labels[:, None] * 0.7
     weights = 57 / (3 * labels.bincount())
     w, b = (t.numpy() for t in logistic_regression(x, labels, 3, c, weights=weights))
     # Theirs sums the loss, ours means it: by weights that are 1 on average the two agree.

@@ -31,11 +31,11 @@ def new(name: str, clip, classnames=NAMES, seed: int = 0) -> Method:
 
 def train_by_chance(method: Method) -> Method:
     """Random tensors in place of what the method starts from, so that everything matters."""
-    dice = torch.Generator().manual_seed(7)
+    rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for tensor in method.adapter_state().values():
             if tensor.is_floating_point():  # not the labels of images
-                tensor += 0.1 * torch.rand(tensor.shape, generator=dice)
+                tensor += 0.1 * torch.rand(tensor.shape, generator=rng)
     return method.eval()
 
 

@@ -47,10 +47,10 @@ def curvature(a: float) -> float:
 
 @pytest.mark.parametrize("dims", [2, 3, 10, 102])
 def test_a_step_never_lowers_the_likelihood(dims):
-    dice = np.random.default_rng(dims)
+    rng = np.random.default_rng(dims)
     for size in np.repeat(10.0 ** np.arange(-5, 6), 6):
-        alpha = size * dice.uniform(0.2, 5, dims) * 10 ** dice.uniform(-2, 2, dims)
-        means = points(10 ** dice.uniform(-1, 2, dims), 5, dice.integers(99)).mean(axis=0)
+        alpha = size * rng.uniform(0.2, 5, dims) * 10 ** rng.uniform(-2, 2, dims)
+        means = points(10 ** rng.uniform(-1, 2, dims), 5, rng.integers(99)).mean(axis=0)
         after = mm_step(torch.tensor(alpha), torch.tensor(means)).numpy()
         assert (after > 0).all()
         assert np.isfinite(after).all()
@@ -125,9 +125,9 @@ def test_planted_parameters_are_recovered_from_samples_of_each_class():
 
 
 def test_each_step_raises_the_weighted_likelihood_of_every_class():
-    dice = np.random.default_rng(0)
-    log_z = points(dice.uniform(0.3, 6, 5), 30)
-    u = dice.dirichlet(np.ones(4), 30)
+    rng = np.random.default_rng(0)
+    log_z = points(rng.uniform(0.3, 6, 5), 30)
+    u = rng.dirichlet(np.ones(4), 30)
     alpha = torch.ones(4, 5, dtype=torch.float64)
     last = np.full(4, -np.inf)
     for _ in range(20):
@@ -141,8 +141,8 @@ def test_each_step_raises_the_weighted_likelihood_of_every_class():
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-11, 1e-6, 1e-2, 1e6])
 def test_the_steps_end_after_the_first_small_one(tolerance):
-    dice = np.random.default_rng(0)
-    log_z, u = points(dice.uniform(0.3, 6, 5), 30), dice.dirichlet(np.ones(3), 30)
+    rng = np.random.default_rng(0)
+    log_z, u = points(rng.uniform(0.3, 6, 5), 30), rng.dirichlet(np.ones(3), 30)
     means = torch.tensor(u.T @ log_z / u.sum(axis=0)[:, None])
     alpha, taken = np.ones((3, 5)), 0
     while taken < 200:  # as published: a criterion that is asked from the second step on
@@ -158,8 +158,8 @@ def test_the_steps_end_after_the_first_small_one(tolerance):
 
 
 def test_log_density_is_scipys():
-    dice = np.random.default_rng(0)
-    alpha, log_z = dice.uniform(0.1, 40, (3, 6)), points(np.ones(6), 8)
+    rng = np.random.default_rng(0)
+    alpha, log_z = rng.uniform(0.1, 40, (3, 6)), points(np.ones(6), 8)
     expected = [dirichlet.logpdf(np.exp(log_z).T, a) for a in alpha]
     found = log_dirichlet(torch.tensor(log_z), torch.tensor(alpha))
     np.testing.assert_allclose(found.numpy(), np.stack(expected, axis=1), rtol=1e-9)

@@ -27,10 +27,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def draw(n: int, seed: int):
     """features (n, 32), nearer to those of their own class than to others; labels (n,)."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     middles = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
     labels = torch.arange(n) % 4
-    return middles[labels] + 1.5 * torch.randn(n, 32, generator=dice), labels
+    return middles[labels] + 1.5 * torch.randn(n, 32, generator=rng), labels
 
 
 def gda(clip, **settings) -> GDA:

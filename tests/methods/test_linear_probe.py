@@ -13,10 +13,10 @@ SHAPES = [(60, 5, 3), (40, 30, 4), (12, 20, 5)]  # N, E, K; the last is separabl
 
 def samples(n: int, embed: int, classes: int, seed: int = 0, noise: float = 2.0):
     """Overlapping clouds: x (N, E), labels (N,), every class among them."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     middles = torch.randn(classes, embed, generator=torch.Generator().manual_seed(9))
-    return middles[labels] + noise * torch.randn(n, embed, generator=dice), labels
+    return middles[labels] + noise * torch.randn(n, embed, generator=rng), labels
 
 
 def scikit(x, labels, c: float):

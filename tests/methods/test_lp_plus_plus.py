@@ -22,9 +22,9 @@ def new(clip, **settings) -> LPPlusPlus:
 def draw(count: int, seed: int, noise: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
     """Overlapping clouds: features (N, 32), not normalised, and labels (N,)."""
     middles = torch.randn(4, 32, generator=torch.Generator().manual_seed(9))
-    dice = torch.Generator().manual_seed(seed)
-    labels = torch.randint(4, (count,), generator=dice)
-    return middles[labels] + noise * torch.randn(count, 32, generator=dice), labels
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (count,), generator=rng)
+    return middles[labels] + noise * torch.randn(count, 32, generator=rng), labels
 
 
 def numbers(tensor) -> np.ndarray:
@@ -50,10 +50,10 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def shaken(method: LPPlusPlus, seed: int, size: float = 3.0) -> LPPlusPlus:
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        method.w += size * torch.randn(method.w.shape, generator=dice)
-        method.alpha += size * torch.randn(method.alpha.shape, generator=dice)
+        method.w += size * torch.randn(method.w.shape, generator=rng)
+        method.alpha += size * torch.randn(method.alpha.shape, generator=rng)
     return method
 
 
@@ -99,9 +99,9 @@ def test_the_loss_bends_no_more_than_the_steps_take_for_granted(seed, new_clip):
     eta_w, eta_alpha = step_sizes(f.float(), t.float())
     largest = []
     for size in (0.0, 1.0, 20.0):
-        dice = torch.Generator().manual_seed(seed)
-        w = size * torch.randn(t.shape, generator=dice).double()
-        alpha = size * torch.randn(4, generator=dice).double()
+        rng = torch.Generator().manual_seed(seed)
+        w = size * torch.randn(t.shape, generator=rng).double()
+        alpha = size * torch.randn(4, generator=rng).double()
 
         def of_w(w, alpha=alpha):
             return F.cross_entropy(f @ (w + alpha[:, None] * t).T, labels)

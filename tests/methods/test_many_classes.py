@@ -36,12 +36,12 @@ def test_logits_and_gradients_of_10_000_names(name, new_clip, images):
 def test_gda_chooses_on_some_images_a_part_at_a_time(new_clip, pictures, monkeypatch):
     clip = new_clip()
     classes, count = 40, 2 * SEARCHED
-    dice = torch.Generator().manual_seed(0)
-    centres = torch.randn(classes, clip.config.embed_dim, generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.randn(classes, clip.config.embed_dim, generator=rng)
 
     def drawn(n: int):
         labels = torch.arange(n) % classes
-        noise = torch.randn(n, clip.config.embed_dim, generator=dice)
+        noise = torch.randn(n, clip.config.embed_dim, generator=rng)
         return pictures(centres[labels] + 2 * noise, labels)
 
     train, val = drawn(4 * classes), drawn(count)
@@ -69,8 +69,8 @@ def test_what_grows_with_the_square_of_the_classes_is_refused_before_work(new_cl
 
 
 def test_a_probe_is_solved_a_part_at_a_time_as_at_once(monkeypatch):
-    dice = torch.Generator().manual_seed(0)
-    x, labels = torch.randn(60, 8, generator=dice), torch.arange(60) % 5
+    rng = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 8, generator=rng), torch.arange(60) % 5
     weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 0.5])
     at_once = logistic_regression(x, labels, 5, 0.1, weights=weights)
     monkeypatch.setattr("methods.linear_probe.ROOM", 35)  # 7 images at once

@@ -31,10 +31,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def draw(n: int, seed: int, classes: int = 4):
     """features (N, 32), nearer to those of their own class than to others; labels (N,)."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     middles = torch.randn(classes, 32, generator=torch.Generator().manual_seed(5))
-    labels = torch.randint(classes, (n,), generator=dice)
-    return middles[labels] + 1.5 * torch.randn(n, 32, generator=dice), labels
+    labels = torch.randint(classes, (n,), generator=rng)
+    return middles[labels] + 1.5 * torch.randn(n, 32, generator=rng), labels
 
 
 def tip(clip, kind=TipAdapter, **settings):

@@ -47,10 +47,10 @@ def new(clip, monkeypatch):
 
 def clouds(n: int = 40, spread: float = 0.5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Image features (n, E), not normalised, and labels: clouds beside the names."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 4
     middles = TEXT + 0.4 * torch.randn(4, E, generator=torch.Generator().manual_seed(9))
-    return middles[labels] + spread * torch.randn(n, E, generator=dice), labels
+    return middles[labels] + spread * torch.randn(n, E, generator=rng), labels
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -130,8 +130,8 @@ def test_a_whole_run_is_that_of_the_naive_writing(settings, support, new, pictur
 
 def test_densities_are_those_of_sklearns_gaussians():
     """With equal proportions and one diagonal for all, its posterior is the softmax of ours."""
-    dice = np.random.default_rng(0)
-    x, means, v = dice.normal(size=(30, E)), dice.normal(size=(4, E)), dice.uniform(0.2, 3, E)
+    rng = np.random.default_rng(0)
+    x, means, v = rng.normal(size=(30, E)), rng.normal(size=(4, E)), rng.uniform(0.2, 3, E)
     mixture = GaussianMixture(4, covariance_type="diag")
     mixture.weights_, mixture.means_ = np.full(4, 0.25), means
     mixture.covariances_ = np.tile(v, (4, 1))
@@ -143,8 +143,8 @@ def test_densities_are_those_of_sklearns_gaussians():
 def test_moments_are_the_weighted_ones_that_sklearn_pools():
     """Hard weights: sklearn's within-class variances, pooled, if the means were not on the sphere;
     there they are the squares about the mean's direction."""
-    dice = np.random.default_rng(1)
-    x, labels = unit(dice.normal(size=(50, E))), np.arange(50) % 3
+    rng = np.random.default_rng(1)
+    x, labels = unit(rng.normal(size=(50, E))), np.arange(50) % 3
     means, v = moments(torch.tensor(x), torch.eye(3)[labels].double(), torch.zeros(3, E).double())
     centres = np.stack([x[labels == k].mean(axis=0) for k in range(3)])
     np.testing.assert_allclose(means.numpy(), unit(centres), atol=1e-12)
@@ -247,13 +247,13 @@ class Largest(TorchDispatchMode):
 
 def test_memory_is_linear_in_the_images(clip, monkeypatch):
     """5,000 images of 1,000 classes: nothing is larger than z; N x N would be 5 times as much."""
-    dice, names = torch.Generator().manual_seed(0), [f"flower {k}" for k in range(1000)]
-    text = torch.randn(1000, E, generator=dice)
+    rng, names = torch.Generator().manual_seed(0), [f"flower {k}" for k in range(1000)]
+    text = torch.randn(1000, E, generator=rng)
     monkeypatch.setattr(TransCLIP, "prompt_tree", lambda self: torch.nn.Identity())
     monkeypatch.setattr(TransCLIP, "class_features", lambda self: text)
     method = TransCLIP(clip, names, "{}", TransCLIPSettings(iterations=1, z_steps=2))
     with Largest() as largest:
-        logits = method.classify(torch.randn(5000, E, generator=dice))
+        logits = method.classify(torch.randn(5000, E, generator=rng))
     assert logits.isfinite().all()
     assert logits.numel() <= largest.numel <= 5000 * 1000
 

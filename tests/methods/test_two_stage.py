@@ -77,10 +77,10 @@ class Published:
 
 def moved(method: TwoStage, theirs: Published, seed: int = 3) -> None:
     """Take the LayerNorms of both to the same place, away from where they start."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in theirs.learned.items():
-            shift = 0.2 * torch.randn(parameter.shape, generator=dice)
+            shift = 0.2 * torch.randn(parameter.shape, generator=rng)
             parameter += shift
             method.adapter_state()[name].add_(shift)
 

@@ -55,11 +55,11 @@ def new(name: str, settings: dict, clip, template: str = TEMPLATE) -> Method:
 
 def learn(method: Method) -> dict[str, Tensor]:
     """Some other tensors in place of all it starts from; copies of them."""
-    dice = torch.Generator().manual_seed(7)
+    rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for tensor in method.adapter_state().values():
             if tensor.is_floating_point():
-                tensor += 0.1 * torch.randn(tensor.shape, generator=dice)
+                tensor += 0.1 * torch.randn(tensor.shape, generator=rng)
     return {name: tensor.detach().clone() for name, tensor in method.adapter_state().items()}
 
 

@@ -12,15 +12,15 @@ from sklearn.metrics import confusion_matrix, f1_score, recall_score
 from reports import features, measures
 
 
-def dice(seed: int = 0) -> torch.Generator:
+def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
 def answers():
     """labels (N,), classes (N, 5), probabilities (N, 5) of 400 pictures and 9 classes."""
-    logits = torch.randn(400, 9, generator=dice())
-    labels = torch.randint(0, 8, (400,), generator=dice(1))  # the last class has no picture
+    logits = torch.randn(400, 9, generator=rng())
+    labels = torch.randint(0, 8, (400,), generator=rng(1))  # the last class has no picture
     logits[torch.arange(400), labels] += 1.2
     top = logits.topk(5, dim=1).indices
     return labels, top, logits.softmax(1).gather(1, top)
@@ -68,27 +68,27 @@ def test_one_who_is_sure_and_right_is_calibrated_and_one_who_is_wrong_is_not():
 def test_the_interval_is_scipys(right, count):
     known = binomtest(right, count).proportion_ci(0.95, method="wilson")
     expected = pytest.approx((100 * known.low, 100 * known.high), abs=1e-4)
-    assert measures.interval(right, count) == expected
+    assert measures.wilson_interval(right, count) == expected
 
 
 def test_classes_that_are_confused_stand_together():
     """Three groups that are confused within, their classes shuffled."""
     group = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
     matrix = 2 * (group[:, None] == group[None]) + 4 * torch.eye(9, dtype=torch.long)
-    found = group[measures.together(matrix)].tolist()
-    assert sorted(measures.together(matrix)) == list(range(9))
+    found = group[measures.cluster_order(matrix)].tolist()
+    assert sorted(measures.cluster_order(matrix)) == list(range(9))
     assert sum(a != b for a, b in zip(found, found[1:], strict=False)) == 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_an_order_of_few_classes_and_of_no_confusions(count):
-    assert sorted(measures.together(5 * torch.eye(count, dtype=torch.long))) == [*range(count)]
+    assert sorted(measures.cluster_order(5 * torch.eye(count, dtype=torch.long))) == [*range(count)]
 
 
 def test_pairs_are_counted_both_ways(answers):
     labels, top, _ = answers
     matrix = measures.confusion(top[:, 0], labels, 9)
-    found = measures.pairs(matrix, most=100)
+    found = measures.most_confused(matrix, most=100)
     counted: dict[tuple[int, int], int] = {}
     for true, guess in zip(labels.tolist(), top[:, 0].tolist(), strict=True):
         if true != guess:
@@ -101,14 +101,14 @@ def test_pairs_are_counted_both_ways(answers):
 
 def test_the_surest_mistakes_are_wrong_and_sorted(answers):
     labels, top, probabilities = answers
-    found = measures.surest_mistakes(top, probabilities, labels, most=10)
+    found = measures.most_confident_mistakes(top, probabilities, labels, most=10)
     wrong = [i for i in range(400) if top[i, 0] != labels[i]]
     assert found == sorted(wrong, key=lambda i: (-float(probabilities[i, 0]), i))[:10]
 
 
 def test_the_plane_is_scikit_learns_and_the_gap_the_means_distance():
-    images = torch.randn(60, 16, generator=dice(2)) + 1
-    texts = 3 * torch.randn(12, 16, generator=dice(3)) - 1
+    images = torch.randn(60, 16, generator=rng(2)) + 1
+    texts = 3 * torch.randn(12, 16, generator=rng(3)) - 1
     found = features.space(images, texts)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images.numpy(), texts.numpy())]
     assert found["gap"] == pytest.approx(

@@ -61,11 +61,11 @@ def draw():
     """(folder, per class, seed) -> writes that many pictures of each class."""
 
     def write(folder: Path, count: int, seed: int) -> None:
-        dice = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
         for name, colour in COLOURS.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                noise = torch.randint(-50, 51, (36, 40, 3), generator=dice)
+                noise = torch.randint(-50, 51, (36, 40, 3), generator=rng)
                 pixels = (noise + torch.tensor(colour)).clamp(0, 255).to(torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
 
@@ -83,7 +83,7 @@ def data(tmp_path_factory, draw) -> Path:
 @pytest.fixture
 def published(tmp_path, monkeypatch) -> Path:
     """$DATA with look-alikes of DTD and Food-101, of 3 classes with 5 test pictures each."""
-    dice = torch.Generator().manual_seed(7)
+    rng = torch.Generator().manual_seed(7)
     colours = dict(list(COLOURS.items())[1:4])
     for name, folder, files, val in (
         ("dtd", "dtd", ("labels/train1.txt", "labels/val1.txt", "labels/test1.txt"), 6),
@@ -96,7 +96,7 @@ def published(tmp_path, monkeypatch) -> Path:
                 for i in range(count):
                     picture = base / f"images/{kind}/{Path(file).stem}_{i}.jpg"
                     picture.parent.mkdir(parents=True, exist_ok=True)
-                    noise = torch.randint(-60, 61, (36, 40, 3), generator=dice)
+                    noise = torch.randint(-60, 61, (36, 40, 3), generator=rng)
                     pixels = (noise + torch.tensor(colour)).clamp(0, 255).to(torch.uint8)
                     Image.fromarray(pixels.numpy()).save(picture)
                     lines.append(f"{kind}/{picture.stem}")

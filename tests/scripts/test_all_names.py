@@ -65,10 +65,10 @@ def learned(name: str, settings: dict, features: int = 3):
 
 @pytest.fixture
 def task() -> Task:
-    dice, tests = torch.Generator().manual_seed(3), {}
+    rng, tests = torch.Generator().manual_seed(3), {}
     for part, names in NAMES.items():
-        pixels = torch.randint(0, 256, (SIZES[part], 3, 32, 32), generator=dice, dtype=torch.uint8)
-        labels = torch.randint(0, len(names), (SIZES[part],), generator=dice)
+        pixels = torch.randint(0, 256, (SIZES[part], 3, 32, 32), generator=rng, dtype=torch.uint8)
+        labels = torch.randint(0, len(names), (SIZES[part],), generator=rng)
         batches = Batches(Pictures(pixels, labels), pixels, Reader(32, folder=None))
         tests[part] = Part(names, batches)
     return Task(NAMES["base"], "a photo of a {}.", None, None, tests, [])

@@ -270,7 +270,7 @@ def test_a_finished_folder_is_left_as_it_is(whole, script):
 
 def test_killed_at_ten_random_points_it_ends_in_the_same_bytes(whole, tmp_path):
     """Each time before or after one of the renames by which files come into being."""
-    folder, dice = tmp_path / "images", random.Random(0)
+    folder, rng = tmp_path / "images", random.Random(0)
     real = os.replace
 
     def child(renames: int, after: bool) -> None:
@@ -296,7 +296,7 @@ def test_killed_at_ten_random_points_it_ends_in_the_same_bytes(whole, tmp_path):
 
     done = []
     for _ in range(10):
-        assert run(dice.randint(2, 45), dice.random() < 0.5) == -signal.SIGKILL
+        assert run(rng.randint(2, 45), rng.random() < 0.5) == -signal.SIGKILL
         done.append(len(books(folder)))
     assert 0 < done[5] < done[9] < len(books(whole[0]))
     assert run(-1, False) == 0

@@ -30,12 +30,12 @@ def last_lines(out: str, count: int = 3) -> list[str]:
 def other(tmp_path_factory) -> Path:
     """A folder of three classes; one is among those of the run."""
     root = tmp_path_factory.mktemp("other") / "plants"
-    dice = torch.Generator().manual_seed(5)
+    rng = torch.Generator().manual_seed(5)
     for part, count in (("train", 1), ("test", 7)):
         for name, colour in OTHERS.items():
             (root / part / name).mkdir(parents=True)
             for i in range(count):
-                noise = torch.randint(-60, 61, (36, 40, 3), generator=dice)
+                noise = torch.randint(-60, 61, (36, 40, 3), generator=rng)
                 pixels = (noise + torch.tensor(colour)).clamp(0, 255).to(torch.uint8)
                 Image.fromarray(pixels.numpy()).save(root / part / name / f"{i}.png")
     return root

@@ -28,52 +28,52 @@ DEEP = '{"a":' * 3000 + "1" + "}" * 3000
 ODD = [None, True, -1, 0, 10**30, 1.5, "", "x", "\ud800", "\0", "../x", [], [1], {}, {"x": 1}]
 
 
-def mutated(value, dice: random.Random):
+def mutated(value, rng: random.Random):
     """`value`, of JSON, with one thing in it changed, removed or added."""
     value = copy.deepcopy(value)
     inner, outer, key = value, None, None
-    while isinstance(inner, dict | list) and inner and (outer is None or dice.random() < 0.7):
+    while isinstance(inner, dict | list) and inner and (outer is None or rng.random() < 0.7):
         outer, key = (
             inner,
-            dice.choice(list(inner) if isinstance(inner, dict) else range(len(inner))),
+            rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner))),
         )
         inner = outer[key]
-    if outer is None or dice.random() < 0.05:
-        return dice.choice(ODD)
-    change = dice.random()
+    if outer is None or rng.random() < 0.05:
+        return rng.choice(ODD)
+    change = rng.random()
     if change < 0.2:
         del outer[key]
     elif change < 0.3 and isinstance(outer, dict):
-        outer["stranger"] = dice.choice(ODD)
+        outer["stranger"] = rng.choice(ODD)
     else:
-        outer[key] = dice.choice([*ODD, 0.1 + (inner if isinstance(inner, float) else 0)])
+        outer[key] = rng.choice([*ODD, 0.1 + (inner if isinstance(inner, float) else 0)])
     return value
 
 
-def spoiled(content: bytes, dice: random.Random) -> bytes:
+def spoiled(content: bytes, rng: random.Random) -> bytes:
     """Bytes of a file with some of them changed: now and then as JSON, else blindly."""
-    if dice.random() < 0.6:
+    if rng.random() < 0.6:
         lines = content.decode().split("\n")
         try:
-            k = dice.randrange(max(1, len(lines) - 1))
+            k = rng.randrange(max(1, len(lines) - 1))
             if len(lines) > 2 and lines[0] == "{":  # one object over many lines
-                return json.dumps(mutated(json.loads(content), dice)).encode("utf-8")
-            lines[k] = json.dumps(mutated(json.loads(lines[k]), dice))
+                return json.dumps(mutated(json.loads(content), rng)).encode("utf-8")
+            lines[k] = json.dumps(mutated(json.loads(lines[k]), rng))
             return "\n".join(lines).encode("utf-8")
         except ValueError:
             pass
-    if dice.random() < 0.1:
-        return dice.choice([DEEP.encode(), b"", b"\xff\xfe", b"[" * 10_000, b'{"a": NaN}'])
-    at, more = dice.randrange(len(content)), dice.randbytes(dice.randrange(3))
-    return content[:at] + more + content[at + dice.randrange(1, 4) :]
+    if rng.random() < 0.1:
+        return rng.choice([DEEP.encode(), b"", b"\xff\xfe", b"[" * 10_000, b'{"a": NaN}'])
+    at, more = rng.randrange(len(content)), rng.randbytes(rng.randrange(3))
+    return content[:at] + more + content[at + rng.randrange(1, 4) :]
 
 
 def search(file: Path, read: Callable, count: int, seed: int = 0) -> int:
     """Read `file` with `count` mutations in it -> how many were refused; all else is a failure."""
-    whole, dice, refused = file.read_bytes(), random.Random(seed), 0
+    whole, rng, refused = file.read_bytes(), random.Random(seed), 0
     for _ in range(count):
         spoil = blindly if file.suffix == ".safetensors" else spoiled
-        file.write_bytes(content := spoil(whole, dice))
+        file.write_bytes(content := spoil(whole, rng))
         try:
             read()
         except UserError:
@@ -85,10 +85,10 @@ def search(file: Path, read: Callable, count: int, seed: int = 0) -> int:
     return refused
 
 
-def blindly(content: bytes, dice: random.Random) -> bytes:
+def blindly(content: bytes, rng: random.Random) -> bytes:
     header = 8 + int.from_bytes(content[:8], "little")
-    at = dice.randrange(header if dice.random() < 0.8 else len(content))
-    return content[:at] + dice.randbytes(dice.randrange(3)) + content[at + dice.randrange(1, 3) :]
+    at = rng.randrange(header if rng.random() < 0.8 else len(content))
+    return content[:at] + rng.randbytes(rng.randrange(3)) + content[at + rng.randrange(1, 3) :]
 
 
 @pytest.fixture
@@ -179,10 +179,10 @@ def test_weights(model, tmp_path):
     module.save(tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
-    whole, dice, refused = parts["a/data.pkl"], random.Random(1), 0
+    whole, rng, refused = parts["a/data.pkl"], random.Random(1), 0
     for _ in range(150):
-        at, more = dice.randrange(len(whole)), dice.randbytes(dice.randrange(3))
-        parts["a/data.pkl"] = whole[:at] + more + whole[at + dice.randrange(1, 4) :]
+        at, more = rng.randrange(len(whole)), rng.randbytes(rng.randrange(3))
+        parts["a/data.pkl"] = whole[:at] + more + whole[at + rng.randrange(1, 4) :]
         with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
             for name, content in parts.items():
                 archive.writestr(name, content)
