@@ -12,7 +12,6 @@ the names of the classes ("_" becomes a space there as well), and their order:
 """
 
 import difflib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from clip_min import UserError
+from clip_min.files import parse_json
 from fewshot.pictures import ENDINGS, Pictures, few
 
 PARTS = ("train", "val", "test")
@@ -120,14 +120,9 @@ def read_classnames(root: Path) -> dict[str, str]:
         written = [name for line in read_text(text).splitlines() if (name := line.strip())]
         named = dict(enumerate(written))
     elif mapping.is_file():
-        try:
-            named = json.loads(read_text(mapping))
-        except ValueError as error:
-            raise UserError(f"{mapping}: cannot be read as JSON ({error})") from None
-        if not isinstance(named, dict) or not all(
-            isinstance(name, str) and spoken(name) for name in named.values()
-        ):
-            raise UserError(f'{mapping}: expected a JSON object of names, {{"label": "name", …}}')
+        named = parse_json(read_text(mapping), dict[str, str], str(mapping))
+        if not all(map(spoken, named.values())):
+            raise UserError(f"{mapping}: has an empty name; name each class")
         if all(label.isdecimal() for label in named):
             named = {label: named[label] for label in sorted(named, key=int)}
     else:
