@@ -2,11 +2,12 @@
 
     python bench/scaling.py [--methods coop,lora] [--classes 500,2000,10000] [--plot FILE.svg]
     python bench/scaling.py --model ViT-B/16 --classes 100,1000      random weights, on all cores
+    python bench/scaling.py … --methods cocoop --batch 1             images in a step
 
 The demo model on one thread, with generated data. The measurements are:
 
-    classes     a gradient step on 16 images; for methods without steps, what they solve; and
-                testing 16 images, including class features
+    classes     a gradient step on a batch (16 images); for methods without steps, what they
+                solve; and testing a batch, including class features
     shots       what a method solves or stores before its steps, for 20 classes
     images      testing pictures in memory with zero-shot CLIP
     processes   encoding the largest number of --images with 1, 2, … processes under torchrun
@@ -40,7 +41,6 @@ from methods import METHODS
 
 WORDS = ("red", "blue", "tall", "wild", "small", "late", "sweet", "sea", "sun", "rock")
 KINDS = ("rose", "lily", "iris", "daisy", "tulip", "orchid", "poppy", "clover", "fern", "moss")
-BATCH = 16
 NOTHING = 1e-3  # seconds or MB: less counts as no cost
 # All methods that use class names, except those below and variants of these.
 LINEAR = ("zero_shot", "clip_adapter", "projection", "prolip", "tip_adapter", "gda", "cross_modal")
@@ -78,14 +78,16 @@ def loaded(model: str) -> clip_min.CLIP:
     return clip_min.load("demo") if model == "demo" else CLIP(CONFIGS[model]).eval()
 
 
-def method_cost(model: str, name: str, classes: int, shots: int, rounds: int) -> dict[str, float]:
+def method_cost(
+    model: str, name: str, classes: int, shots: int, batch: int, rounds: int
+) -> dict[str, float]:
     """Seconds of solving, of a step and of a test, and MB, with the default recipe."""
     clip, kind = loaded(model), METHODS[name]
     recipe = "default" if "default" in kind.recipes else next(iter(kind.recipes))
     settings = kind.Settings(**kind.preset(recipe, model))
     train, val = (drawn(classes, shots, clip.config.embed_dim) for _ in range(2))
-    images = torch.randn(BATCH, 3, clip.config.image_size, clip.config.image_size)
-    labels = torch.arange(BATCH) % classes
+    images = torch.randn(batch, 3, clip.config.image_size, clip.config.image_size)
+    labels = torch.arange(batch) % classes
     cost, ways = {}, {}
 
     def once() -> None:
@@ -196,6 +198,7 @@ def main() -> None:
     parser.add_argument("--shots", type=several, default=[1, 4, 16])
     parser.add_argument("--images", type=several, default=[500, 2000, 8000])
     parser.add_argument("--processes", type=several, default=[1, 2])
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", metavar="FILE", help="also draw the curves")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
@@ -209,7 +212,8 @@ def main() -> None:
         return
     if flags.measure:
         name, *sizes = flags.measure  # classes and shots of each, as "10x4"
-        tasks = [(flags.model, name, *map(int, s.split("x")), flags.rounds) for s in sizes]
+        cells = [tuple(map(int, size.split("x"))) for size in sizes]
+        tasks = [(flags.model, name, *cell, flags.batch, flags.rounds) for cell in cells]
         with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as fresh:
             print(json.dumps(fresh.starmap(method_cost, tasks, chunksize=1)))
         return
@@ -217,14 +221,14 @@ def main() -> None:
     for name in flags.methods.split(","):
         sizes = [f"{k}x4" for k in flags.classes]
         sizes += [f"20x{s}" for s in flags.shots] if whole else []
-        given = ("--model", flags.model, "--rounds", flags.rounds)
+        given = ("--model", flags.model, "--batch", flags.batch, "--rounds", flags.rounds)
         found = measure(*given, "--measure", name, *sizes)
         costs[name] = dict(zip(flags.classes, found, strict=False))
         solved = [cost["fit"] for cost in found[len(flags.classes) :]]
         if solved and max(solved) > NOTHING:
             shots[name] = dict(zip(flags.shots, solved, strict=True))
     rows = by_classes(costs)
-    print(f"{flags.model}, batch {BATCH}\n{hardware()}\n\n{markdown(rows)}", flush=True)
+    print(f"{flags.model}, batch {flags.batch}\n{hardware()}\n\n{markdown(rows)}", flush=True)
     step = {m: {k: of.get("step", of["fit"]) for k, of in at.items()} for m, at in costs.items()}
     memory = {m: {k: of["MB"] for k, of in at.items()} for m, at in costs.items()}
     panels = {"classes": ("seconds", step), "classes ": ("MB", memory)}
