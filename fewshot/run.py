@@ -49,7 +49,7 @@ KEYS = {
     "method": str,
     "recipe": str,
     "settings": dict,
-    "experiment": {"seed": int, "template": str, "model": str},
+    "experiment": {"seed": int, "shots": int | str, "template": str, "model": str},
     "model": str,
     "fingerprint": str,
     "classnames": dict[str, list[str]],  # {"base", "novel"} or {"all"} -> names

@@ -354,6 +354,9 @@ def with_(name: str, value):
     return lambda config: json.dumps(config | {name: value})
 
 
+EXPERIMENT = {"seed": 1, "shots": 4, "template": "", "model": ""}
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -366,8 +369,9 @@ def with_(name: str, value):
         (without("fingerprint"), "fingerprint is missing"),
         (without("classnames"), "classnames is missing"),
         (with_("experiment", {"planet": "Mars"}), "experiment.seed is missing"),
-        (with_("experiment", {"planet": 4, "seed": 1, "template": "", "model": ""}), "planet"),
-        (with_("experiment", {"shots": "x", "seed": 1, "template": "", "model": ""}), "--shots x"),
+        (with_("experiment", EXPERIMENT | {"planet": 4}), "planet"),
+        (with_("experiment", EXPERIMENT | {"shots": [4]}), "experiment.shots is [4], expected a"),
+        (with_("experiment", EXPERIMENT | {"shots": "x"}), "--shots x"),
         (with_("experiment", 3), "experiment is 3, expected an object"),
         (with_("settings", {"lr": 0.1, "colour": "red"}), "colour"),
         (with_("settings", None), "settings is None, expected an object"),

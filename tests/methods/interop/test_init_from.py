@@ -390,8 +390,9 @@ def test_a_file_of_something_else_is_one_line_and_runs_nothing(
 def write_run(method, folder, **more) -> None:
     name = next(name for name, kind in METHODS.items() if type(method) is kind)
     config = {"method": name, "recipe": "default", "settings": asdict(method.settings)}
-    config |= {"experiment": {"seed": 1, "template": TEMPLATE, "model": "tiny"}, "model": "tiny"}
+    config |= {"experiment": {"seed": 1, "shots": 4, "template": TEMPLATE, "model": "tiny"}}
     config |= {
+        "model": "tiny",
         "fingerprint": weights.fingerprint(method.lent[0]),
         "classnames": {"all": NAMES},
     } | more
