@@ -29,6 +29,9 @@ from torch import Tensor
 from clip_min import UserError
 
 WAIT = timedelta(days=1)  # for each other: rank 0 may download, or make images, for hours
+# What `wait` sends. It is never freed: in torch 2.6, gloo frees the last tensor in its own thread,
+# and would wait forever for Python, which waits for that thread to end.
+SIGNAL = torch.zeros(1)
 size, rank = 1, 0  # the number of processes that share the work, and this one's number
 
 
@@ -121,7 +124,7 @@ def first_alone() -> Iterator[None]:
 def wait() -> None:
     """Wait until all ranks are here."""
     if size > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU, where the timeout is `WAIT`
+        dist.all_reduce(SIGNAL)  # on the CPU, where the timeout is `WAIT`
 
 
 def same(value):
