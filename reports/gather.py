@@ -86,6 +86,7 @@ def read(path: Path) -> Tested:
     return Tested(run, results, log, record, missing)
 
 
+PARTS = ("base", "novel", "all")
 # Keys read from results.json, in addition to those of grids; earlier versions lack some.
 _CLASS = {"accuracy": float | None, "f1": float}
 _PART = {"images": int, "interval95": float}
@@ -99,6 +100,8 @@ def _read_results(file: Path) -> dict:
     results = read_results(file)
     expect(results, {key: kind for key, kind in _COST.items() if key in results}, str(file))
     for part, of in results.get("parts", {}).items():
+        if part not in PARTS:
+            raise UserError(f"{file}: parts.{part} is unknown, expected {', '.join(PARTS)}")
         kinds = {key: kind for key, kind in _PART.items() if key in of}
         expect(of, kinds, str(file), f"parts.{part}")
         if isinstance(classes := of.get("classes"), dict):  # a list, if labelled jointly

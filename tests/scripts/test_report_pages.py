@@ -257,6 +257,16 @@ def test_a_half_written_file_is_said_and_the_rest_is_shown(script, run, tmp_path
     assert file in sound(copy / "report.html")
 
 
+def test_a_part_that_is_none_of_a_run_is_said_and_the_rest_is_shown(script, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    results = json.loads((copy / "results.json").read_text())
+    results["parts"]["oovel"] = results["parts"].pop("novel")
+    (copy / "results.json").write_text(json.dumps(results))
+    result = script("report", copy)
+    assert result.code == 0, result.err
+    assert "parts.oovel is unknown, expected base, novel, all" in sound(copy / "report.html")
+
+
 def test_a_run_before_its_first_round_has_a_page(script, run, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(run / "config.json", tmp_path / "run")
