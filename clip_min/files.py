@@ -163,7 +163,7 @@ def read_json(path: Path, hint: str, kind=dict) -> dict:
         raise UserError(f"{path}: there is no such file; {hint}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # not UTF-8, or a name that no file can have
         raise UserError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
     return parse_json(text, kind, str(path))
 

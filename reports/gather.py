@@ -116,7 +116,8 @@ def _read_results(file: Path) -> dict:
 def _read_log(file: Path) -> list[dict]:
     log = read_json_lines(file, LOGGED)
     for number, line in enumerate(log, 1):
-        expect(line.get("val", 0.0), float, f"{file}, line {number}", "val")
+        for key in ("val", "train"):
+            expect(line.get(key, 0.0), float, f"{file}, line {number}", key)
     return log
 
 

@@ -136,6 +136,7 @@ def test_a_line_that_is_not_ours_is_named(manifest):
         ({"state": "lost"}, "state is 'lost', expected kept or rejected or waived or undecided"),
         ({"classname": "tulip"}, "'tulip' is not a class of settings.json"),
         ({"predicted": "tulip"}, "'tulip' is not a class of settings.json"),
+        ({"predicted": "", "state": "rejected"}, "'' is not a class of settings.json"),
         ({"predicted": None, "state": "rejected"}, "predicted is null"),
         ({"margin": "0.5"}, "margin is '0.5', expected a finite number or null"),
         ({"stranger": 1}, "stranger is not a key"),

@@ -373,6 +373,8 @@ EXPERIMENT = {"seed": 1, "shots": 4, "template": "", "model": ""}
         (with_("experiment", EXPERIMENT | {"shots": [4]}), "experiment.shots is [4], expected a"),
         (with_("experiment", EXPERIMENT | {"shots": "x"}), "--shots x"),
         (with_("experiment", 3), "experiment is 3, expected an object"),
+        (with_("settings", {"prompts": "a\0"}), "embedded null"),
+        (with_("settings", {"prompts": "\ud800"}), "surrogates not allowed"),
         (with_("settings", {"lr": 0.1, "colour": "red"}), "colour"),
         (with_("settings", None), "settings is None, expected an object"),
         (with_("settings", {"scaling": "x"}), "settings: --scaling x: expected rank or sqrt"),

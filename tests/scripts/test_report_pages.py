@@ -257,6 +257,15 @@ def test_a_half_written_file_is_said_and_the_rest_is_shown(script, run, tmp_path
     assert file in sound(copy / "report.html")
 
 
+def test_a_log_of_wrong_accuracies_is_said_and_the_rest_is_shown(script, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    line = {"step": 1, "epoch": 1.0, "loss": 1.0, "seconds": 1.0, "val": 50.0, "train": [50.0]}
+    (copy / "log.jsonl").write_text(json.dumps(line) + "\n")
+    result = script("report", copy)
+    assert result.code == 0, result.err
+    assert "train is [50.0], expected a finite number" in sound(copy / "report.html")
+
+
 def test_a_part_that_is_none_of_a_run_is_said_and_the_rest_is_shown(script, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     results = json.loads((copy / "results.json").read_text())
