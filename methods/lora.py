@@ -188,6 +188,12 @@ class LoRA(Method):
             scale = alpha / (rank if settings.scaling == "rank" else math.sqrt(rank))  # s
             layer = functools.partial(GroupedLoRA, rank=rank, scale=scale, dropout=settings.dropout)
             attentions = [m for m in transformer.modules() if isinstance(m, Attention)]
+            width = attentions[0].out_proj.in_features  # D
+            if rank > width:
+                raise UserError(
+                    f"--{tower}-rank {rank}: expected 1 to {width}, the width of the {tower} "
+                    "tower; a larger matrix would add nothing"
+                )
             for attention in (attentions[i] for i in numbers):  # each block has one
                 if fused:
                     masks = settings.dropout_masks

@@ -305,6 +305,13 @@ def test_wrong_parts_are_an_error_that_says_what_is_expected(new_clip, parts):
         new_lora(new_clip(), parts=parts)
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_rank_above_the_width_is_an_error(new_clip, tower):
+    new_lora(new_clip(), **{f"{tower}_rank": 64})
+    with pytest.raises(UserError, match=f"--{tower}-rank 65: expected 1 to 64, the width"):
+        new_lora(new_clip(), **{f"{tower}_rank": 65})
+
+
 def test_each_tower_has_its_own_rank_and_alpha(new_clip):
     lora = new_lora(new_clip(), image_rank=8, image_alpha=4.0, text_rank=2, text_alpha=6.0)
     image = lora.clip.visual.transformer.resblocks[0].attn.in_proj
