@@ -29,8 +29,8 @@ from torch import Tensor
 from clip_min import UserError
 
 WAIT = timedelta(days=1)  # for each other: rank 0 may download, or make images, for hours
-# What `wait` sends. It is never freed: in torch 2.6, gloo frees the last tensor in its own thread,
-# and would wait forever for Python, which waits for that thread to end.
+# What `wait` sends. It is never freed: gloo frees the last tensor in a thread of its own, and (seen
+# with torch 2.6) may then wait for Python forever, which waits for that thread to end.
 SIGNAL = torch.zeros(1)
 size, rank = 1, 0  # the number of processes that share the work, and this one's number
 

@@ -60,6 +60,10 @@ def pretended(monkeypatch):
         if "prompt_tree" in vars(kind):
             monkeypatch.setattr(kind, "prompt_tree", outside(kind.prompt_tree))
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        try:
+            torch.empty(2, device=GPU).uniform_()
+        except RuntimeError:
+            pytest.skip("torch 2.6 asks a real GPU for random numbers")
         yield
 
 
