@@ -120,7 +120,9 @@ def hugging_face_folder(config: CLIPConfig, folder: Path) -> None:
 
 def of_hugging_face(folder: Path, images: torch.Tensor, tokens: torch.Tensor):
     model = transformers.CLIPModel.from_pretrained(folder).eval()
-    transform = transformers.CLIPImageProcessorPil.from_pretrained(folder)
+    # The one of Pillow; transformers 5.0 has it under the shorter name.
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    transform = kind.from_pretrained(folder)
     with torch.no_grad():
         logits = model(pixel_values=images, input_ids=tokens).logits_per_image
     return logits, transform(pictures(), return_tensors="pt")["pixel_values"]
