@@ -121,8 +121,8 @@ def read_classnames(root: Path) -> dict[str, str]:
         named = dict(enumerate(written))
     elif mapping.is_file():
         named = parse_json(read_text(mapping), dict[str, str], str(mapping))
-        if not all(map(spoken, named.values())):
-            raise UserError(f"{mapping}: has an empty name; name each class")
+        if empty := [label for label, name in named.items() if not spoken(name)]:
+            raise UserError(f"{mapping}: the name of {empty[0]!r:.200} is empty; name each class")
         if all(label.isdecimal() for label in named):
             named = {label: named[label] for label in sorted(named, key=int)}
     else:

@@ -285,8 +285,8 @@ class Manifest:
             where = f"{file}, line {number}"
             if odd := [key for key in row if key not in hints]:
                 raise UserError(f"{where}: {odd[0]} is not a key of such a line; remove it")
-            known = {row["classname"], row.get("predicted")} - {None}
-            if odd := [name for name in known if name not in self.classnames]:
+            named = [row["classname"], row.get("predicted")]
+            if odd := [n for n in named if n is not None and n not in self.classnames]:
                 raise UserError(f"{where}: {odd[0]!r:.200} is not a class of settings.json")
             if row.get("state") == "rejected" and row["predicted"] is None:
                 raise UserError(f"{where}: predicted is null, expected a class")

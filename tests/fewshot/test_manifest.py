@@ -222,7 +222,7 @@ def repeat_a_row(root: Path) -> None:
         (text("classes.json", "[" * 3000), "nested too deeply"),
         (text("classes.json", '["rose"]'), "expected an object"),
         (text("classes.json", '{"rose": 1}'), "rose is 1, expected text"),
-        (text("classes.json", '{"rose": "_"}'), "has an empty name"),
+        (text("classes.json", '{"rose": "_"}'), "the name of 'rose' is empty"),
         (text("classes.json", '{"rose": "a", "rose": "b"}'), "'rose' occurs twice"),
         (text("classes.json", '{"roses": "r", "b": "b"}'), "is not in classes.txt or classes.json"),
         (text("classes.txt", "rose\n"), "names 1 classes; expected two or more"),
