@@ -4,8 +4,10 @@ import difflib
 import zipfile
 
 # Errors from outside: a name too long, an unreadable file, bytes that are not text. They are not
-# bugs in this code, so scripts print them without a traceback.
+# bugs in this code.
 FROM_OUTSIDE = (OSError, MemoryError, RecursionError, UnicodeError, zipfile.BadZipFile)
+# How PyTorch says that memory is used up, of a GPU and of the machine; both are RuntimeErrors.
+OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ")
 LONGEST = 2_000  # characters of a line that is printed; of a longer one both ends
 
 
@@ -25,12 +27,22 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
+def _out_of_memory(error: BaseException) -> bool:
+    said = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError)
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error needs a traceback. Scripts print one line for others, `told(error)`."""
+    return not (isinstance(error, (UserError, *FROM_OUTSIDE)) or _out_of_memory(error))
+
+
 def told(error: BaseException) -> str:
-    """The one line to print for a `UserError`, or for one of `FROM_OUTSIDE`."""
+    """The one line to print for an error that is not a bug."""
     if isinstance(error, UserError):
         line = " ".join(str(error).split())  # which may quote a file that holds anything
         return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}"
-    if isinstance(error, MemoryError):
+    if _out_of_memory(error):
         return f"out of memory ({first_line(error)}); process less at once, or add memory"
     return f"{type(error).__name__}: {first_line(error)}"
 

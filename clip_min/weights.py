@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_min.description import UNTOLD, described, infer_config
-from clip_min.errors import FROM_OUTSIDE, UserError, told
+from clip_min.errors import UserError, is_bug, told
 from clip_min.files import read_safetensors, remove_half_written, sha256_of, write_safetensors
 from clip_min.hub import DEMO, HUB, KNOWN, OPENAI_SHA256, SUFFIXES, locate
 from clip_min.model import CLIP, CONFIGS, CLIPConfig
@@ -277,7 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
-    except (UserError, *FROM_OUTSIDE) as error:
+    except Exception as error:
+        if is_bug(error):
+            raise
         print(f"error: {told(error)}", file=sys.stderr)
         return 2
     for note in notes:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import torch
 
 from clip_min import CLIP, UserError, weights
-from clip_min.errors import FROM_OUTSIDE, Note, told, unknown
+from clip_min.errors import Note, is_bug, told, unknown
 from clip_min.hub import DEMO, IN_FOLDERS, local
 from clip_min.typed import expect_fields
 from fewshot import cache, datasets, ranks, shots
@@ -257,7 +257,9 @@ def run_script(
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)  # the work may be incomplete
-    except (UserError, *FROM_OUTSIDE) as error:
+    except Exception as error:
+        if is_bug(error):
+            raise
         if ranks.rank:  # usually rank 0 prints the same, and torchrun ends this process
             time.sleep(5)
         print(f"{Path(sys.argv[0]).name}: error: {told(error)}", file=sys.stderr)

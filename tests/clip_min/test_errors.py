@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from clip_min.errors import UserError, told, unknown
+from clip_min.errors import UserError, is_bug, told, unknown
 
 
 def test_for_an_unknown_name_the_nearest_is_suggested():
@@ -27,8 +28,23 @@ def test_of_many_known_names_the_first_are_shown():
     ],
 )
 def test_what_comes_from_outside_is_told_in_a_line(error, said):
+    assert not is_bug(error)
     assert said in told(error)
     assert "\n" not in told(error)
+
+
+def test_memory_that_torch_cannot_have_is_told_in_a_line():
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(10**15)
+    for error in (found.value, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to …")):
+        assert not is_bug(error)
+        assert told(error).startswith("out of memory (")
+        assert "\n" not in told(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), KeyError("a"), ValueError("b")])
+def test_an_error_of_the_code_is_a_bug(error):
+    assert is_bug(error)
 
 
 def test_of_a_line_without_end_both_ends_are_told():
