@@ -19,17 +19,16 @@ one block of variables:
     (3)  v    = Σ_nk z_nk (f_n - μ_k)² / N
 
 μ_k starts at the mean of the 8 images with the largest ŷ for class k, weighted by ŷ; v starts at
-1/E. The squares in (1) and (3) are multiplied out, so no array of size N x K x E or N x N is
-formed, and memory is linear in the number of images.
+1/E. After ten rounds, (1) is done once more. The squares in (1) and (3) are multiplied out, so no
+array of size N x K x E or N x N is formed, and memory is linear in the number of images.
 
 Few-shot (`--use-support`): S training images keep their labels as z, count as neighbours, and have
 weight γ·N/S each in (2) and (3). The mean of a class with training images starts at their mean. γ
 is chosen on validation images, which are labelled jointly as well.
 
-The terms are the paper's. k = 3, T = 50, the factor 2k, unit means, the 8 images and 1/E come from
-the guide beside the authors' code. Not checked against paper or code: λ (1, or 0.5 with training
-images), ten rounds of five updates, the candidates for γ, and the start of means with training
-images. Log densities grow with E: T = 50 suits 512, and the demo model's 64 needs a smaller T.
+The terms are the paper's. All numbers come from the authors' code (TransCLIP_solver), whose γ is a
+50th of ours; docs/deviations.md says what else differs with training images. Log densities grow
+with E: T = 50 suits 512, and the demo model's 64 needs a smaller T.
 """
 
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from torch import Tensor
 from methods.em_dirichlet import JointSettings
 from methods.support import WithSupport
 
-GAMMAS = (0.002, 0.01, 0.02, 0.2)
+GAMMAS = (0.1, 0.5, 1.0, 10.0)
 ROOM = 2**22  # cosines between images in memory at once: 32 MB
 
 
@@ -120,12 +119,13 @@ class TransCLIP(WithSupport):
         own = F.normalize(votes.T @ support, dim=-1)
         means = torch.where(shown, own, first_means(query, names, s.confident))  # (K, E)
         variance = x.new_full(x.shape[1:], 1 / x.shape[1])  # (E,)
-        for _ in range(s.iterations):
+        for round in range(s.iterations + 1):
+            if round:
+                means, variance = moments(x, weights[:, None] * z, means)  # (2), (3)
             given = log_densities(query, means, variance) / s.temperature + s.text_weight * names
             for _ in range(s.z_steps):  # (1)
                 logits = given + agreement(z, *near)[:n]  # (N, K)
                 z = torch.cat([logits.softmax(dim=1), votes])
-            means, variance = moments(x, weights[:, None] * z, means)  # (2), (3)
         return logits.float()
 
     def adapter_state(self) -> dict[str, Tensor]:

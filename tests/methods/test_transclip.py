@@ -90,13 +90,15 @@ def naive(method: TransCLIP, features: torch.Tensor, support=None, labels=()) ->
             mu[c] = (y[surest, c, None] * query[surest]).sum(axis=0)
     mu, v = unit(mu), np.full(E, 1 / E)
     z, gamma = y.copy(), method.gamma.item()
-    for _ in range(s.iterations):
+    for left in range(s.iterations, -1, -1):
         squares = (query[:, None, :] - mu[None]) ** 2 / v  # (N, K, E)
         density = -0.5 * squares.sum(axis=2) - 0.5 * np.log(2 * np.pi * v).sum()
         for _ in range(s.z_steps):
             pull = (a @ np.concatenate([z, votes]))[:n]
             z = y**s.text_weight * np.exp(density / s.temperature + pull)
             z /= z.sum(axis=1, keepdims=True)
+        if left == 0:
+            break
         counts = np.concatenate([z / n, gamma * votes / max(1, len(votes))])  # (N + S, K)
         mu = unit(np.einsum("nk,ne->ke", counts, x))
         v = np.einsum("nk,nke->e", counts, (x[:, None, :] - mu[None]) ** 2) / counts.sum()
@@ -272,6 +274,10 @@ def test_gamma_is_the_first_of_the_best_on_validation(new, pictures):
         right.append((one.classify(val.encoded(None)).argmax(1) == val.labels).sum().item())
     assert len(set(right)) > 1
     assert method.gamma.item() == pytest.approx(GAMMAS[right.index(max(right))])
+
+
+def test_gammas_are_fifty_times_those_of_the_authors_code():
+    assert pytest.approx([50 * gamma for gamma in (0.002, 0.01, 0.02, 0.2)]) == GAMMAS
 
 
 def test_training_images_stay_out_unless_asked_for(new, pictures):
