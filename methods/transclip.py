@@ -119,8 +119,8 @@ class TransCLIP(WithSupport):
         own = F.normalize(votes.T @ support, dim=-1)
         means = torch.where(shown, own, first_means(query, names, s.confident))  # (K, E)
         variance = x.new_full(x.shape[1:], 1 / x.shape[1])  # (E,)
-        for round in range(s.iterations + 1):
-            if round:
+        for done in range(s.iterations + 1):  # rounds
+            if done:
                 means, variance = moments(x, weights[:, None] * z, means)  # (2), (3)
             given = log_densities(query, means, variance) / s.temperature + s.text_weight * names
             for _ in range(s.z_steps):  # (1)
