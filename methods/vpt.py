@@ -73,7 +73,7 @@ class VPT(Method):
     settings: VPTSettings
     no_weight_decay = ("head.bias",)  # as published
     recipes = {
-        "default": {"lr": 2e-3, **DEFAULT},
+        "default": {"lr": 2e-3, **DEFAULT, "min_steps": 1200},
         "paper": PAPER,
         "paper-grid": {**PAPER, "grid": GRID},
         "mri": {"lr": 2e-3, "head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
