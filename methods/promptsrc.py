@@ -86,7 +86,7 @@ class PromptSRC(LearnedContext):
     settings: PromptSRCSettings
     first_block = 0
     recipes = {
-        "default": {**DEFAULT, **OWN, "lr": 2e-3},
+        "default": {**DEFAULT, **OWN, "lr": 2e-3, "min_steps": 1200},
         "paper": PAPER,
         # For Flowers102 and four others; for the rest, the published mean and width are 0.6.
         "few-shot": {**PAPER, "epochs": 50, "mean_at": 0.9, "mean_width": 0.1},
