@@ -64,7 +64,7 @@ PAPER = {
 }
 RATES = (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1)  # at 256 images in one step
 GRID = f"lr={','.join(str(rate * 64 / 256) for rate in RATES)} weight_decay=0.01,0.001,0.0001,0"
-DEMO_MODEL = {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0}
+DEMO = {"lr": 1e-2, "n_tokens": 8, "dropout": 0.0}
 
 
 class VPT(Method):
@@ -77,9 +77,9 @@ class VPT(Method):
         "paper": PAPER,
         "paper-grid": {**PAPER, "grid": GRID},
         "mri": {"lr": 2e-3, "head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
-        "demo": DEMO_MODEL,
+        "demo": DEMO,
     }
-    demo_model = DEMO_MODEL
+    demo_model = {**DEMO, "lr": 0.1}
 
     def __init__(self, clip, classnames, template, settings: VPTSettings):
         super().__init__(clip, classnames, template, settings)
