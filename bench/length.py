@@ -5,9 +5,9 @@ python bench/length.py DIR --methods lora,coop --classes 2,12 --shots 4 --seeds 
 
 For every method that learns by gradient steps, a line: test accuracy of the default recipe, and in
 brackets the gains on validation and on test images from the length that is best on validation. The
-gain on validation is an upper bound, since it is the best of three. The classes are drawn by the
+gain on validation is an upper bound, since it is the best of several. The classes are drawn by the
 seed; the model is the demo's. Methods that learn on image features take minutes each, those that
-learn in the towers (vpt, lora, finetune) hours; --lengths 1,3 leaves out the longest training. With
+learn in the towers (vpt, lora, finetune) hours; --longer 3 leaves out the longest training. With
 --out FILE, each training's result is kept there, a line of JSON, and what it holds already is not
 trained again.
 """
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--classes", type=numbers, default=[2, 4, 12])
     parser.add_argument("--shots", type=numbers, default=[2, 4, 16])
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3])
-    parser.add_argument("--lengths", type=numbers, default=[1, 3, 10])
+    parser.add_argument("--longer", type=numbers, default=[3, 10])  # multiples of the default
     parser.add_argument("--out", metavar="FILE", type=Path)
     given = parser.parse_args()
     kept = Kept(given.out)
@@ -126,7 +126,7 @@ def main() -> None:
                     kept.get(
                         (name, count, shots, seed, n), partial(train, name, clip, task, seed, n)
                     )
-                    for n in given.lengths
+                    for n in (1, *given.longer)
                 ]
                 default.append(tried[0])
                 longer.append(max(tried, key=lambda scores: scores[0]))

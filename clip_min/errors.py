@@ -5,7 +5,7 @@ import zipfile
 
 # Errors from outside: a name too long, an unreadable file, bytes that are not text. They are not
 # bugs in this code.
-FROM_OUTSIDE = (OSError, MemoryError, RecursionError, UnicodeError, zipfile.BadZipFile)
+FROM_OUTSIDE = (OSError, RecursionError, UnicodeError, zipfile.BadZipFile)
 # How PyTorch says that memory is used up, of a GPU and of the machine; both are RuntimeErrors.
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ")
 LONGEST = 2_000  # characters of a line that is printed; of a longer one both ends
