@@ -48,7 +48,7 @@ class ProLIP(Method):
     Settings = ProLIPSettings
     settings: ProLIPSettings
     recipes = {
-        "default": {**OWN, "epochs": 1000},
+        "default": {**OWN, "epochs": 1000, "validations": 40},
         "paper": {**OWN, "augment": "crop-flip", "keep": "last"},
         "demo": {**OWN, "lr": 1e-3},
     }
