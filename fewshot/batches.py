@@ -93,7 +93,7 @@ class Batches:
 
     def draw_apart(self) -> None:
         """From now on, draw real and synthetic pictures separately, if there are any."""
-        if self.synthetic is not None:
+        if self.synthetic is not None and self.synthetic.any():
             synthetic = self.synthetic.cpu()
             self.drawn = [(~synthetic).nonzero().flatten(), synthetic.nonzero().flatten()]
 
@@ -128,6 +128,13 @@ class Batches:
         joined = Batches(Pictures(sources, labels, digests), pixels, self.reader)
         joined.synthetic = torch.arange(len(joined), device=self.device) >= len(self)
         return joined
+
+    def mirrored(self) -> "Batches":
+        """These pictures, followed by their mirror images."""
+        twice = torch.arange(len(self)).repeat(2)
+        return Batches(
+            self.pictures[twice], torch.cat([self.pixels, self.pixels.flip(-1)]), self.reader
+        )
 
     def targets(self, chosen: Tensor) -> tuple[Tensor, ...]:
         """The targets for `method.loss`: labels (B,) and, if there are synthetic pictures, which

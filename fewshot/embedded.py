@@ -231,7 +231,8 @@ class FeatureBatches(Batches):
         """UserError, unless the features are this CLIP's and the method needs nothing else."""
         made, clip, encoder = self.pictures.features, method.lent[0], method.encoder
         augment = getattr(method.settings, "augment", "none")
-        if (encoder, augment) in self._fits:
+        mirror = getattr(method.settings, "mirror", False)
+        if (encoder, augment, mirror) in self._fits:
             return
         if (found := fingerprint(clip)) != made.fingerprint:
             raise UserError(
@@ -244,12 +245,14 @@ class FeatureBatches(Batches):
             needs = f"it learns in the image tower ({method.title})"
         elif augment != "none":
             needs = f"--augment {augment} changes pictures"
+        elif mirror:
+            needs = "--mirror adds mirror images"
         if needs:
             raise NeedsPictures(
                 f"{type(method).__name__} needs the pictures themselves, but {made.place} holds "
                 f"only features: {needs}; train on the pictures, with --dataset folder"
             )
-        self._fits[encoder, augment] = True
+        self._fits[encoder, augment, mirror] = True
 
     def images(self, chosen: Tensor, augment: str = "none") -> Tensor:
         place = self.pictures.features.place

@@ -11,14 +11,15 @@ and half of each batch are text features, each a sample of its own class:
 
     loss = CE over B images and B texts
 
-The texts come in shuffled passes over the class prompts, as the images do over the training images;
-the rest of a pass that B does not divide is skipped. The paper counts both kinds: its batches of 32
-or 8 are 16 or 4 images here.
+The texts come in shuffled passes over the K classes, as the images do over the training images; the
+rest of a pass that B does not divide is skipped. The paper counts both kinds: its batches of 32 or
+8 are 16 or 4 images here.
 
-As published, learning rate, weight decay and batch size are chosen on validation (`--grid`), and so
-is one of 128 checkpoints of 12,800 steps. What the `paper` recipe does differently: the checkpoints
-are after steps 100, 200 … (published: 1, 101 …), and a batch may be larger than the number of
-images or texts.
+As published, each training image also has its mirror image beside it (`--mirror`); learning rate,
+weight decay and batch size are chosen on validation (`--grid`), and so is one of 128 checkpoints of
+12,800 steps. What the `paper` recipe does differently: the checkpoints are after steps 100, 200 …
+(published: 1, 101 …), a batch may be larger than the number of images or texts, and of several
+templates for a class (the published ones on ImageNet) the mean is one text, not each of them.
 """
 
 import math
@@ -36,6 +37,7 @@ from methods.templates import TemplateSettings
 @dataclass(frozen=True)
 class CrossModalSettings(TrainingSettings, TemplateSettings):
     batch_size: Annotated[int, "images in a gradient step; as many texts are added"] = 32
+    mirror: Annotated[bool, "also learn from each training image's mirror image"] = False
 
 
 OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
@@ -49,6 +51,7 @@ class CrossModal(Method):
         "default": {**OWN, **DEFAULT, "min_steps": 3000},
         "paper": {
             "lr": 1e-3,
+            "mirror": True,
             "epochs": 0,  # the length is set in steps
             "min_steps": 12_800,
             "drop_last": True,
@@ -90,6 +93,9 @@ class CrossModal(Method):
         samples = torch.cat([x, self.class_features()[texts]])  # (2B, E)
         labels = torch.cat([labels, texts])  # (2B,)
         return F.cross_entropy(self.classify(samples), labels, self.class_weights)
+
+    def fit(self, train, val, descend) -> None:
+        descend(self, train.mirrored() if self.settings.mirror else train, val)
 
     def texts(self) -> Tensor:
         """Indices of the class prompts (B,) in the batch of step `self.step`."""

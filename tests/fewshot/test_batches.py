@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode, RandAugment
 
@@ -46,6 +46,16 @@ def test_features_are_encoded_images_and_computed_once(pictures):
     assert encoder.calls == 3  # 3 + 3 + 1 pictures
     assert batches.encoded(encoder) is batches.encoded(encoder)
     assert encoder.calls == 3
+
+
+def test_mirrored_are_the_pictures_followed_by_the_mirror_image_of_each_crop(pictures, files):
+    batches = batches_of(pictures, 32)
+    both = batches.mirrored()
+    crops = [tv.functional.to_pil_image(crop(Image.open(file), 32)) for file in files]
+    seen = [tv.functional.pil_to_tensor(image) for image in [*crops, *map(ImageOps.mirror, crops)]]
+    assert torch.equal(both.images(torch.arange(len(both))), normalize(torch.stack(seen)))
+    assert both.labels.tolist() == batches.labels.tolist() * 2
+    assert len(both.hashes.unique(dim=0)) == 2 * len(batches.hashes.unique(dim=0))
 
 
 RAMP = 64  # pixels; red grows rightwards and green downwards, so a crop says where it comes from

@@ -158,6 +158,18 @@ def test_other_weights_are_refused(photos, made, clip):
         list(task.tests["all"].batches.each(method, [torch.arange(2)]))
 
 
+def test_mirror_images_are_refused(photos, made, clip):
+    data = datasets.load("features", made(photos()), 5)
+    batches = FeatureBatches(data.train, Reader(32, folder=None))
+    kind = METHODS["cross_modal"]
+    for mirror in (False, True):  # other settings of one encoder are checked anew
+        method = kind(clip, data.classnames, "{}", kind.Settings(mirror=mirror))
+        if not mirror:
+            batches.check(method)
+    with pytest.raises(UserError, match="only features: --mirror adds mirror images"):
+        batches.check(method)
+
+
 @pytest.mark.parametrize("name", ["lora", "vpt", "prolip", "finetune", "two_stage", "promptsrc"])
 def test_a_method_that_learns_in_the_image_tower_is_refused(name, photos, made, clip):
     data = datasets.load("features", made(photos()), 5)

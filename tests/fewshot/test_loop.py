@@ -295,6 +295,7 @@ def test_paper_cross_modal_takes_12800_steps_and_the_best_of_its_grid_as_its_cod
     assert adamw(done, 1e-8, 1e-4)
     assert done.validated == list(range(100, 12801, 100))
     assert done.settings.keep == "best"
+    assert done.settings.mirror  # linear_prob.sh: IMAGE_AUGS flip, IMAGE_VIEWS 1
 
 
 def test_paper_disef_pairs_64_and_64_for_50_epochs_as_its_code(followed):

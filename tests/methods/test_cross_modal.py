@@ -89,6 +89,18 @@ def test_the_loop_counts_the_steps_that_texts_follow(new_clip, tmp_path, monkeyp
     assert seen == list(range(12))
 
 
+def test_with_mirror_it_also_learns_from_mirror_images(new_clip):
+    pixels = torch.randint(0, 255, (3, 3, 32, 32), generator=torch.manual_seed(1)).byte()
+    train = Batches(Pictures(pixels, torch.tensor([2, 0, 1])), pixels, Reader(32, folder=None))
+    given = {}
+    for mirror in (False, True):
+        method = CrossModal(new_clip(), NAMES, TEMPLATE, CrossModalSettings(mirror=mirror))
+        method.fit(train, None, lambda _, images, __, key=mirror: given.update({key: images}))
+    assert given[False] is train
+    assert torch.equal(given[True].pixels, torch.cat([pixels, pixels.flip(3)]))
+    assert given[True].labels.tolist() == [2, 0, 1, 2, 0, 1]
+
+
 def test_before_the_first_step_it_is_zero_shot(new_clip, features):
     clip = new_clip()
     method = CrossModal(clip, NAMES, TEMPLATE, CrossModalSettings(templates="a {}.|the {}"))
