@@ -314,10 +314,14 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
 
 
 def shuffled(train: Batches, size: int, seed: int, epoch: int) -> list[Tensor]:
-    """The batches of an epoch, as indices of pictures: `size` from each group."""
+    """The batches of an epoch, as indices of pictures: `size` from each group.
+
+    The largest group is passed over once; the pictures of a smaller one repeat.
+    """
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    orders = [part[torch.randperm(len(part), generator=generator)] for part in train.drawn]
-    return [torch.cat(pair) for pair in zip(*(o.split(size) for o in orders), strict=False)]
+    order = torch.randperm(max(map(len, train.drawn)), generator=generator)
+    parts = order.split(size)
+    return [torch.cat([group[part % len(group)] for group in train.drawn]) for part in parts]
 
 
 def new_optimizer(

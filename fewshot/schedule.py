@@ -25,8 +25,8 @@ class Length:
         """The length for the settings `s` on these training images. first_stage: the share of all
         steps before a method's second stage, if it has one.
         """
-        fewest = min(len(part) for part in train.drawn)
-        epoch = max(1, fewest // s.batch_size if s.drop_last else math.ceil(fewest / s.batch_size))
+        images = max(len(part) for part in train.drawn)
+        epoch = max(1, images // s.batch_size if s.drop_last else math.ceil(images / s.batch_size))
         total = max(s.epochs * epoch, s.min_steps)
         if s.steps_per_shot:
             total = s.steps_per_shot * train.shots
@@ -45,7 +45,7 @@ def announce(s, train: Batches, val: Batches, length: Length, done: int) -> str:
     sizes = [len(part) for part in train.drawn]
     text = f"{left} gradient steps of {sum(min(s.batch_size, size) for size in sizes)} images, "
     passes = left / length.epoch
-    text += f"{passes:,.{1 if passes < 10 else 0}f} passes over {min(sizes)}"
+    text += f"{passes:,.{1 if passes < 10 else 0}f} passes over {max(sizes)}"
     if length.chooses:
         text += f"; {math.ceil(left / length.round)} validations on {len(val)} images"
     return text

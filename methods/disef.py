@@ -18,8 +18,9 @@ of a batch, each image is mixed with its counterpart in reversed order, and so a
     x' = m·x + (1 - m)·flip(x)      or, half the time, a box of x' is cut from flip(x): cutmix
     y' = m·y + (1 - m)·flip(y)      m ~ Beta(a, a), for cutmix corrected to the share of x in x'
 
-The paper draws real and synthetic images separately (`--apart`): a batch has 64 of each, and an
-epoch ends when the smaller set ends. Otherwise they are shuffled together.
+The paper draws real and synthetic images separately (`--apart`): a batch has 64 of each, an epoch
+is a pass over the larger set, and images of the smaller one repeat. Otherwise they are shuffled
+together.
 
 Both kinds go through the towers in one pass, as in DISEF's code and unlike in the notebook. What we
 do differently: at λ = 1 the synthetic images, which have no weight, are left out, so that training

@@ -299,14 +299,16 @@ def test_paper_cross_modal_takes_12800_steps_and_the_best_of_its_grid_as_its_cod
 
 
 def test_paper_disef_pairs_64_and_64_for_50_epochs_as_its_code(followed):
-    """fine-tune/scripts/disef.sh, src/data/_base.py (concat_mode min) of its repository."""
+    """fine-tune/slurm_scripts/disef.sh, with synthetic images, which leaves concat_mode at "max":
+    ConcatRepeatDataset in src/data/components/datasets.py of its repository.
+    """
     train = batches(150, 1).join(batches(200, 2))
     assert recipe("disef", "paper").apart
     train.draw_apart()
     done = followed("disef", train)
-    assert done.sizes == [64 + 64] * 2 * 50
+    assert done.sizes == [64 + 64] * 3 * 50
     lr = 2**-12
-    expected = [1e-7 + (lr - 1e-7) * (1 + math.cos(math.pi * t / 100)) / 2 for t in range(100)]
+    expected = [1e-7 + (lr - 1e-7) * (1 + math.cos(math.pi * t / 150)) / 2 for t in range(150)]
     assert done.rates == pytest.approx(expected, rel=1e-9)
     assert adamw(done, 1e-8, 1e-3)
     assert done.validated == []

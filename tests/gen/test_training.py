@@ -55,10 +55,13 @@ def test_shots_and_real_count_the_real_ones_alone(joined):
 
 
 @pytest.mark.parametrize(
-    ("drop_last", "sizes"), [(True, [(2, 2), (2, 2)]), (False, [(2, 2), (2, 2), (2, 1)])]
+    ("drop_last", "sizes"), [(True, [(2, 2)] * 3), (False, [(2, 2)] * 3 + [(1, 1)])]
 )
-def test_drawn_apart_a_batch_has_as_many_of_each_and_an_epoch_ends_with_the_fewer(drop_last, sizes):
-    joined = numbered(list(range(7)), [0] * 7).join(numbered(list(range(100, 105)), [1] * 5))
+@pytest.mark.parametrize("real", [7, 5])
+def test_drawn_apart_a_batch_has_as_many_of_each_and_the_fewer_repeat(real, drop_last, sizes):
+    made = 12 - real
+    joined = numbered(list(range(real)), [0] * real)
+    joined = joined.join(numbered(list(range(100, 100 + made)), [1] * made))
     joined.draw_apart()
     s, seen = TrainingSettings(batch_size=2, drop_last=drop_last), set()
     assert Length.of(s, joined).epoch == len(sizes)
@@ -66,10 +69,20 @@ def test_drawn_apart_a_batch_has_as_many_of_each_and_an_epoch_ends_with_the_fewe
         order = shuffled(joined, 2, seed=1, epoch=epoch)[: len(sizes)]
         parts = [joined.targets(chosen)[1] for chosen in order]
         assert [(int((~p).sum()), int(p.sum())) for p in parts] == sizes
-        chosen = torch.cat(order).tolist()
-        assert len(set(chosen)) == len(chosen)
-        seen |= set(chosen)
+        for group in joined.drawn:
+            chosen = [n for n in torch.cat(order).tolist() if n in group.tolist()]
+            most = 1 if len(group) == 7 else 2
+            assert max(map(chosen.count, chosen)) <= most
+            if not drop_last:
+                assert set(chosen) == set(group.tolist())
+        seen |= set(torch.cat(order).tolist())
     assert seen == set(range(12))
+
+
+def test_with_no_synthetic_image_nothing_is_drawn_apart():
+    joined = numbered([0, 1, 2], [0, 1, 1]).join(numbered([], []))
+    joined.draw_apart()
+    assert [group.tolist() for group in joined.drawn] == [[0, 1, 2]]
 
 
 def test_the_loop_tells_the_loss_which_are_synthetic(joined, tmp_path):
