@@ -14,8 +14,9 @@ With λ = 1 and soft assignments this is the EM algorithm for a mixture of Diric
 proportions π. It finds too many classes: a Dirichlet fitted to two images suits them better than
 any other. A larger λ prefers fewer classes. The default λ and the small number of steps in (1) were
 chosen on the demo task's validation images. The published code sets λ to K/5, rounded down, which
-is also 10 for the halves of that task. With `--use-support`, training images take part in (1) with
-their known labels. A class without any image keeps its α.
+is also 10 for the halves of that task. (With training images it divides by the number of classes in
+a batch, which is 5 too.) With `--use-support`, training images take part in (1) with their known
+labels. A class without any image keeps its α.
 
 The published code runs 20 rounds (10 with hard assignments), and repeats (1) until α hardly
 changes, 1,000 steps at most: `--recipe paper`, or `paper-few-shot` with training images; for hard
@@ -40,6 +41,7 @@ from clip_min.memory import check_room, free_memory
 from methods.support import WithSupport
 from methods.templates import TemplateSettings
 
+TINY = 1e-15  # as in the published code: a weight below it is none
 TABLES = 17  # arrays (K, K) of float64 in memory at once while α is fitted
 
 
@@ -72,7 +74,9 @@ class EMDirichletSettings(JointSettings):
     assignment: Annotated[Literal["soft", "hard"], "u: probabilities, or a single class"] = "soft"
     iterations: Annotated[int, "rounds of (1), (2), (3)"] = 10
     mm_steps: Annotated[int, "steps of (1) in each round, at most"] = 10
-    mm_tolerance: Annotated[float, "stop (1) when ‖change of α‖² / ‖α‖² is below this"] = 0.0
+    mm_tolerance: Annotated[
+        float, "every 50 steps: stop (1) if ‖change of α‖² / ‖α‖² is below this"
+    ] = 0.0
     use_support: Annotated[bool, "few-shot: use training images with their labels"] = False
     limits = {
         **JointSettings.limits,
@@ -138,7 +142,7 @@ class EMDirichlet(WithSupport):
             weights = torch.cat([u, votes[known]])  # (Q + N, K)
             limits = settings.mm_steps, settings.mm_tolerance
             alpha = fit_dirichlets(alpha, points, weights, *limits)  # (1)
-            proportions = u.mean(dim=0).clamp(min=1e-12)  # (2): π, (K,)
+            proportions = u.mean(dim=0) + TINY  # (2): π, (K,)
             logits = log_dirichlet(query, alpha) + balance * proportions.log()  # (Q, K)
             u = logits.softmax(dim=-1)  # (3)
             if settings.assignment == "hard":
@@ -162,16 +166,16 @@ def fit_dirichlets(
 
     log_z (N, D) points as logarithms; u (N, K) their weights. The maximum is where
     ψ(α_i) - ψ(Σα) = t_i, the weighted mean of log z_i. A class without weight keeps its alpha. As
-    published, the steps stop once one of them, from the second on, changes α by less than
-    `tolerance`.
+    in the published code, the steps stop if step 51, 101 … changes α by less than `tolerance`.
     """
     weight = u.sum(dim=0)  # (K,)
-    held = weight > 1e-9
+    held = weight > TINY
     means = (u[:, held] / weight[held]).T @ log_z  # (held, D), t
     fitted = alpha[held]
     for step in range(steps):
         last, fitted = fitted, mm_step(fitted, means)
-        if step and tolerance and (fitted - last).norm() ** 2 < tolerance * last.norm() ** 2:
+        asked = step > 0 and step % 50 == 0
+        if asked and (fitted - last).norm() ** 2 < tolerance * last.norm() ** 2:
             break
     alpha = alpha.clone()
     alpha[held] = fitted
