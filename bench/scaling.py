@@ -182,8 +182,8 @@ def by_classes(costs: dict[str, dict[int, dict[str, float]]]) -> list[dict]:
         row = (
             {"method": name} | {f"s, {k:,}": step[k] for k in points} | {"exponent": exponent(step)}
         )
-        row |= {f"MB, {most:,}": mb[most], "MB's": exponent(mb)}
-        rows.append(row | {f"test s, {most:,}": test[most], "test's": exponent(test)})
+        row |= {f"MB, {most:,}": mb[most], "MB exponent": exponent(mb)}
+        rows.append(row | {f"test s, {most:,}": test[most], "test exponent": exponent(test)})
     return rows
 
 

@@ -1,6 +1,6 @@
 """The filter: it keeps images in which a model recognises their class.
 
-Any method can be the filter: zero-shot CLIP, as published, or a method trained on the real images.
+Any method can be the filter: zero-shot CLIP, or a method trained on the real images.
 """
 
 import torch

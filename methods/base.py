@@ -59,7 +59,7 @@ class TrainingSettings(BaseSettings):
     optimizer: Annotated[Literal["adamw", "sgd"], "AdamW, or SGD with momentum 0.9"] = "adamw"
     lr: Annotated[float, "peak learning rate"] = 2e-4
     weight_decay: Annotated[float, "weight decay (AdamW's is decoupled)"] = 1e-2
-    epochs: Annotated[int, "epochs to train, at most: passes over the training images"] = 15
+    epochs: Annotated[int, "passes over the training images, at most (see --min-steps)"] = 15
     min_steps: Annotated[int, "gradient steps to train at least, even beyond --epochs"] = 0
     steps_per_shot: Annotated[int, "if not 0: steps to train per shot, instead of --epochs"] = 0
     batch_size: Annotated[int, "images in a gradient step"] = 32
@@ -80,7 +80,7 @@ class TrainingSettings(BaseSettings):
     patience: Annotated[int, "stop after so many validations without improvement; 0: never"] = 3
     keep: Annotated[
         Literal["best", "latest-best", "last", "mean"],
-        "weights to keep: the best on validation (if several are, the first, or latest-best: the "
+        "weights to keep: the best on validation (of equals the first, or latest-best: the "
         "latest); the last; or the mean over all epochs (or --validations)",
     ] = "best"
     grid: Annotated[

@@ -12,7 +12,7 @@ that is empty, at random. The name stands at the end, in the middle or in front.
 
 What we do differently: the prompts go through a PromptTree, so [start] v_1 … v_M is computed once
 per step, not once per class. Without augmentation the frozen image tower encodes each image only
-once, and training uses the stored features.
+once, and training uses the stored features. Recipe `paper` uses float32 instead of float16.
 """
 
 from dataclasses import dataclass

@@ -24,8 +24,11 @@ together.
 
 Both kinds go through the towers in one pass, as in DISEF's code and unlike in the notebook. What we
 do differently: at λ = 1 the synthetic images, which have no weight, are left out, so that training
-equals LoRA's on the real images, to the bit. The paper chooses a learning rate between 2⁻¹⁵ and
-2⁻¹⁰ for each data set; recipe `paper` uses 2⁻¹², and `paper-grid` chooses on validation.
+equals LoRA's on the real images, to the bit; test images are CLIP's own crops (theirs are resized
+to 256 pixels and cut to 224). The paper chooses a learning rate between 2⁻¹⁵ and 2⁻¹⁰ for each data
+set; recipe `paper` uses 2⁻¹², and `paper-grid` chooses on validation. Their code also chooses batch
+size, RandAugment, mixing and λ, and its validation images are the test set. How their images are
+made differs more: docs/generation.md.
 """
 
 import functools

@@ -6,21 +6,24 @@ learn, with a small learning rate, in float32 and with clipped gradients. The lo
     class        CE over s · norm(f)·norm(W)ᵀ, (B, K): B images by the prompts of all K classes, or
     contrastive  CE over rows and columns of s · norm(f)·norm(W[labels])ᵀ, (B, B): B images by the
                  B prompts of their classes, as in pretraining (contrastive.py); proposed by Goyal
-                 et al., "Finetune Like You Pretrain", arXiv:2212.00638
+                 et al., "Finetune Like You Pretrain", arXiv:2212.00638, whose code counts only an
+                 image's own prompt as right (`--plain-pairs`)
 
 `--train` chooses the weights that learn: both towers, one of them, or the last N blocks of each and
 the layers after them. The saved adapter holds all of these weights.
 
 `--recipe skip-tuning` follows Wu et al., "Skip Tuning: Pre-trained Vision-Language Models are
-Effective and Efficient Adapters Themselves", arXiv:2412.11509. The last six blocks of both towers
-learn, on stored outputs of the image tower's first six. Each step's loss is over half of the
-classes, at most 50: those of its images and the most similar ones by max_b cos(f_b, W°_k), where W°
-are the text features of frozen CLIP. The text tower learns at 2e-5, the image tower at a quarter of
-that, as in the authors' code. Differences from that code: every step computes the text tower's
-first six blocks; a batch has images of any classes (theirs, from 4 shots on, of a single class);
-their code also adds some other classes, drawn once at random; float32 instead of float16; and their
-hand-written template of each data set must be given (Flowers102: `--template "a close-up photo of a
-{}."`), and `--epochs 5` on ImageNet, SUN397 and Food101.
+Effective and Efficient Adapters Themselves", arXiv:2412.11509, for base to novel. The last six
+blocks of both towers learn. Each step's loss is over half of the classes, at most 50: those of its
+images and the most similar ones by max_b cos(f_b, W°_k), where W° are the text features of frozen
+CLIP. The text tower learns at 2e-5, the image tower at a quarter of that, as in the authors' code.
+Differences from that code: every step computes the first six blocks (theirs stores outputs of the
+image tower's for an epoch); a batch has images of any classes (theirs, from 4 shots on, of a single
+class); their code also adds some of the less similar classes, the more similar the likelier;
+float32 instead of float16; and their hand-written template of each data set must be given
+(Flowers102: `--template "a close-up photo of a {}."`), and `--epochs 5` on ImageNet, SUN397 and
+Food101. With all classes they train at `--lr 1e-5 --image-lr-factor 1 --epochs 40 --warmup-epochs
+0`, for tests on other data sets at `--lr 1e-5 --image-lr-factor 0.1 --warmup-lr 1e-8`.
 """
 
 import math

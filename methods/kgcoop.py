@@ -11,7 +11,10 @@ At λ = 0 it is CoOp. If the vectors start from the template's words, W starts a
 keeps it there: zero-shot CLIP.
 
 Recipe `paper` follows the authors' code, with float32 instead of float16. With fewer than 128
-images (EuroSAT's base half has 80 at 16 shots), an epoch is a single step.
+images (EuroSAT's base half has 80 at 16 shots), an epoch is a single step. An earlier version of
+that code, which made the log in its issue 2, steps two schedulers of one optimizer, so that its
+learning rate falls faster; the recipe follows the later one. On DTD their template is "a photo of a
+{}, a type of texture." (`--template`).
 """
 
 from dataclasses import dataclass

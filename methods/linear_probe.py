@@ -13,6 +13,10 @@ then steps around the best that halve each time. Candidates above 10^-2, which t
 time, are solved roughly in float32, since few predictions depend on the last digits; the chosen C
 is solved in float64. A probe cannot name a class without training images, so its novel column reads
 n/a.
+
+f is the feature that CLIP compares with texts, as in the example of OpenAI's code and in the probe
+of CoOp's code. The paper's own numbers are of the feature before the tower's last projection, and
+of a last fit to training and validation images together.
 """
 
 from dataclasses import dataclass

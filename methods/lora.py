@@ -21,8 +21,8 @@ every step and multiplies x by it. Here x·Aᵀ is multiplied by Bᵀ, which giv
 less than 2R/D of the multiplications. `merge` forms B·A once, for evaluation or export. Dropout is
 equal in distribution, but masks are shared: prompts that share a token (PromptTree) drop the same
 inputs of it, and q, k and v share a mask unless `--dropout-masks each` is given. CLIP-LoRA's code
-draws one for each. (At a dropout of exactly 0 that code removes the correction from W before it
-computes gradients, which makes the gradients of earlier blocks wrong; ours follow the equation.)
+draws one for each. Its template is "a photo of a {}." on every data set: give it as `--template` if
+a data set has another default. Both papers' code computes in float16.
 """
 
 import contextlib

@@ -39,7 +39,7 @@ def counted(tree: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    start = text.index("```\n", text.index("## The house")) + 4
+    start = text.index("```\n", text.index("## The files")) + 4
     end = text.index("```", start)
     readme.write_text(text[:start] + counted(text[start:end]) + text[end:], encoding="utf-8")
 
