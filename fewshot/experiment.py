@@ -36,7 +36,7 @@ class Experiment:
     """All settings except the method's; each field is a flag of train.py."""
 
     dataset: Annotated[str, f"data set: {', '.join(datasets.DATASETS)}"] = "demo"
-    data_root: Annotated[str, "folder of your pictures, or the parent folder of a named data set"] = ""
+    data_root: Annotated[str, "folder of your pictures, or of named data sets [data]"] = ""
     model: Annotated[str, "demo, ViT-B/16, …, OWNER/NAME of the hub, a file or folder"] = ""
     image_size: Annotated[int, "image size in pixels; 0: as the model was trained"] = 0
     shots: Annotated[int | str, "S, training images of each class, or all"] = 10

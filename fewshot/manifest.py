@@ -14,6 +14,7 @@ their labels.
 import csv
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,17 +44,21 @@ def is_manifest(root: Path) -> bool:
     return any((root / f"{name}.csv").is_file() for name in ("data", "train", "test"))
 
 
+def csv_files(root: Path) -> list[Path]:
+    """data.csv, or the files of the parts."""
+    names = [name for name in ("data", *PARTS) if (root / f"{name}.csv").is_file()]
+    if names[0] == "data" and len(names) > 1:
+        raise UserError(f"{root}: has both data.csv and {names[1]}.csv; keep one")
+    return [root / f"{name}.csv" for name in names]
+
+
 def read_manifest(root: Path) -> Parts:
     """The pictures in the CSV files of root: see above."""
     whole = root / "data.csv"
-    beside = [f"{part}.csv" for part in PARTS if (root / f"{part}.csv").is_file()]
-    if whole.is_file() and beside:
-        raise UserError(f"{root}: has both data.csv and {beside[0]}; keep one")
-    if whole.is_file():
+    if whole in (files := csv_files(root)):
         rows = read_rows(whole)
     else:
-        files = [root / "train.csv", root / "test.csv"]
-        files += [file for file in [root / "val.csv"] if file.is_file()]
+        files = dict.fromkeys([root / "train.csv", root / "test.csv", *files])
         rows = [row for file in files for row in read_rows(file, file.stem)]
     check_listed_once(rows)
     check_files([row.path for row in rows], [row.where for row in rows])
@@ -94,6 +99,23 @@ def read_rows(file: Path, part: str | None = None) -> list[Row]:
     """The rows of a CSV; `part`: the part of all rows, or from the column `split`."""
     needed = ["path", "label"] + ([] if part else ["split"])
     rows = []
+    for where, cells in read_cells(file, needed):
+        for name, cell in cells.items():
+            if not cell:
+                raise UserError(f"{where}: its {name} is empty")
+        path = Path(os.path.normpath(file.parent / cells["path"]))
+        rows.append(Row(path, cells["label"], part or cells["split"], where))
+    if not rows:
+        raise UserError(f"{file}: lists no pictures")
+    return rows
+
+
+def read_cells(
+    file: Path, needed: list[str], others: list[str] | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """For each row of a CSV: where it is, and its cells in the columns `needed` and `others`, of
+    which the latter may be missing (""). UserError, if `split` is no part.
+    """
     try:
         reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
         columns = [(name or "").strip() for name in reader.fieldnames or []]
@@ -103,28 +125,22 @@ def read_rows(file: Path, part: str | None = None) -> list[Row]:
                 f"{file}: has no column {missing[0]!r}; its first line should name "
                 f"{', '.join(needed)}, but names {has}"
             )
-        if twice := [name for name in needed if columns.count(name) > 1]:
+        if twice := [name for name in [*needed, *(others or [])] if columns.count(name) > 1]:
             raise UserError(f"{file}: has two columns {twice[0]!r}; rename one")
         reader.fieldnames = columns
-        for cells in reader:
+        for found in reader:
             where = f"{file}, line {reader.line_num}"
-            if any(cells.pop(None, ())):  # None: cells beyond the columns, often empty
+            if any(found.pop(None, ())):  # None: cells beyond the columns, often empty
                 raise UserError(
                     f"{where}: has more cells than the {len(columns)} columns of the first line; "
                     'put text with a comma in quotes: "a, b"'
                 )
-            values = [(cells[name] or "").strip() for name in needed]
-            if not all(values):
-                raise UserError(f"{where}: its {needed[values.index('')]} is empty")
-            if not part and values[2] not in PARTS:
-                raise UserError(f"{where}: split is {values[2]!r}; expected train, val or test")
-            path = Path(os.path.normpath(file.parent / values[0]))
-            rows.append(Row(path, values[1], part or values[2], where))
+            cells = {name: (found.get(name) or "").strip() for name in [*needed, *(others or [])]}
+            if (split := cells.get("split", "")) not in ("", *PARTS):
+                raise UserError(f"{where}: split is {split!r}; expected train, val or test")
+            yield where, cells
     except csv.Error as error:
         raise UserError(f"{file}: cannot be read as CSV ({error})") from None
-    if not rows:
-        raise UserError(f"{file}: lists no pictures")
-    return rows
 
 
 def check_listed_once(rows: list[Row]) -> None:

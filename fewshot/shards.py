@@ -17,7 +17,6 @@ files of a picture are adjacent, and differ only in their ending) as they are wr
 rows.
 """
 
-import csv
 import hashlib
 import itertools
 import json
@@ -45,8 +44,8 @@ from clip_min.files import (
 )
 from fewshot import ranks
 from fewshot.batches import PRECISIONS
-from fewshot.folder import PARTS, parts_of, read_text
-from fewshot.manifest import is_manifest
+from fewshot.folder import parts_of, read_text
+from fewshot.manifest import csv_files, is_manifest, read_cells
 from fewshot.pictures import ENDINGS, ahead, cut, digest, open_image
 
 LABELS = (".cls", ".txt")  # files beside a picture in a tar file, with its class
@@ -77,9 +76,8 @@ def items(source: Path) -> Iterator[Item]:
         for tar in tars:
             yield from _in_tar(tar)
     elif is_manifest(source):
-        for part in ("data", *PARTS):
-            if (file := source / f"{part}.csv").is_file():
-                yield from _in_csv(file, "" if part == "data" else part)
+        for file in csv_files(source):
+            yield from _in_csv(file, "" if file.stem == "data" else file.stem)
     else:
         parts, alone = parts_of(source)
         split = alone or "train" in parts and len(parts) > 1  # one may be a class: a train
@@ -110,20 +108,10 @@ def _in_csv(file: Path, part: str = "") -> Iterator[Item]:
     """Rows with a path and optionally label and split; a path is absolute, or relative to the file.
     `part`: the split of all rows.
     """
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines)
-            if "path" not in (rows.fieldnames or ()):
-                raise UserError(f"{file}: has no column path in its first line")
-            for row in rows:
-                split = part or (row.get("split") or "").strip()
-                if split not in ("", *PARTS):
-                    where = f"{file}, line {rows.line_num}"
-                    raise UserError(f"{where}: split is {split!r}; expected train, val or test")
-                label = (row.get("label") or "").strip()
-                yield Item(row["path"], label, file.parent / row["path"], part=split)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: cannot be read as CSV ({error})") from None
+    for where, cells in read_cells(file, ["path"], ["label", "split"]):
+        if not (path := cells["path"]):
+            raise UserError(f"{where}: its path is empty")
+        yield Item(path, cells["label"], file.parent / path, part=part or cells["split"])
 
 
 def _in_tar(file: Path) -> Iterator[Item]:
@@ -196,6 +184,7 @@ class Shards:
 
         UserError, if existing shards are of other pictures than those in the source.
         """
+        shard = -1
         each = itertools.groupby(enumerate(source), key=lambda pair: pair[0] // self.size)
         for shard, pairs in each:
             if shard in self.there:
@@ -207,6 +196,11 @@ class Shards:
                     )
             elif shard % ranks.size == ranks.rank:
                 yield from ((shard, item) for _, item in pairs)
+        if beyond := [number for number in self.there if number > shard]:
+            raise UserError(
+                f"{self.path(min(beyond), '.json')}: the source has no more pictures for it; put "
+                "those back, or choose another --out"
+            )
 
     def told(self, shard: int) -> dict:
         """The names, labels and parts of a shard."""
@@ -236,7 +230,7 @@ class Shards:
         """Copy the file of class names, if there is one beside the pictures."""
         for name in ("classes.txt", "classes.json"):
             file = (source if source.is_dir() else source.parent) / name
-            if file.is_file() and not (self.folder / name).exists():
+            if file.is_file():
                 write_text(self.folder / name, read_text(file))
 
     def finish(self) -> dict:

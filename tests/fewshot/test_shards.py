@@ -147,8 +147,56 @@ def test_a_source_that_breaks_ends_the_work_after_what_it_gave(clip, tar, tmp_pa
 def test_a_list_without_paths_is_one_line(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("file,label\na.png,a\n")
-    with pytest.raises(UserError, match="has no column path"):
+    with pytest.raises(UserError, match="has no column 'path'"):
         list(items(file))
+
+
+def test_a_list_is_read_as_a_list_of_the_data_set_is(tmp_path):
+    """Spaces around names of columns and cells; other columns; label and split may be missing."""
+    (file := tmp_path / "x.csv").write_text(" path, split,size\n a.png , test,3\nb.png,,4\n")
+    found = [(item.name, item.label, item.file, item.part) for item in items(file)]
+    expected = [("a.png", "", tmp_path / "a.png", "test"), ("b.png", "", tmp_path / "b.png", "")]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('path,label\n"a.png,a\nb.png,b\nc.png,c\n', "cannot be read as CSV"),
+        ("label,path\ntulip\n", "line 2: its path is empty"),
+        ("path,label\na.png,a,b\n", "line 2: has more cells"),
+        ("path,path\na.png,a\n", "has two columns 'path'"),
+        ("path,split\na.png,tset\n", "line 2: split is 'tset'"),
+    ],
+)
+def test_a_faulty_list_is_one_line(text, why, tmp_path):
+    (file := tmp_path / "x.csv").write_text(text)
+    with pytest.raises(UserError, match=f"x.csv.*{why}"):
+        list(items(file))
+
+
+def test_one_list_of_all_parts_and_one_of_a_part_are_refused(tmp_path):
+    for name in ("data", "train"):
+        (tmp_path / f"{name}.csv").write_text("path,label,split\na.png,a,train\n")
+    with pytest.raises(UserError, match="has both data.csv and train.csv"):
+        list(items(tmp_path))
+
+
+def test_pictures_that_are_gone_at_the_end_are_an_error_too(clip, folder, tmp_path):
+    """Of a whole shard: no shard that is left holds another one."""
+    make(clip, folder, tmp_path / "out").finish()
+    for file in sorted((folder / "c").rglob("*.png"))[-3:]:
+        file.unlink()
+    with pytest.raises(UserError, match=r"00004\.json: the source has no more pictures for it"):
+        make(clip, folder, tmp_path / "out")
+
+
+def test_names_of_classes_are_the_sources_as_it_is_now(clip, folder, tmp_path):
+    shards = make(clip, folder, tmp_path / "out")
+    for text in ("one\ntwo\nthree\n", "uno\ndue\ntre\n"):
+        (folder / "classes.txt").write_text(text)
+        shards.keep_names(folder)
+        assert (tmp_path / "out/classes.txt").read_text() == text
 
 
 def test_a_picture_before_any_folder_has_no_label(tmp_path, noise):
