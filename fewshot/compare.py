@@ -161,7 +161,7 @@ def show(
             rows = summarise(
                 {m: [r for (of, _), r in runs.items() if of == s] for m, runs in methods.items()}
             )
-            images = next(iter(methods.values()))[drawn[0]]["val_images"]
+            images = next(iter(methods.values()))[s, seeds[0]]["val_images"]
             found[str(s)] = {"rows": rows, "advice": advice(rows, images, by_name)}
             tables.setdefault(str(s), {})[dataset] = rows
             seeds_are = f", mean ± standard deviation of seeds {', '.join(map(str, seeds))}"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fewshot.compare import advice, announce, mean_of_data_sets, summarise, table, within
+from fewshot.compare import advice, announce, mean_of_data_sets, show, summarise, table, within
 
 
 def scores(val, base, novel) -> dict:
@@ -74,6 +74,20 @@ def test_advice_names_another_where_the_best_learns_nothing_of_new_names():
 
 def test_clip_as_it_is_may_be_the_best():
     assert advice(rows(lora=result(10, 99)), 50, {"lora"}).startswith("Take zero-shot CLIP: ")
+
+
+def test_advice_counts_the_validation_images_of_its_own_number_of_shots(tmp_path, capsys):
+    def two(val, seconds):  # by shots and seed
+        each = {(1, 1): 10, (16, 1): 1000}
+        return {key: result(val, 1, seconds=seconds) | {"val_images": n} for key, n in each.items()}
+
+    results = {"flowers": {"slow": two(80, 10), "quick": two(70, 1)}}
+    show(results, {"flowers": tmp_path}, tmp_path, {"slow": {}, "quick": {}}, set())
+    advice_of = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Take")]
+    assert "best on the 10 validation images" in advice_of[0]
+    assert "is quick" in advice_of[0]
+    assert "best on the 1000 validation images" in advice_of[1].replace(",", "")
+    assert "quick" not in advice_of[1]  # there 10 points are more than the error
 
 
 def test_what_fits_in_a_time_is_the_shortest_first():
