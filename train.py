@@ -281,12 +281,12 @@ def train(plan: Plan, world: World) -> dict:
 
 
 def validated(method: Method, task: Task, log: list[dict]) -> float | None:
-    """The validation accuracy of the kept checkpoint, measured if it is not in the log; None, if
+    """The validation accuracy of the saved adapter, measured if it is not in the log; None, if
     images are labelled jointly.
     """
     if method.transductive:
         return None
-    if log and "best" in method.settings.keep:
+    if log and "best" in method.settings.keep and not method.searches_last:
         return max(line["val"] for line in log)
     return accuracy_on(method, task.val)
 

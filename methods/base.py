@@ -183,6 +183,7 @@ class Method(nn.Module):
     # Where processes share a batch: the number of its first image here; the targets of them all.
     place, whole = 0, None
     loss_is_mean: bool = True  # over images? Else processes cannot share a batch.
+    searches_last: bool = False  # does `fit` choose more after the gradient loop?
     _inferring, _text = False, None  # see `inference`; the stored class features
 
     @classmethod

@@ -149,6 +149,7 @@ class TipAdapterF(TipAdapter):
         "demo": OWN,
     }
     trains_support = True
+    searches_last = True
 
     def fit(self, train, val, descend) -> None:
         """Start from Tip-Adapter's keys, α and β, train the keys, then choose α and β again."""

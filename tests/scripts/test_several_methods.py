@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from fewshot.experiment import Experiment
+from fewshot.metrics import accuracy_on
+from fewshot.run import Run
+from methods.interop.load import trained
+
 BASE = Path("noise/tiny")
 NAMES = ["lora", "coop", "tip_adapter", "linear_probe"]
 FEW = ("--epochs", 3, "--batch-size", 4, "--patience", 0, "--shots", 4)
@@ -40,6 +45,20 @@ def test_each_run_is_the_one_it_is_alone(name, together, script, where, tmp_path
         assert one.pop(varies) >= 0
         assert other.pop(varies) >= 0
     assert one == other
+
+
+def test_the_validation_accuracy_is_that_of_the_saved_adapter(script, tmp_path):
+    """Of Tip-Adapter-F, which searches α and β once more after its last epoch."""
+    flags = ("--method", "tip_adapter_f", "--shots", 2, "--seed", 3, "--epochs", 1)
+    result = script("train", *flags, "--out", tmp_path)
+    assert result.code == 0, result.err
+    path = tmp_path / "demo/demo/tip_adapter_f-s2-seed3"
+    found = json.loads((path / "results.json").read_text())["val"]
+    run = Run.open(path)
+    clip, task = Experiment(**run.config["experiment"]).load(None)
+    assert accuracy_on(trained(run, clip), task.val) == found
+    logged = max(json.loads(line)["val"] for line in (path / "log.jsonl").open())
+    assert logged != found  # else this test could not fail
 
 
 def test_it_tells_how_long_it_takes_and_ends_with_a_table_and_advice(together):
