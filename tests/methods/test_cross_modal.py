@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fewshot.batches import Batches
-from fewshot.loop import descend
+from fewshot.loop import descend, shuffled
 from fewshot.pictures import Pictures, Reader
 from fewshot.run import Run
 from methods.cross_modal import CrossModal, CrossModalSettings
@@ -74,6 +74,19 @@ def test_texts_come_in_shuffled_passes_whose_incomplete_batch_is_dropped(count, 
             drawn.append(tuple(texts))
         assert tuple(method.texts().tolist()) == drawn[-1][-count:]  # however often it is asked
     assert len(set(drawn)) == 6  # in another order each time
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_texts_are_not_in_the_order_of_as_many_images(seed, new_clip):
+    names = [f"flower {k}" for k in range(51)]
+    torch.manual_seed(seed)
+    method = CrossModal(new_clip(), names, TEMPLATE, CrossModalSettings(batch_size=16))
+    pixels = torch.zeros(51, 3, 32, 32, dtype=torch.uint8)
+    train = Batches(Pictures(pixels, torch.arange(51)), pixels, Reader(32, folder=None))
+    for epoch in range(3):
+        method.step = 3 * epoch
+        images = shuffled(train, 16, seed, epoch)[0]
+        assert set(images.tolist()) != set(method.texts().tolist())
 
 
 def test_the_loop_counts_the_steps_that_texts_follow(new_clip, tmp_path, monkeypatch):
