@@ -99,6 +99,14 @@ def read_run(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
     """A run folder of train.py -> its learned tensors and settings."""
     run = Run.open(path)
     run.check_model(weights.fingerprint(method.lent[0]))
+    rows = not method.names_unseen or getattr(method.settings, "depth_head", False)
+    if rows and run.learned != method.classnames:  # a tensor has a row for each class
+        count, mine = len(run.learned), len(method.classnames)
+        raise UserError(
+            f"{path}: learned {count} classes ({run.learned[0]!r} …) that are not the {mine} of "
+            f"this run ({method.classnames[0]!r} …), or are in another order, and "
+            f"{type(method).__name__} cannot name others; give a run on the same classes"
+        )
     settings = asdict(described(run)[1])
     unused = {"image": "text_", "text": "image_"}.get(settings.get("towers", ""), "no such setting")
     settings = {key: value for key, value in settings.items() if not key.startswith(unused)}

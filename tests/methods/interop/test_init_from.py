@@ -416,6 +416,30 @@ def test_a_run_of_the_same_method_is_taken_over_to_the_bit(name, new_clip, tmp_p
     assert any(then) or not then, "it starts over; give it `starts_over = True`"
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "fits"),
+    [
+        ("lora", {}, True),
+        ("coop", {}, True),
+        ("two_stage", {}, True),  # whose classifier starts anew
+        ("cross_modal", {}, False),
+        ("vpt", {"head": "linear"}, False),
+        ("coop", {"class_specific": True}, False),
+        ("kgcoop", {"depth_head": True}, False),
+    ],
+)
+def test_rows_of_other_classes_are_not_taken_over(name, more, fits, new_clip, tmp_path):
+    kind = METHODS[name]
+    write_run(kind(new_clip(), NAMES, TEMPLATE, kind.Settings(**more)), tmp_path)
+    load_into(kind(new_clip(), NAMES, TEMPLATE, kind.Settings(**more)), tmp_path)
+    other = kind(new_clip(), NAMES[::-1], TEMPLATE, kind.Settings(**more))
+    if fits:
+        load_into(other, tmp_path)
+        return
+    with pytest.raises(UserError, match="learned 3 classes .'rose' ….*; give a run on the same"):
+        load_into(other, tmp_path)
+
+
 def test_settings_of_a_tower_that_does_not_learn_do_not_count(new_clip, tmp_path):
     write_run(new_lora(new_clip(), towers="image", text_rank=7), tmp_path)
     load_into(new_lora(new_clip(), towers="image", text_rank=3), tmp_path)
