@@ -122,8 +122,9 @@ class Spool:
         new = digest and digest not in self.places
         if new and (place := next(self.next)) < self.most:
             with contextlib.suppress(OSError):
-                os.pwrite(self.file.fileno(), crop.numpy().data, place * self.bytes)
-                self.places[digest] = place
+                content = crop.numpy().data
+                if os.pwrite(self.file.fileno(), content, place * self.bytes) == self.bytes:
+                    self.places[digest] = place  # else the disk is full
 
     def get(self, digest: str) -> Tensor | None:
         """The crop of the picture whose file has this sha256; None, if it was not stored."""

@@ -219,6 +219,17 @@ def test_features_that_vouch_for_themselves_and_do_not_fit_are_computed_again(tm
     assert torch.equal(new_batches(tmp_path).encoded(method_on(new_clip())), first)
 
 
+def test_a_crop_of_which_the_disk_took_a_part_is_not_there(tmp_path, monkeypatch):
+    crop = torch.randint(256, (3, 4, 4), dtype=torch.uint8)
+    spool = cache.Spool(tmp_path, 4)
+    monkeypatch.setattr(cache.os, "pwrite", lambda *_: 20)
+    spool.put("a", crop)
+    assert spool.get("a") is None
+    monkeypatch.undo()
+    spool.put("a", crop)
+    assert torch.equal(spool.get("a"), crop)
+
+
 def test_a_picture_that_comes_twice_takes_room_once(tmp_path, monkeypatch):
     crops = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     monkeypatch.setattr(cache, "limit", crops.nbytes)
