@@ -179,6 +179,17 @@ def test_a_name_asked_for_twice_gets_its_votes_in_both_places(new_clip, pictures
     torch.testing.assert_close(twice, method.classify(queries)[:, [0, 3, 0]])
 
 
+def test_two_classes_of_one_name_keep_the_images_of_each(new_clip, pictures):
+    clip, (queries, _) = new_clip(), draw(7, 2)
+    both = TipAdapter(clip, ["crane", "rose", "crane"], TEMPLATE, TipAdapter.Settings())
+    apart = TipAdapter(clip, ["bird", "rose", "crane"], TEMPLATE, TipAdapter.Settings())
+    for method in (both, apart):
+        method.remember(pictures(draw(9, 1)[0], [0, 0, 2, 1, 2, 1, 1, 0, 2]))
+    votes = both.cache_logits(queries, 2.0)
+    torch.testing.assert_close(votes, apart.cache_logits(queries, 2.0))
+    assert (votes[:, 0] - votes[:, 2]).abs().max() > 1e-3
+
+
 def test_gradients_reach_the_keys_alone(new_clip, pictures):
     method = tip(new_clip(), TipAdapterF, alpha=5.0, beta=2.0)
     (x, labels), (queries, right) = draw(9, 1), draw(7, 2)
