@@ -93,13 +93,20 @@ def load(
 
 
 def resized(positions: Tensor, grid: int) -> Tensor:
-    """Resize a positional embedding (1 + g·g, D) -> (1 + grid·grid, D), as open_clip does."""
+    """Resize a positional embedding (1 + g·g, D) -> (1 + grid·grid, D), as open_clip does.
+
+    On the CPU and in float64, so that the result, and with it the fingerprint, depends neither on
+    the device nor on the processor.
+    """
     rows = round((len(positions) - 1) ** 0.5)  # g
-    patches = positions[1:].float().unflatten(0, (rows, rows)).permute(2, 0, 1)  # (D, g, g)
+    patches = positions[1:].cpu().double().unflatten(0, (rows, rows)).permute(2, 0, 1)  # (D, g, g)
     patches = F.interpolate(
         patches[None], (grid, grid), mode="bicubic", antialias=True, align_corners=False
     )[0]  # (D, grid, grid)
-    return torch.cat([positions[:1], patches.flatten(1).T.to(positions.dtype)])
+    patches *= (
+        1 + 2**-40
+    )  # so that no value is halfway between two of float32, and rounds by chance
+    return torch.cat([positions[:1], patches.flatten(1).T.to(positions)])
 
 
 def mismatches(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
