@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from clip_min import UserError
 from clip_min.memory import check_room, free_memory
 from methods.base import Method
-from methods.learned_names import rows
+from methods.learned_names import places
 
 
 class WithSupport(Method):
@@ -72,11 +72,12 @@ class WithSupport(Method):
         """The class of each support image (N,) and of each requested name (K,), as indices of the
         learned names. A requested name without images gets the index after the last.
         """
-        asked = rows(self.classnames, self.learned_names)
-        numbers = {name: i for i, name in enumerate(self.learned_names)}
-        for k in (asked < 0).nonzero().flatten().tolist():  # without images, or requested again
-            asked[k] = numbers.get(self.classnames[k], len(self.learned_names))
-        return self.support_labels, asked.to(self.support.device)
+        asked = places(self.classnames, self.learned_names)
+        again = {name: i for i, name in enumerate(self.learned_names)}  # for a repeated request
+        none = len(self.learned_names)
+        pairs = zip(asked, self.classnames, strict=True)
+        asked = [again.get(name, none) if i < 0 else i for i, name in pairs]
+        return self.support_labels, torch.tensor(asked, device=self.support.device)
 
     def adapter_state(self) -> dict[str, Tensor]:
         return {"support": self.support, "support_labels": self.support_labels}
