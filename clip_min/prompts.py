@@ -58,6 +58,8 @@ class PromptTree(nn.Module):
         order = sorted(range(len(prompts)), key=prompts.__getitem__)
         self.register_buffer("unsort", torch.tensor(order).argsort(), persistent=False)  # (K,)
         self.context_rows = int(slots.max()) + 1
+        self.vocabulary = int(tokens.max()) + 1  # that a model needs to read them
+        self.context_length = max(ends) + 1
         chunks: list[Chunk] = []
         nodes: dict[tuple, int] = {}  # a node is the beginning that leads to it -> its place
         reads: list[int] = []

@@ -205,7 +205,14 @@ class Method(nn.Module):
     def set_classes(self, classnames: list[str]) -> None:
         """Set the K classes that `classify` chooses from."""
         self.classnames = list(classnames)
-        self.prompts = self.prompt_tree().to(self.clip.logit_scale.device)
+        prompts, c = self.prompt_tree(), self.clip.config
+        if prompts.vocabulary > c.vocab_size or prompts.context_length > c.context_length:
+            raise UserError(
+                f"this model reads {c.context_length} of {c.vocab_size:,} tokens, but the prompts "
+                f"have up to {prompts.context_length} of the {prompts.vocabulary:,} of CLIP's "
+                "tokenizer; give another --model, or shorter prompts"
+            )
+        self.prompts = prompts.to(self.clip.device)
         self._text = None
 
     def written_prompts(self) -> list[list[str]]:

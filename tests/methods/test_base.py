@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_min import UserError, tokenize
+from clip_min import CLIP, CLIPConfig, UserError, tokenize
 from methods import METHODS, BaseSettings, Method, TrainingSettings
 from methods.support import WithSupport
 
@@ -76,6 +76,22 @@ def test_gradients_reach_the_adapter_and_nothing_else(name, new_clip, images):
     moved = {n for n, p in method.named_parameters() if p.grad is not None}
     assert moved == learned
     assert {n for n, p in method.named_parameters() if p.requires_grad} == learned
+
+
+@pytest.mark.parametrize("name", ["zero_shot", "coop", "promptsrc"])
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"vocab_size": 1000}, "reads 77 of 1,000 tokens.* of the 49,408 of CLIP's tokenizer"),
+        ({"context_length": 9}, "reads 9 of 49,408 tokens.* up to 1[0-9] .*or shorter prompts"),
+    ],
+)
+def test_prompts_that_a_model_cannot_read_are_one_line(name, sizes, said):
+    clip = CLIP(CLIPConfig(32, 32, 8, 64, 2, 2, 64, 2, 2, **sizes))
+    with pytest.raises(UserError, match=said):
+        new(name, clip)
+    short = CLIP(CLIPConfig(32, 32, 8, 64, 2, 2, 64, 2, 2, context_length=40))
+    assert len(new(name, short).classnames) == 4
 
 
 @every_method
