@@ -19,7 +19,7 @@ from torchvision.transforms import (
 from torchvision.transforms import functional as tv
 from tqdm import tqdm
 
-from clip_min import UserError, normalize
+from clip_min import UserError, fast, normalize
 from clip_min.errors import Note
 from fewshot import cache, ranks
 from fewshot.pictures import READERS, Pictures, Reader, pixel_hash
@@ -115,7 +115,7 @@ class Batches:
         """The pictures with the indices `chosen` (B,), as real ones."""
         part = Batches(self.pictures[chosen], self.pixels[chosen], self.reader)
         part._encoded = {encoder: x[chosen] for encoder, x in self._encoded.items()}
-        part._fits = dict(self._fits)
+        part._fits, part.room = dict(self._fits), self.room
         return part
 
     def join(self, synthetic: "Batches") -> "Batches":
@@ -127,14 +127,15 @@ class Batches:
         digests = None if None in known else known[0] + known[1]
         joined = Batches(Pictures(sources, labels, digests), pixels, self.reader)
         joined.synthetic = torch.arange(len(joined), device=self.device) >= len(self)
+        joined.room = self.room
         return joined
 
     def mirrored(self) -> "Batches":
         """These pictures, followed by their mirror images."""
-        twice = torch.arange(len(self)).repeat(2)
-        return Batches(
-            self.pictures[twice], torch.cat([self.pixels, self.pixels.flip(-1)]), self.reader
-        )
+        pictures = self.pictures[torch.arange(len(self)).repeat(2)]
+        both = Batches(pictures, torch.cat([self.pixels, self.pixels.flip(-1)]), self.reader)
+        both.room = self.room
+        return both
 
     def targets(self, chosen: Tensor) -> tuple[Tensor, ...]:
         """The targets for `method.loss`: labels (B,) and, if there are synthetic pictures, which
@@ -177,7 +178,10 @@ class Batches:
         """
         if augment == "none" and self.keeps(method):
             return self.encoded(method)[chosen]
-        return method.encode(self.images(chosen, augment))
+        images = self.images(chosen, augment)
+        if method.encoder is None:
+            return method.encode(images)
+        return torch.cat([method.encode(part) for part in images.split(64)])  # with less memory
 
     def each(self, method, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """For each of this rank's parts, the pictures with its indices (B,), encoded for
@@ -219,6 +223,10 @@ class Batches:
         encoder = method.encoder
         if encoder not in self._encoded:
             machine = (torch.__version__, torch.get_num_threads(), self.device.type)
+            if self.device.type == "cuda":
+                machine += (torch.cuda.get_device_name(self.device),)
+            else:
+                machine += (fast.enabled, *fast.processor())
             machine += () if self.precision == "fp32" else (self.precision,)
             name = cache.key(self.hashes, encoder, method.clip.config, batch_size, machine)
             found = cache.load(self.reader.folder, "features", name)

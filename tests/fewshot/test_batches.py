@@ -58,6 +58,29 @@ def test_mirrored_are_the_pictures_followed_by_the_mirror_image_of_each_crop(pic
     assert len(both.hashes.unique(dim=0)) == 2 * len(batches.hashes.unique(dim=0))
 
 
+def test_views_are_encoded_in_parts_and_are_the_same(pictures):
+    class Encoder:
+        encoder, sizes = ("pixels",), []
+
+        def encode(self, images):
+            self.sizes.append(len(images))
+            return images.flatten(1)
+
+    batches, method, chosen = batches_of(pictures, 8), Encoder(), torch.arange(150) % 7
+    torch.manual_seed(1)
+    found = batches.inputs(method, chosen, "crop-flip")
+    torch.manual_seed(1)
+    assert torch.equal(found, batches.images(chosen, "crop-flip").flatten(1))
+    assert method.sizes == [64, 64, 22]
+
+
+def test_parts_of_pictures_have_the_room_of_the_whole(pictures):
+    batches = batches_of(pictures, 8)
+    batches.room = None
+    others = batches.mirrored(), batches.part(torch.arange(2)), batches.join(batches)
+    assert [other.room for other in others] == [None] * 3
+
+
 RAMP = 64  # pixels; red grows rightwards and green downwards, so a crop says where it comes from
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from clip_min import CLIP, CLIPConfig, UserError
+from clip_min import CLIP, CLIPConfig, UserError, fast
 from fewshot import cache
 from fewshot.batches import Batches
 from fewshot.pictures import Pictures, Reader
@@ -217,6 +217,17 @@ def test_features_that_vouch_for_themselves_and_do_not_fit_are_computed_again(tm
     (file,) = (tmp_path / "features").iterdir()
     cache.save(tmp_path, "features", file.stem, bad)
     assert torch.equal(new_batches(tmp_path).encoded(method_on(new_clip())), first)
+
+
+def test_features_of_another_way_to_compute_are_computed(tmp_path, monkeypatch):
+    new_batches(tmp_path).encoded(method_on(new_clip()))
+    monkeypatch.setattr(fast, "enabled", not fast.enabled)
+    with pytest.raises(AssertionError, match="were in the cache"):
+        new_batches(tmp_path).encoded(refusing(new_clip()))
+    monkeypatch.undo()
+    monkeypatch.setattr(fast, "processor", lambda: ("Another", 1, 1))
+    with pytest.raises(AssertionError, match="were in the cache"):
+        new_batches(tmp_path).encoded(refusing(new_clip()))
 
 
 def test_a_crop_of_which_the_disk_took_a_part_is_not_there(tmp_path, monkeypatch):
