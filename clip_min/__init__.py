@@ -2,8 +2,9 @@
 
 import clip_min
 clip = clip_min.load("ViT-B/16")
-pixels = clip_min.crop(image, clip.config.image_size)                 # uint8 (3, 224, 224)
-logits = clip(clip_min.normalize(pixels)[None], clip_min.tokenize(["a cat", "a dog"]))  # (1, 2)
+pixels = clip_min.crop(image, clip.config)                            # uint8 (3, 224, 224)
+images = clip_min.normalize(pixels, config=clip.config)[None]         # (1, 3, 224, 224)
+logits = clip(images, clip_min.tokenize(["a cat", "a dog"]))          # (1, 2)
 """
 
 import os

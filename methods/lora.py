@@ -67,10 +67,11 @@ class GroupedLoRA(nn.Module):
         self.dropout, self.masks = nn.Dropout(dropout), masks
         width = base.out_features // of  # D
         # In float32 even if the model is not: 16 bits would round small gradient steps away.
-        a = torch.empty(len(parts) * rank, base.in_features, device=base.weight.device)
-        b = torch.zeros(len(parts) * width, rank, device=base.weight.device)
-        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear starts its weight
+        a = torch.empty(len(parts) * rank, base.in_features)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear starts its weight
+        b = torch.zeros(len(parts) * width, rank)
+        device = base.weight.device  # drawn on the CPU: a seed gives the same A on every device
+        self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
         # The frozen weight, kept while the correction is merged into it.
         self._unmerged: Tensor | None = None
 
