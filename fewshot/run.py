@@ -135,19 +135,15 @@ class Run:
         self.log = read_json_lines(log, LOGGED | judged)
 
     def _note_other_bits(self, config: dict) -> None:
-        """Print a note, if hardware or versions differ from those of the first part of this run."""
-
-        def described(config: dict) -> str:
-            return f"torch {config['versions'].get('torch')}, {config.get('threads')} threads"
-
+        """Print a note, if torch is not the version of the first part of this run."""
         try:
-            before, now = described(self.config), described(config)
+            before, now = (of["versions"].get("torch") for of in (self.config, config))
         except (KeyError, AttributeError):  # an old config
             return
         if before != now:
             print(
-                f"note: this run was started with {before}, and continues with {now}: its last "
-                "bits may differ from those of an uninterrupted run"
+                f"note: this run was started with torch {before}, and continues with torch {now}: "
+                "its last bits may differ from those of an uninterrupted run"
             )
 
     @classmethod

@@ -235,10 +235,7 @@ def test_resuming_where_bits_may_differ_says_so(run, capsys):
     assert capsys.readouterr().out == ""
     Run.resume(run.path, CONFIG | {"threads": 9, "versions": {"torch": "3"}})
     said = capsys.readouterr().out
-    assert (
-        "started with torch 2, 4 threads, and continues with torch 3, 9 threads: its last bits"
-        in said
-    )
+    assert "started with torch 2, and continues with torch 3: its last bits" in said
     assert provenance()["threads"] == torch.get_num_threads()
 
 
