@@ -198,7 +198,8 @@ def train(plan: Plan, world: World) -> dict:
         method.for_classes(test.classnames)  # raises now, if a name does not fit
     synthetic = {}
     if isinstance(settings, DISEFSettings):
-        with torch.random.fork_rng():  # keeps training's random numbers independent of it
+        gpu = [world.clip.device] if world.clip.device.type == "cuda" else []
+        with torch.random.fork_rng(gpu):  # keeps training's random numbers independent of it
             if (filter := settings.filter) == "lora":
                 filter = lora_run(plan, world)
             made = add_synthetic(settings, experiment, task, plan.out, filter)

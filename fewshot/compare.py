@@ -51,7 +51,8 @@ def seconds_of(method, task: Task) -> float:
         return 0.0
 
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with quiet, torch.random.fork_rng(), contextlib.suppress(NotFinite):  # the run reports it
+    gpu = [method.clip.device] if method.clip.device.type == "cuda" else []
+    with quiet, torch.random.fork_rng(gpu), contextlib.suppress(NotFinite):  # the run reports it
         method.fit(task.train, task.val, tried)
     tested = sum(len(test.batches) for test in task.tests.values())
     return trained + tested * validation_seconds(method, task.val)

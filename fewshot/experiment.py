@@ -28,6 +28,7 @@ from fewshot.record import Record
 from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
 
+THREADS = torch.get_num_threads()  # by default, before `prepare` sets another number
 SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
 
 
@@ -137,7 +138,7 @@ class Experiment:
         # By default a GPU rounds inputs of convolutions (the patch embedding) to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
         small = sum(parameter.numel() for parameter in clip.parameters()) < SMALL
-        torch.set_num_threads(self.threads or (1 if small else torch.get_num_threads()))
+        torch.set_num_threads(self.threads or (1 if small else THREADS))
 
     def load_dataset(self) -> datasets.Dataset:
         """The whole data set of the flags; `load` draws the task from it."""
@@ -208,7 +209,7 @@ def evaluate(
 
 def forget_peak() -> None:
     """Reset the peak for `peak_memory_mb`, if the system supports it."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run with --device cpu must not touch the GPU
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux

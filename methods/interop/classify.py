@@ -137,6 +137,7 @@ def open_run(
     except TypeError as error:
         raise UserError(f"{run.path}/config.json: not a config of a run ({error})") from None
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
+    torch.backends.cudnn.allow_tf32 = False  # real float32 in the patch embedding, as in training
     method = trained(run, clip, share=share)
     if classnames is None and method.names_unseen:
         classnames = [name for names in run.config["classnames"].values() for name in names]

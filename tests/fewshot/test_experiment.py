@@ -16,6 +16,7 @@ import torch
 from clip_min import UserError
 from clip_min.errors import Note
 from fewshot import demo
+from fewshot import experiment as module
 from fewshot.batches import Batches
 from fewshot.experiment import Experiment, evaluate, peak_memory_mb, run_script
 from fewshot.pictures import Reader
@@ -23,6 +24,7 @@ from fewshot.task import Task
 from fewshot.task import Test as Part  # pytest would take the name for a test
 
 SMALL = SimpleNamespace(parameters=lambda: [torch.zeros(1)])  # a CLIP, as far as threads go
+LARGE = SimpleNamespace(parameters=lambda: [torch.zeros(1).expand(10**8)])
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,21 @@ def test_nothing_is_set_before_it_is_prepared_and_loading_changes_no_setting(req
     assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == (1, False)
     replace(experiment, threads=2).prepare(clip)
     assert torch.get_num_threads() == 2
+    monkeypatch.setattr(module, "THREADS", 3)
+    experiment.prepare(clip)
+    experiment.prepare(LARGE)  # in the same process, after a small model
+    assert torch.get_num_threads() == 3
+
+
+def test_a_gpu_that_the_run_does_not_use_is_not_touched(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    touched = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: touched.append(1))
+    module.forget_peak()
+    assert not touched
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    module.forget_peak()
+    assert touched
 
 
 @pytest.mark.parametrize(
