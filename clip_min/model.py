@@ -4,7 +4,7 @@ Radford et al., "Learning Transferable Visual Models From Natural Language Super
 arXiv:2103.00020. Parts stand before wholes: attention, block, transformer, the two towers, CLIP.
 
 Letters in the shape comments: B images, K texts, T tokens, D width of a tower, H heads, E size of
-the shared space; `read` is the number of tokens whose output is read.
+the shared space; `read` the number of tokens whose output is read (as an argument, their index).
 
 Parameter names are OpenAI's, so that weights are recognisable everywhere, with one exception: the
 fused q/k/v projection is an ordinary `nn.Linear` (`attn.in_proj.weight`, theirs:
@@ -170,7 +170,7 @@ class VisionTower(nn.Module):
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images are {images.shape[-2]}x{images.shape[-1]} pixels, but this model reads "
-                f"{self.image_size}x{self.image_size}: crop them with clip_min.preprocess"
+                f"{self.image_size}x{self.image_size}: use clip_min.crop"
             )
         x = self.conv1(images.to(self.conv1.weight.dtype))  # (B, D, n/p, n/p)
         x = x.flatten(2).transpose(1, 2)  # (B, T-1, D)
@@ -260,12 +260,12 @@ class CLIP(TextTower):
         return PromptTree(tokens).to(tokens.device)(self)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """(B, E) and (K, E), or one text row per image (B, K, E) -> logits (B, K).
+        """(B, E) and (K, E), or K text features for each image (B, K, E) -> logits (B, K).
 
         The cosine of each image with each text, times the model's logit scale.
         """
         dtype = self.logit_scale.dtype
-        # No autocast: bfloat16 has 8 bits, and at a scale of 100 similar classes would tie.
+        # No autocast: bfloat16 has 8 significant bits; at a scale of 100 similar classes would tie.
         with torch.autocast(image_features.device.type, enabled=False):
             image_features = F.normalize(image_features.to(dtype), dim=-1)
             text_features = F.normalize(text_features.to(dtype), dim=-1)

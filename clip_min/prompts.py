@@ -14,7 +14,7 @@ true position in its prompt, and the attention mask lets a node see itself and i
 exactly the tokens it would see if its prompt stood alone. (Randomness inside the tower, such as
 LoRA's dropout, is drawn once for a node, and so for all prompts that share the node.)
 
-Attention cost grows with the square of a sequence, so a large tree is cut into chunks of
+Attention cost grows with the square of the length, so a large tree is cut into chunks of
 `chunk_tokens`, each a tree of its own; the total then stays linear in the number of prompts.
 
 Prompt learning (CoOp, CoCoOp) puts learned vectors in place of some token embeddings. `slots` says
@@ -85,8 +85,8 @@ class PromptTree(nn.Module):
 
         context (M, D) replaces the embeddings where `slots` says so. With a context per image,
         (B, M, D), the features are (B, K, E). Without one, every token keeps its own embedding.
-        `max_tokens` bounds the tokens that are computed at once, of B x len(self). Beyond it,
-        activations are not stored for the backward pass: they are computed a second time.
+        Of the B x len(self) tokens, at most about `max_tokens` are computed at once. If there are
+        more, the backward pass computes activations a second time instead of storing them.
         """
         if context is not None and context.shape[-2] != self.context_rows:
             raise ValueError(

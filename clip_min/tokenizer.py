@@ -10,8 +10,8 @@ example, "A lily-valley’s café" (`Tokenizer.encode` takes these steps):
     merge       c a f Ã ©</w> -> c af Ã ©</w> -> ... -> cafÃ©</w>   most frequent pair first
     ids         [start] 320 10647 268 3136 568 15304 [end] 0 0 ...  padded with 0 to 77
 
-OpenAI learned the merges from the texts that CLIP was trained on. They are data, in order of
-frequency (`assets/bpe_simple_vocab_16e6.txt.gz`, MIT licence, notice beside it).
+OpenAI learned the merges, and we read them, in the order in which they were learned
+(`assets/bpe_simple_vocab_16e6.txt.gz`, MIT licence, notice beside it).
 """
 
 import functools
@@ -65,25 +65,26 @@ class Tokenizer:
         # Repair mojibake, unescape HTML (twice: scraped text often needs it), collapse spaces.
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = regex.sub(r"\s+", " ", text).strip().lower()
-        ids = []
-        for word in WORDS.findall(text):
-            if word not in self.cache:
-                parts = [ALPHABET[byte] for byte in word.encode("utf-8")]
-                parts[-1] += "</w>"
-                while len(parts) > 1:  # join the best-ranked neighbours, everywhere they occur
-                    pairs = zip(parts, parts[1:], strict=False)
-                    best = min(pairs, key=lambda pair: self.rank.get(pair, 1e9))
-                    if best not in self.rank:
-                        break
-                    merged, i = [], 0
-                    while i < len(parts):
-                        size = 2 if tuple(parts[i : i + 2]) == best else 1
-                        merged.append("".join(parts[i : i + size]))
-                        i += size
-                    parts = merged
-                self.cache[word] = [self.ids[part] for part in parts]
-            ids += self.cache[word]
-        return ids
+        return [i for word in WORDS.findall(text) for i in self.merge(word)]
+
+    def merge(self, word: str) -> list[int]:
+        """Ids of a word: of its bytes, after all merges."""
+        if word not in self.cache:
+            parts = [ALPHABET[byte] for byte in word.encode("utf-8")]
+            parts[-1] += "</w>"
+            while len(parts) > 1:  # join the best-ranked neighbours, everywhere they occur
+                pairs = zip(parts, parts[1:], strict=False)
+                best = min(pairs, key=lambda pair: self.rank.get(pair, 1e9))
+                if best not in self.rank:
+                    break
+                merged, i = [], 0
+                while i < len(parts):
+                    size = 2 if tuple(parts[i : i + 2]) == best else 1
+                    merged.append("".join(parts[i : i + size]))
+                    i += size
+                parts = merged
+            self.cache[word] = [self.ids[part] for part in parts]
+        return self.cache[word]
 
     def decode(self, ids: list[int]) -> str:
         """Back to text: [320, 3568, 269] -> "a rose . " (a space ends every word)."""

@@ -66,7 +66,7 @@ class Batches:
         self._fits: dict[tuple, bool] = {}
         self._some: dict[int, Batches] = {}  # by number
         self._originals: dict[int, Image.Image] = {}
-        self._room = KEPT
+        self._left = KEPT
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -156,9 +156,6 @@ class Batches:
         if self.pixels is None and augment == "none":
             return next(self.stream([chosen]))
         pixels = self.pixels[chosen] if augment == "none" else self._views(chosen, augment)
-        if augment == "randaugment":  # after the crop, two operations of magnitude 9
-            change = RandAugment(num_ops=2, magnitude=9)
-            pixels = torch.stack([change(image) for image in pixels])
         return normalize(pixels.to(self.device), config=self.reader.prepared)
 
     def stream(self, parts: list[Tensor]) -> Iterator[Tensor]:
@@ -217,8 +214,8 @@ class Batches:
         """All pictures, encoded by `method.encode` (N, …), computed once.
 
         If the result is no larger than the pixels (features), it is also stored on disk for the
-        next run. Its name depends on the pixels, the encoder, CLIP's config (its heads), and on the
-        hardware and versions, whose rounding may differ.
+        next run. The file's name depends on the pixels, the encoder, CLIP's config (its heads), and
+        on the hardware and versions, whose rounding may differ.
         """
         encoder = method.encoder
         if encoder not in self._encoded:
@@ -251,15 +248,17 @@ class Batches:
         size = self.reader.size
         bicubic = InterpolationMode.BICUBIC  # as CLIP's own crop
         cut = RandomResizedCrop(size, interpolation=bicubic)
+        change = RandAugment(num_ops=2, magnitude=9)  # two operations of magnitude 9
         if augment == "random-crop":  # VPT's: at 224 pixels, of 256
             cut = Compose([Resize(size * 8 // 7, bicubic), RandomCrop(size)])
         elif augment == "randaugment-crop":  # DISEF's
-            cut = Compose([RandAugment(num_ops=2, magnitude=9), cut])
+            cut = Compose([change, cut])
         crops = torch.stack([tv.pil_to_tensor(cut(whole)) for whole in self._whole(chosen)])
         if augment == "randaugment-crop":  # which does not flip
             return crops
         flip = torch.rand(len(crops)) < 0.5  # (B,)
-        return torch.where(flip[:, None, None, None], crops.flip(-1), crops)  # (B, 3, n, n)
+        crops = torch.where(flip[:, None, None, None], crops.flip(-1), crops)  # (B, 3, n, n)
+        return torch.stack([change(x) for x in crops]) if augment == "randaugment" else crops
 
     def _whole(self, chosen: Tensor) -> list[Image.Image]:
         """The uncropped pictures, decoded once, as long as memory allows."""
@@ -269,9 +268,8 @@ class Batches:
             images = pool.map(lambda i: self.pictures.open(i).convert("RGB"), new)
             opened = dict(zip(new, images, strict=True))
         for i, image in opened.items():
-            self._room -= (needed := 3 * image.width * image.height)
-            if self._room >= 0:
+            needed = 3 * image.width * image.height
+            if needed <= self._left:
                 self._originals[i] = image
-            else:
-                self._room += needed
+                self._left -= needed
         return [self._originals.get(i) or opened[i] for i in numbers]

@@ -207,16 +207,17 @@ def gradient_step(
     method.step = step
     if step == length.switch and method.first_stage is not None:
         method.second_stage()  # the optimizer state of newly trained tensors is empty
-    part, weight, several = chosen, 1 / ranks.size, ranks.size > 1  # each computes the whole
-    if several and shareable(method):  # batch, or a part of it
+    part, weight = chosen, 1 / ranks.size  # each process computes the whole batch
+    several = ranks.size > 1
+    if several and shareable(method):  # or its part of it
         part, method.place, weight = ranks.share(chosen)
         method.whole = train.targets(chosen)
     with train.autocast():
         inputs = train.inputs(method, part, s.augment)
         loss = method.loss(inputs, *train.targets(part)) * weight
-    whole = (ranks.total(loss.detach()) if several else loss).item()
-    if not math.isfinite(whole):
-        raise NotFinite(f"loss was {whole} in step {step + 1}")
+    value = (ranks.total(loss.detach()) if several else loss).item()
+    if not math.isfinite(value):
+        raise NotFinite(f"loss was {value} in step {step + 1}")
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     if several:
@@ -233,7 +234,7 @@ def gradient_step(
             f"--lr {s.lr:g}: the weights are not finite after step {step + 1}; give a smaller --lr"
         ) from None
     scaler.update()
-    return whole
+    return value
 
 
 def shareable(method) -> bool:
@@ -244,8 +245,8 @@ def shareable(method) -> bool:
 def judge(
     method, train: Batches, val: Batches, state: State, length: Length, now: int
 ) -> dict[str, float]:
-    """Accuracies after step `now` for the log, if validation is needed: on `val`, and on as many
-    training images, which decide nothing.
+    """Validate after step `now`, if that is needed: update `state.at` (best, waited, stopped).
+    Returns the accuracies for the log: on `val`, and on a few training images (`curve`).
     """
     s, at = method.settings, state.at
     if not length.chooses:

@@ -30,9 +30,9 @@ class Length:
         total = max(s.epochs * epoch, s.min_steps)
         if s.steps_per_shot:
             total = s.steps_per_shot * train.shots
-        rounds = math.ceil(total / s.validations) if s.validations else epoch
+        every = math.ceil(total / s.validations) if s.validations else epoch
         chooses = "best" in s.keep or s.patience > 0
-        return cls(epoch, total, max(1, rounds), chooses, int((first_stage or 0) * total))
+        return cls(epoch, total, max(1, every), chooses, int((first_stage or 0) * total))
 
     def place(self, step: int) -> str:
         """A position in words: "epoch 3", or "step 120", if rounds are not epochs."""

@@ -183,9 +183,10 @@ def draw(
     -> train, val, notes.
 
     A class with fewer pictures gives all it has. Without a validation part, min(shots, 4) pictures
-    of a class are set aside for validation first, but never more than half of it; if training would
-    use the whole class, a fifth, if that is more. Your own pictures give more, from those that
-    training does not use, within `VAL`. CoOp's split has its own rule: fewshot/coop_split.py.
+    of a class (1 with "all") are set aside for validation first, at most half of it. A class that
+    training would use completely gives a fifth, if that is more. Your own pictures give more, from
+    those that training does not use, within `VAL`. CoOp's split has its own rule:
+    fewshot/coop_split.py.
     """
     if len(dataset.train) == 0:
         raise UserError(

@@ -49,103 +49,6 @@ class BaseSettings:
         expect_fields(self)  # a config file that is read back may hold anything
 
 
-Augment = Literal["none", "crop-flip", "random-crop", "randaugment", "randaugment-crop"]
-
-
-@dataclass(frozen=True)
-class TrainingSettings(BaseSettings):
-    """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
-
-    optimizer: Annotated[Literal["adamw", "sgd"], "AdamW, or SGD with momentum 0.9"] = "adamw"
-    lr: Annotated[float, "peak learning rate"] = 2e-4
-    weight_decay: Annotated[float, "weight decay (AdamW's is decoupled)"] = 1e-2
-    epochs: Annotated[int, "passes over the training images, at most (see --min-steps)"] = 15
-    min_steps: Annotated[int, "gradient steps to train at least, even beyond --epochs"] = 0
-    steps_per_shot: Annotated[int, "if not 0: steps to train per shot, instead of --epochs"] = 0
-    batch_size: Annotated[int, "images in a gradient step"] = 32
-    drop_last: Annotated[bool, "skip the last batch of an epoch if it is not full"] = False
-    schedule: Annotated[
-        Literal["epoch", "step"], "lower the learning rate after each epoch, or each step (cosine)"
-    ] = "epoch"
-    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 0.0
-    warmup_epochs: Annotated[int, "epochs of warmup, before the cosine"] = 0
-    warmup_steps: Annotated[int, "steps of warmup, before the cosine: with --schedule step"] = 0
-    warmup: Annotated[
-        Literal["constant", "linear", "proportional"],
-        "learning rate during warmup: --warmup-lr; or rising from it to --lr; or --lr times the "
-        "share of the warmup that is done",
-    ] = "constant"
-    warmup_lr: Annotated[float, "learning rate of the warmup, or at its start"] = 1e-5
-    validations: Annotated[int, "number of validations, evenly spread; 0: one an epoch"] = 0
-    patience: Annotated[int, "stop after so many validations without improvement; 0: never"] = 3
-    keep: Annotated[
-        Literal["best", "latest-best", "last", "mean"],
-        "weights to keep: the best on validation (of equals the first, or latest-best: the "
-        "latest); the last; or the mean over all epochs (or --validations)",
-    ] = "best"
-    grid: Annotated[
-        str,
-        "settings to choose on validation: 'lr=1e-3,1e-4 weight_decay=0,0.01' trains with each of "
-        "the four pairs and keeps the best",
-    ] = ""
-    clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
-    eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
-    balance: Annotated[
-        bool, "weight each class in the loss by 1 / its number of training images"
-    ] = False
-    augment: Annotated[
-        Augment,
-        "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip; "
-        "random-crop: resize to 8/7 of the input size, then random crop of that size and flip; "
-        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719; "
-        "randaugment-crop: RandAugment of the whole image, then random resized crop",
-    ] = "none"
-
-    limits = {
-        **dict.fromkeys(
-            ("lr", "weight_decay", "min_lr", "warmup_lr", "clip_norm", "eps"), (0, inf)
-        ),
-        **dict.fromkeys(("epochs", "min_steps", "steps_per_shot", "validations"), (0, inf)),
-        **dict.fromkeys(("warmup_epochs", "warmup_steps", "patience"), (0, inf)),
-        "batch_size": (1, inf),
-    }
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.warmup_steps and self.schedule == "epoch":
-            raise UserError(
-                f"--warmup-steps {self.warmup_steps}: the learning rate changes only after each "
-                "epoch; add --schedule step, or give --warmup-epochs"
-            )
-        for point in self.points() if self.grid else ():
-            replace(self, grid="", **point)  # raises if out of range
-
-    def points(self) -> list[dict]:
-        """The combinations of the values in `grid`: [{"lr": 1e-3, "weight_decay": 0.0}, …]."""
-        kinds: dict[str, type] = {f.name: type(f.default) for f in fields(TrainingSettings)}
-        numbers: dict[str, list] = {}
-        try:
-            for axis in self.grid.split():
-                name, texts = axis.split("=")
-                if name in numbers or kinds[name] not in (int, float):
-                    raise KeyError
-                numbers[name] = [kinds[name](text) for text in texts.split(",")]
-        except (KeyError, ValueError):
-            raise UserError(
-                f"--grid: {axis!r} is not the name of a setting with numbers; give, for example, "
-                "lr=1e-3,1e-4 or batch_size=8,32"
-            ) from None
-        points = itertools.product(*numbers.values())
-        return [dict(zip(numbers, point, strict=True)) for point in points]
-
-
-# For data without a published recipe. With few classes an epoch is only one or two steps, so the
-# length has a minimum in steps: enough for 2 classes, while 500 classes train ten epochs. There are
-# ten validations, whatever the length. Methods with cheap steps raise the minimum.
-DEFAULT = {"epochs": 10, "min_steps": 400, "schedule": "step", "validations": 10}
-DEFAULT |= {"patience": 0, "keep": "latest-best"}
-
-
 class Method(nn.Module):
     """Base class: zero-shot CLIP, in the two halves that every method has.
 
@@ -180,7 +83,7 @@ class Method(nn.Module):
     text_learns: bool = False  # do class features change during training?
     class_weights: Tensor | None = None  # (K,), for --balance: set by the loop before it starts
     step = 0  # the gradient step, from 0: set by the loop before it calls `loss`
-    # Where processes share a batch: the number of its first image here; the targets of them all.
+    # If processes share a batch: the index of this one's first image; the targets of the batch.
     place, whole = 0, None
     loss_is_mean: bool = True  # over images? Else processes cannot share a batch.
     searches_last: bool = False  # does `fit` choose more after the gradient loop?
@@ -356,3 +259,100 @@ class Method(nn.Module):
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(state[name])
+
+
+Augment = Literal["none", "crop-flip", "random-crop", "randaugment", "randaugment-crop"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings(BaseSettings):
+    """Hyperparameters of learning by gradient descent, read by fewshot/loop.py."""
+
+    optimizer: Annotated[Literal["adamw", "sgd"], "AdamW, or SGD with momentum 0.9"] = "adamw"
+    lr: Annotated[float, "peak learning rate"] = 2e-4
+    weight_decay: Annotated[float, "weight decay (AdamW's is decoupled)"] = 1e-2
+    epochs: Annotated[int, "passes over the training images, at most (see --min-steps)"] = 15
+    min_steps: Annotated[int, "gradient steps to train at least, even beyond --epochs"] = 0
+    steps_per_shot: Annotated[int, "if not 0: steps to train per shot, instead of --epochs"] = 0
+    batch_size: Annotated[int, "images in a gradient step"] = 32
+    drop_last: Annotated[bool, "skip the last batch of an epoch if it is not full"] = False
+    schedule: Annotated[
+        Literal["epoch", "step"], "lower the learning rate after each epoch, or each step (cosine)"
+    ] = "epoch"
+    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 0.0
+    warmup_epochs: Annotated[int, "epochs of warmup, before the cosine"] = 0
+    warmup_steps: Annotated[int, "steps of warmup, before the cosine: with --schedule step"] = 0
+    warmup: Annotated[
+        Literal["constant", "linear", "proportional"],
+        "learning rate during warmup: --warmup-lr; or rising from it to --lr; or --lr times the "
+        "share of the warmup that is done",
+    ] = "constant"
+    warmup_lr: Annotated[float, "learning rate of the warmup, or at its start"] = 1e-5
+    validations: Annotated[int, "number of validations, evenly spread; 0: one an epoch"] = 0
+    patience: Annotated[int, "stop after so many validations without improvement; 0: never"] = 3
+    keep: Annotated[
+        Literal["best", "latest-best", "last", "mean"],
+        "weights to keep: the best on validation (of equals the first, or latest-best: the "
+        "latest); the last; or the mean over all epochs (or --validations)",
+    ] = "best"
+    grid: Annotated[
+        str,
+        "settings to choose on validation: 'lr=1e-3,1e-4 weight_decay=0,0.01' trains with each of "
+        "the four pairs and keeps the best",
+    ] = ""
+    clip_norm: Annotated[float, "largest norm of the gradient; 0: no clipping"] = 0.0
+    eps: Annotated[float, "AdamW's ε, added to the root of the second moment"] = 1e-8
+    balance: Annotated[
+        bool, "weight each class in the loss by 1 / its number of training images"
+    ] = False
+    augment: Annotated[
+        Augment,
+        "none: CLIP's own crop; crop-flip: random resized crop (0.08-1 of the area) and flip; "
+        "random-crop: resize to 8/7 of the input size, then random crop of that size and flip; "
+        "randaugment: crop-flip, then RandAugment(2, 9), arXiv:1909.13719; "
+        "randaugment-crop: RandAugment of the whole image, then random resized crop",
+    ] = "none"
+
+    limits = {
+        **dict.fromkeys(
+            ("lr", "weight_decay", "min_lr", "warmup_lr", "clip_norm", "eps"), (0, inf)
+        ),
+        **dict.fromkeys(("epochs", "min_steps", "steps_per_shot", "validations"), (0, inf)),
+        **dict.fromkeys(("warmup_epochs", "warmup_steps", "patience"), (0, inf)),
+        "batch_size": (1, inf),
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.warmup_steps and self.schedule == "epoch":
+            raise UserError(
+                f"--warmup-steps {self.warmup_steps}: the learning rate changes only after each "
+                "epoch; add --schedule step, or give --warmup-epochs"
+            )
+        for point in self.points() if self.grid else ():
+            replace(self, grid="", **point)  # raises if out of range
+
+    def points(self) -> list[dict]:
+        """The combinations of the values in `grid`: [{"lr": 1e-3, "weight_decay": 0.0}, …]."""
+        kinds: dict[str, type] = {f.name: type(f.default) for f in fields(TrainingSettings)}
+        numbers: dict[str, list] = {}
+        try:
+            for axis in self.grid.split():
+                name, texts = axis.split("=")
+                if name in numbers or kinds[name] not in (int, float):
+                    raise KeyError
+                numbers[name] = [kinds[name](text) for text in texts.split(",")]
+        except (KeyError, ValueError):
+            raise UserError(
+                f"--grid: {axis!r} is not the name of a setting with numbers; give, for example, "
+                "lr=1e-3,1e-4 or batch_size=8,32"
+            ) from None
+        points = itertools.product(*numbers.values())
+        return [dict(zip(numbers, point, strict=True)) for point in points]
+
+
+# For data without a published recipe. With few classes an epoch is only one or two steps, so the
+# length has a minimum in steps: enough for 2 classes, while 500 classes train ten epochs. There are
+# ten validations, whatever the length. Methods with cheap steps raise the minimum.
+DEFAULT = {"epochs": 10, "min_steps": 400, "schedule": "step", "validations": 10}
+DEFAULT |= {"patience": 0, "keep": "latest-best"}

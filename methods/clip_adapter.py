@@ -67,7 +67,7 @@ class ClipAdapterSettings(TrainingSettings, TemplateSettings, DepthHeadSettings)
 OWN = {"lr": 1e-3, "epochs": 50, "patience": 10}
 
 
-class ClipAdapter(WithDepthHead):
+class ClipAdapter(WithDepthHead):  # classifies by `features`; --depth-head: depth_head.py
     title = "a small network after the image tower (CLIP-Adapter)"
     Settings = ClipAdapterSettings
     recipes = {

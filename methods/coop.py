@@ -54,6 +54,7 @@ class ContextSettings(TrainingSettings):
 class LearnedContext(Method):
     """The base of CoOp and its successors: learned vectors in the prompts, in place of words."""
 
+    settings: ContextSettings
     text_learns = True  # class features change in every step
     _written: Tensor | None = None  # see `written_features`
 
@@ -64,6 +65,10 @@ class LearnedContext(Method):
     def set_classes(self, classnames: list[str]) -> None:
         super().set_classes(classnames)
         self._written = None
+
+    def prompt_tree(self) -> PromptTree:
+        """The context before each name, so that all classes share its nodes in the tree."""
+        return context_tree(self.classnames, self.settings.n_ctx)
 
     def written_features(self) -> Tensor:
         """The text features (K, E) of the written prompts, from frozen CLIP, computed once. With
@@ -83,7 +88,7 @@ class CoOpSettings(ContextSettings, DepthHeadSettings):
     class_specific: Annotated[bool, "learn vectors for each class, instead of shared ones"] = False
 
 
-class CoOp(WithDepthHead, LearnedContext):
+class CoOp(WithDepthHead, LearnedContext):  # --depth-head adds DePT's head: depth_head.py
     title = "learned prompt vectors, shared by all classes"
     Settings = CoOpSettings
     settings: CoOpSettings

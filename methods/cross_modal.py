@@ -100,9 +100,9 @@ class CrossModal(Method):
     def texts(self) -> Tensor:
         """Indices of the class prompts (B,) in the batch of step `self.step`."""
         count, classes = self.settings.batch_size, len(self.classnames)
-        epoch, place = divmod(self.step, max(1, classes // count))
+        epoch, batch = divmod(self.step, max(1, classes // count))
         own = 500_000  # so that texts are not in the order of the images (fewshot/loop.py)
         generator = torch.Generator().manual_seed((1_000_003 * self.seed + own + epoch) % 2**63)
         passes = math.ceil(count / classes)  # more than one, where a batch is larger than K
         order = [torch.randperm(classes, generator=generator) for _ in range(passes)]
-        return torch.cat(order)[place * count : (place + 1) * count]
+        return torch.cat(order)[batch * count : (batch + 1) * count]

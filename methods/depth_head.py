@@ -6,7 +6,7 @@ other classes. DePT gives this base-specific knowledge channels of its own. f (B
 are the features of images and class names, not normalised, from the method it is combined with:
 
     sim = s · norm(f)·norm(W)ᵀ                               (B, K), as always
-    lin = H·(γ_f·f + β_f) + b                                (B, K); H (K, E), b (K,), all γ, β (E,)
+    lin = (γ_f·f + β_f)·Hᵀ + b                               (B, K); H (K, E), b (K,), all γ, β (E,)
     loss = 0.3 · CE(sim) + 0.7 · CE(lin)
 
 CE(lin) is over as many texts as images: for each image also its class name, with γ_t·W + β_t in

@@ -14,8 +14,8 @@ With λ = 1 and soft assignments this is the EM algorithm for a mixture of Diric
 proportions π. It finds too many classes: a Dirichlet fitted to two images suits them better than
 any other. A larger λ prefers fewer classes. The default λ and the small number of steps in (1) were
 chosen on the demo task's validation images. The published code sets λ to K/5, rounded down, which
-is also 10 for the halves of that task. (With training images it divides by the number of classes in
-a batch, which is 5 too.) With `--use-support`, training images take part in (1) with their known
+is also 10 for the halves of that task. (With training images, that code divides K by the number of
+classes in a batch, also 5.) With `--use-support`, training images take part in (1) with their known
 labels. A class without any image keeps its α.
 
 The published code runs 20 rounds (10 with hard assignments), and repeats (1) until α hardly
@@ -136,7 +136,7 @@ class EMDirichlet(WithSupport):
         known = votes.sum(dim=1) > 0
         points = torch.cat([query, log_z(self.support[known])])  # (Q + N, K)
         u = query.exp()  # (Q, K)
-        alpha = torch.ones_like(text @ text.T)  # (K, K): a row per class
+        alpha = text.new_ones(len(text), len(text))  # (K, K): a row per class
         balance = settings.balance if settings.balance >= 0 else len(text) // 5  # λ
         for _ in range(settings.iterations):
             weights = torch.cat([u, votes[known]])  # (Q + N, K)
@@ -194,7 +194,7 @@ def mm_step(alpha: Tensor, means: Tensor) -> Tensor:
 
         φ(x) <= φ(α) + φ'(α)(x - α) + c/2·(x - α)²,     c = 2(φ(0) - φ(α) + α·φ'(α)) / α²
 
-    It remains to maximise ln x + b·x - c/2·(x - α)² for each x by itself: a quadratic equation.
+    It remains to maximise ln x + b·x - c/2·x² for each x by itself: a quadratic equation.
     """
     phi, slope = (alpha + 1).lgamma(), (alpha + 1).digamma()
     # Near 0 the formula loses all digits; there c tends to φ''(0) = π²/6.

@@ -17,10 +17,10 @@ Effective and Efficient Adapters Themselves", arXiv:2412.11509, for base to nove
 blocks of both towers learn. Each step's loss is over half of the classes, at most 50: those of its
 images and the most similar ones by max_b cos(f_b, W°_k), where W° are the text features of frozen
 CLIP. The text tower learns at 2e-5, the image tower at a quarter of that, as in the authors' code.
-Differences from that code: every step computes the first six blocks (theirs stores outputs of the
-image tower's for an epoch); a batch has images of any classes (theirs, from 4 shots on, of a single
-class); their code also adds some of the less similar classes, the more similar the likelier;
-float32 instead of float16; and their hand-written template of each data set must be given
+Differences from that code: every step computes the first six blocks (theirs stores the image
+tower's outputs of them for an epoch); a batch has images of any classes (theirs, from 4 shots on,
+of a single class); their code also adds some of the less similar classes, the more similar the
+likelier; float32 instead of float16; and their hand-written template of each data set must be given
 (Flowers102: `--template "a close-up photo of a {}."`), and `--epochs 5` on ImageNet, SUN397 and
 Food101. With all classes they train at `--lr 1e-5 --image-lr-factor 1 --epochs 40 --warmup-epochs
 0`, for tests on other data sets at `--lr 1e-5 --image-lr-factor 0.1 --warmup-lr 1e-8`.
@@ -119,18 +119,18 @@ class Finetune(Method):
         if self.clip.logit_scale.requires_grad:  # as in CLIP's pretraining: s <= 100
             with torch.no_grad():
                 self.clip.logit_scale.clamp_(max=math.log(100))
-        if self.settings.class_share < 1:
-            f = self.image_features(x)  # (B, E)
-            chosen = self.most_similar(f, labels)  # (C,)
-            names = [self.classnames[k] for k in chosen.tolist()]
-            logits = self.clip.logits(f, self.for_classes(names).text_features())  # (B, C)
-            weights = None if self.class_weights is None else self.class_weights[chosen]
-            return F.cross_entropy(logits, torch.searchsorted(chosen, labels), weights)
-        if self.settings.objective == "class":
+        if self.settings.objective == "contrastive":
+            captions = self.class_features()[labels]  # (K, E) -> (B, E)
+            pairs = self.clip.logits(self.image_features(x), captions)  # (B, B)
+            return contrastive_loss(pairs, labels, self.settings.plain_pairs)
+        if self.settings.class_share == 1:
             return super().loss(x, labels)
-        captions = self.class_features()[labels]  # (K, E) -> (B, E)
-        pairs = self.clip.logits(self.image_features(x), captions)  # (B, B)
-        return contrastive_loss(pairs, labels, self.settings.plain_pairs)
+        f = self.image_features(x)  # (B, E)
+        chosen = self.most_similar(f, labels)  # (C,)
+        names = [self.classnames[k] for k in chosen.tolist()]
+        logits = self.clip.logits(f, self.for_classes(names).text_features())  # (B, C)
+        weights = None if self.class_weights is None else self.class_weights[chosen]
+        return F.cross_entropy(logits, torch.searchsorted(chosen, labels), weights)
 
     @torch.no_grad()
     def most_similar(self, f: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ x_1 … x_n (n, E) are the features of the training images and f (E,) that of a 
 unit sphere. If all classes have the same covariance Σ around their means μ_k, Bayes' rule is linear
 in f:
 
-    Σ    = Σ_i (x_i - μ_of(i))(x_i - μ_of(i))ᵀ / (n - 1)         covariance of all classes (E, E)
+    Σ    = Σ_i (x_i - μ_of(i))(x_i - μ_of(i))ᵀ / (n - 1)         covariance within classes (E, E)
     P    = E · [(n - 1)·Σ + tr(Σ)·I]⁻¹                           its inverse, shrunk, as n is small
     w_k  = P·(μ_k - μ)        b_k = -½ (μ_kᵀPμ_k - μᵀPμ)          μ the mean of all μ_k
 
@@ -133,17 +133,17 @@ class GDA(WithSupport):
         """Set α to the best value on validation; of equally good ones, to the smallest."""
         every = ceil(len(val.labels) / SEARCHED)  # all would cost the square of the classes
         features, labels = val.encoded(self)[::every], val.labels[::every]
-        right = dict.fromkeys(ALPHAS, 0.0)
+        right = dict.fromkeys(ALPHAS, 0)
         with self.inference():
             for part in torch.arange(len(labels)).split(max(1, ROOM // len(self.classnames))):
                 x = features[part]
                 zero_shot, ratios = super().classify(x), self.ratios(x)  # (V, K)
                 for alpha in ALPHAS:
                     guesses = (zero_shot + alpha * ratios).argmax(dim=1)
-                    right[alpha] += (guesses == labels[part]).sum().item() / len(labels)
+                    right[alpha] += int((guesses == labels[part]).sum())
         best = max(ALPHAS, key=right.__getitem__)  # of equal values, max returns the first
         self.alpha.fill_(best)
-        print(f"α {best:g}: {100 * right[best]:.2f} % on validation")
+        print(f"α {best:g}: {100 * right[best] / len(labels):.2f} % on validation")
 
     def adapter_state(self) -> dict[str, Tensor]:
         return {**super().adapter_state(), "alpha": self.alpha}

@@ -7,8 +7,9 @@ feature of the template:
 
     loss = CE + λ · (1 - mean_k cos(W_k, W°_k))              W, W° (K, E), λ = 8
 
-At λ = 0 it is CoOp. If the vectors start from the template's words, W starts at W°, and a large λ
-keeps it there: zero-shot CLIP.
+The paper writes ‖W_k - W°_k‖², its code this cosine, which is half of that on the unit sphere. At
+λ = 0 the method is CoOp. If the vectors start from the template's words, W starts at W°, and a
+large λ keeps it there: zero-shot CLIP.
 
 Recipe `paper` follows the authors' code, with float32 instead of float16. With fewer than 128
 images (EuroSAT's base half has 80 at 16 shots), an epoch is a single step. An earlier version of

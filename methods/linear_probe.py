@@ -9,10 +9,10 @@ as the tower gives it, not normalised,
 
 The problem is convex: L-BFGS finds the minimum, without a learning rate or a seed. Only C, the
 inverse strength of the penalty, is chosen, by accuracy on validation: a sweep over 10^-6 … 10^6,
-then steps around the best that halve each time. Candidates above 10^-2, which take most of the
-time, are solved roughly in float32, since few predictions depend on the last digits; the chosen C
-is solved in float64. A probe cannot name a class without training images, so its novel column reads
-n/a.
+then eight pairs around the best, each half as far from it. Candidates above 10^-2, which take most
+of the time, are solved roughly in float32, since few predictions depend on the last digits; the
+chosen C is solved in float64. A probe cannot name a class without training images, so its novel
+column reads n/a.
 
 f is the feature that CLIP compares with texts, as in the example of OpenAI's code and in the probe
 of CoOp's code. The paper's own numbers are of the feature before the tower's last projection, and

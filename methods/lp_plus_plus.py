@@ -122,11 +122,10 @@ class LPPlusPlus(Method):
             return
         low, high = 0.0, self.clip.logit_scale.exp().item()
         for _ in range(HALVINGS):  # the loss is convex: its slope over α changes sign once
-            self.alpha.fill_((low + high) / 2)
-            if self.blend_gradient(f, labels).sum() > 0:
-                high = (low + high) / 2
-            else:
-                low = (low + high) / 2
+            middle = (low + high) / 2
+            self.alpha.fill_(middle)
+            rises = self.blend_gradient(f, labels).sum() > 0
+            low, high = (low, middle) if rises else (middle, high)
 
     @torch.no_grad()
     def gradient(self, f: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ each tower (`--head square`),
 or by a layer of multi-head attention between each tower's last block and its projection
 (`--head attention`), which lets the output token attend once more to all tokens x (T, D),
 
-    x_r + O · attention(norm(x))_r      r: an image's class token, or a text's [end], which sees
+    x_r + O · attention(LN(x))_r        r: an image's class token, or a text's [end], which sees
                                         only the tokens before it;  O (D, D) starts at 0
 
 The loss is cross-entropy over classes, or CLIP's contrastive loss. With φ the identity (the

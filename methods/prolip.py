@@ -11,9 +11,9 @@ V starts at V₀, which is zero-shot CLIP; with fewer images it stays closer. z 
 `encode` returns z, and every step can use all images at once. The paper takes 300 steps of Adam
 with a large ε. New names use the same V.
 
-Recipe `paper` is the published experiment without validation (lr 1e-5, λ = 1/S), which is also that
-for base to novel; in another one, lr and λ are chosen from 49 pairs on S validation images of each
-class. What the recipe does differently: random crops show 8-100 % of an image, those of the
+Recipe `paper` is the published experiment without validation (lr 1e-5, λ = 1/S), also used for base
+to novel. In another experiment the authors choose lr and λ from 49 pairs, on S validation images of
+each class. What the recipe does differently: random crops show 8-100 % of an image, those of the
 published code 50-100 %; V is float32 instead of float16, in which Adam's steps may be longer, as
 small squared gradients are rounded to 0; S is the number of images of the largest class, if no
 class has --shots.

@@ -13,8 +13,8 @@ of the frozen towers (°). With f, W on the unit sphere and p the softmax of the
     loss = CE + 25 · mean|W - W°| + 10 · mean|f - f°| + KL(p° ‖ p) / K     (the batch's mean)
 
 W° is the mean over many hand-written templates. The result is not the last epoch's tokens but a
-mean over all epochs e of E, with weights exp(-½((e/E - 0.75) / 0.05)²): early tokens know little,
-and late ones have begun to forget.
+mean over all epochs, with weights exp(-½((t - 0.75) / 0.05)²), t the share of training that is done:
+early tokens know little, and late ones have begun to forget.
 
 What we do differently: without positions, attention ignores order, so image tokens can stand after
 the class token instead of after the patches. Text tokens are the same for all classes and see only
@@ -33,9 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_min import PromptTree
 from methods.base import DEFAULT
-from methods.coop import PUBLISHED, ContextSettings, LearnedContext, context_tree
+from methods.coop import PUBLISHED, ContextSettings, LearnedContext
 from methods.templates import ENSEMBLE, TemplateSettings
 
 
@@ -112,10 +111,6 @@ class PromptSRC(LearnedContext):
             blocks = tower.transformer.resblocks
             for i in range(1, min(settings.depth, len(blocks))):
                 blocks[i] = Prompted(blocks[i], tokens(number, width))
-
-    def prompt_tree(self) -> PromptTree:
-        """The prompts of the classes; tokens 1 … M are the slots for the context."""
-        return context_tree(self.classnames, self.settings.n_ctx)
 
     def text_features(self) -> Tensor:
         return self.prompts(self.clip, self.context)  # (K, E)

@@ -1,8 +1,8 @@
 """Templates: sentences with a gap for the class name.
 
 A class may have several prompts, one for each template (the prompt ensemble of Radford et al.,
-arXiv:2103.00020, section 3.1.4). Its text feature is then their mean on the unit sphere, see
-`Method.text_features`. A class may also have prompts of its own, which replace all templates: see
+arXiv:2103.00020, section 3.1.4). Its text feature is then the mean of their normalised features
+(`Method.text_features`). A class may also have prompts of its own, which replace all templates: see
 class_prompts.py.
 """
 

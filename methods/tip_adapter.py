@@ -15,8 +15,8 @@ the test set of every data set).
 Classes without training images get no votes: among novel names Tip-Adapter is zero-shot CLIP.
 
 What else we do differently: random crops show 8-100 % of an image, those of the published code
-50-100 %; it trains the keys with constants for α and β that depend on the data set, in float16, on
-EuroSAT for 100 epochs (`--epochs 100`).
+50-100 %; that code trains the keys with constants for α and β that depend on the data set, in
+float16, and on EuroSAT for 100 epochs (`--epochs 100`).
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """TransCLIP: label all test images jointly, with a Gaussian for each class and agreeing neighbours.
 
 Zanella, Gérin and Ben Ayed, "Boosting Vision-Language Models with Transduction", NeurIPS 2024,
-arXiv:2406.01837. Zero-shot CLIP predicts ŷ_n = softmax(s · f_n·Wᵀ), (K,), for each image by itself,
+arXiv:2406.01837. Zero-shot CLIP predicts ŷ_n = softmax(s·f_n·norm(W)ᵀ), (K,), for each image alone,
 where f_n (E,) is its feature on the unit sphere. All N images together also form clusters: each
 class is a Gaussian with mean μ_k (E,) and with variances v (E,) that all classes share. The
 assignments z_n (K,) minimise

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from clip_min.weights import fingerprint
 from methods.base import DEFAULT, Method, TrainingSettings
+from methods.finetune import train_weights
 from methods.learned_names import rows
 from methods.templates import TemplateSettings
 
@@ -69,13 +70,9 @@ class TwoStage(Method):
         super().__init__(clip, classnames, template, settings)
         self.learned_names = list(classnames)
         self.first_stage = settings.first_stage
-        self.clip.float()
-        for name, module in self.clip.named_modules():
-            among = settings.layer_norms == "all" or ".resblocks." in name
-            if isinstance(module, nn.LayerNorm) and among:
-                for parameter in module.parameters():
-                    parameter.data = parameter.data.clone()  # no longer the lent CLIP's
-                    parameter.requires_grad_()
+        among = ".resblocks." if settings.layer_norms == "blocks" else ""
+        names = [name for name, _ in self.clip.named_parameters() if "ln_" in name]
+        train_weights(self.clip, [name for name in names if among in name])
         shape = len(classnames), clip.config.embed_dim
         self.classifier = nn.Parameter(torch.zeros(shape, device=clip.device))  # Φ (K, E)
 

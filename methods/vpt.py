@@ -14,8 +14,8 @@ therefore does not matter, only the block before which they are inserted (`--fir
 There are two classifiers: CLIP's text features (`--head text`), which can name unseen classes, and
 the paper's linear layer on the class token (`--head linear`), which starts at random and cannot.
 
-The paper tries 36 pairs of learning rate and weight decay on the validation images of each data
-set, and several N. Recipe `paper` uses one of these pairs, `paper-grid` tries all of them. Both
+The authors try 36 pairs of learning rate and weight decay (40 on VTAB) on the validation images of
+each data set, and several N. Recipe `paper` uses one of these pairs, `paper-grid` tries all. Both
 keep the last epoch, as the authors' code does; there, deep runs of 5, 10 or 100 tokens have dropout
 0.1. What we do differently: images are resized with bicubic interpolation, as for CLIP, instead of
 bilinear; validation and test images are CLIP's own crops, where theirs are resized to 256 pixels
