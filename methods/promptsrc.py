@@ -13,7 +13,7 @@ of the frozen towers (°). With f, W on the unit sphere and p the softmax of the
     loss = CE + 25 · mean|W - W°| + 10 · mean|f - f°| + KL(p° ‖ p) / K     (the batch's mean)
 
 W° is the mean over many hand-written templates. The result is not the last epoch's tokens but a
-mean over all epochs, with weights exp(-½((t - 0.75) / 0.05)²), t the share of training that is done:
+mean over all epochs, with weights exp(-½((t - 0.75) / 0.05)²), t the share of training done:
 early tokens know little, and late ones have begun to forget.
 
 What we do differently: without positions, attention ignores order, so image tokens can stand after
