@@ -25,7 +25,7 @@ from clip_min.errors import unknown
 from clip_min.files import write_json, write_text
 from fewshot import cache, datasets, grid, ranks
 from fewshot.catalogue import DATASETS, GROUPS, IMPLIED
-from fewshot.experiment import Experiment, evaluate, named, run_script
+from fewshot.experiment import BLIND, Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, listed, pick
 from fewshot.pictures import Reader
 from fewshot.predictions import brief
@@ -225,6 +225,8 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         raise UserError(f"--explain: draws one picture, but --image has {len(files)}; give one")
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
+    if run is None and experiment.model == "demo":
+        print(f"note: {BLIND}")
     if "classes" in given:
         known = named(given["classes"])
     elif run is not None:

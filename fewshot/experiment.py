@@ -28,6 +28,7 @@ from fewshot.record import Record
 from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
 
+BLIND = "the demo model has never seen a photo; for real pictures add --model ViT-B/16"
 THREADS = torch.get_num_threads()  # by default, before `prepare` sets another number
 SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
 
@@ -121,9 +122,7 @@ class Experiment:
         if self.precision == "fp16" and reader.device.type == "cpu":
             task.notes.append("fp16 is very slow on a CPU, where bf16 is faster than fp32")
         if self.model == "demo" and self.dataset != "demo":
-            task.notes.append(
-                "the demo model has never seen a photo; for real pictures add --model ViT-B/16"
-            )
+            task.notes.append(BLIND)
         return clip, task
 
     def prepare(self, clip: CLIP) -> None:

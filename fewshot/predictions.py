@@ -113,10 +113,12 @@ def score(found: dict[str, Predictions], classnames: dict[str, list[str]]) -> di
             "top1": scores[part],
             "top5": share(of.top, of.labels),
             "macro_accuracy": recall.nanmean().item(),
-            "macro_f1": f1.mean().item(),
+            "macro_f1": f1[~recall.isnan()].mean().item(),
             "images_a_class": [least.item(), most.item()],
             "classes": {
-                name: {"accuracy": None if r.isnan() else r.item(), "f1": f.item()}
+                name: dict.fromkeys(("accuracy", "f1"))  # without pictures
+                if r.isnan()
+                else {"accuracy": r.item(), "f1": f.item()}
                 for name, r, f in zip(names, recall, f1, strict=True)
             },
         }

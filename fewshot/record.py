@@ -1,8 +1,8 @@
 """The record of a run's training, validation and test pictures.
 
 There is a row for each picture: its file, its class, and its sha256. With the record, a run resumes
-on the same pictures and is tested again on the same test pictures, even if others were added. It is
-never tested on a picture that it learned from, even if the data are split differently.
+on the same pictures and is tested again on the same test pictures, even if others were added. Other
+data than its own test pictures never contain one that it learned from.
 """
 
 import hashlib

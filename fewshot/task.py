@@ -171,6 +171,11 @@ def make_test(
     tests = {}
     for part, ids in parts.items():
         tested = read(_of_classes(dataset.test, ids), reader, notes, keep=False)
+        if len(tested) == 0:
+            raise UserError(
+                f"no test images of the {part} classes were found, of which the first is "
+                f"{dataset.classnames[ids[0]]!r}; give their place with --data-root"
+            )
         tests[part] = Test([dataset.classnames[i] for i in ids], tested)
     learned = [dataset.classnames[i] for i in learned]
     return Task(learned, dataset.template, None, None, tests, notes)

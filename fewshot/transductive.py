@@ -79,7 +79,7 @@ def evaluate_tasks(method, task: Task, queries: Queries) -> dict:
     for part, test in task.tests.items():
         known = method if part != "novel" else method.for_classes(test.classnames)
         labels = test.batches.labels
-        with known.inference():
+        with known.inference(), test.batches.autocast():
             accuracies = [
                 accuracy(known.classify(test.batches.inputs(known, chosen)), labels[chosen])
                 for chosen in queries.draw(labels.cpu())

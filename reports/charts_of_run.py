@@ -78,11 +78,11 @@ def curves(training: dict) -> list[Markup]:
 
     said = [f"{text}, {rounds[-1][key]:.2f} % at last" for key, text in shown]
     said += [] if final is None else [f"training pictures, {final:.2f} % at the end"]
-    caption = "Accuracy on validation pictures (line, circles)"
-    caption += "" if len(shown) < 2 else ", on training pictures (squares)"
-    caption += "" if final is None else ", and on training pictures at the end (triangle)"
+    marks = {"val": "validation pictures (line, circles)", "train": "training pictures (squares)"}
+    caption = [marks[key] for key, _ in shown]
+    caption += [] if final is None else ["training pictures at the end (triangle)"]
     alt = f"Accuracy over epochs: {'; '.join(said)}."
-    return [*found, figure(chart(accuracy, alt), f"{caption}. {which}")]
+    return [*found, figure(chart(accuracy, alt), f"Accuracy on {', '.join(caption)}. {which}")]
 
 
 def reliability(scopes: dict) -> Markup:
@@ -207,8 +207,9 @@ def matrix(scope: dict) -> Markup:
     for k in range(n) if n <= NUMBERED else ():
         marks.append(f'<text x="{k + 0.5}" y="-0.25" text-anchor="middle">{k + 1}</text>')
         marks.append(f'<text x="-0.25" y="{k + 0.68}" text-anchor="end">{k + 1}</text>')
-    right = sum(times for i, j, times in scope["confusions"] if i == j)
-    alt = f"Confusion matrix of {n} classes: {right} of {scope['images']} pictures on the diagonal."
+    right = sum(times for i, j, times in scope["confusions"] if i == j and i in place)
+    images = sum(totals.get(c, 0) for c in order)
+    alt = f"Confusion matrix of {n} classes: {right} of {images} pictures on the diagonal."
     edge = n / 24 if marks else n / 100  # room for the numbers
     side = f"{-edge} {-edge} {n + 1.5 * edge} {n + 1.5 * edge}"
     svg = (

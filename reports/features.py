@@ -36,7 +36,9 @@ def before_and_after(unadapted, method, task: Task) -> dict:
         for test in task.tests.values():
             mine = torch.tensor([c[1] for c in chosen if c[0] is test], dtype=torch.long)
             rows += [compared(of, test.batches, some) for some in mine.split(BATCH) if len(some)]
-        found[when] = space(torch.cat([images for images, _ in rows]), rows[0][1])
+        images = torch.cat([f for f, _ in rows])
+        texts = sum(len(f) * w.double() for f, w in rows) / len(images)  # of CoCoOp, their mean
+        found[when] = space(images, texts)
     return found
 
 

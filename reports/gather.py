@@ -1,6 +1,7 @@
 """Find runs and folders of generated images at the given paths, and say why others are left out."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def read(path: Path) -> Tested:
 
 PARTS = ("base", "novel", "all")
 # Keys read from results.json, in addition to those of grids; earlier versions lack some.
-_CLASS = {"accuracy": float | None, "f1": float}
+_CLASS = {"accuracy": float | None, "f1": float | None}
 _PART = {"images": int, "interval95": float}
 _PART |= dict.fromkeys(("top1", "top5", "macro_accuracy", "macro_f1"), float)
 _COST = dict.fromkeys(("parameters", "steps", "val_images"), int)
@@ -142,7 +143,7 @@ def _places(path: Path, found: Found) -> list[Path]:
         if {"log.jsonl", "results.json", "adapter.safetensors", "manifest.jsonl"} & {*files}:
             found.left_out[here] = f"{here}: has no config.json, so it is not a run"
             folders.clear()
-        folders[:] = [name for name in folders if ".old" not in name]
+        folders[:] = [name for name in folders if not re.search(r"\.old\d+$", name)]
     if not places and not found.left_out:
         found.left_out[str(path)] = (
             f"{path}: contains neither runs (config.json) nor generated images (settings.json); "

@@ -65,7 +65,9 @@ def scores_by_class(predicted: Tensor, labels: Tensor, count: int) -> list[dict]
     """Accuracy and F1 of each class in percent, as in results.json."""
     accuracy, f1 = per_class(predicted, labels, count)
     return [
-        {"accuracy": None if a.isnan() else a.item(), "f1": f.item()}
+        dict.fromkeys(("accuracy", "f1"))  # without test pictures
+        if a.isnan()
+        else {"accuracy": a.item(), "f1": f.item()}
         for a, f in zip(accuracy, f1, strict=True)
     ]
 

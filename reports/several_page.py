@@ -16,6 +16,7 @@ def write(found: dict, of: Found) -> str:
     count = sum(len(row["folders"]) for task in tasks for row in task["rows"])
     where = "on one task" if len(tasks) == 1 else f"on {len(tasks)} tasks"
     title = f"{count} run{'s' if count != 1 else ''} {where}" if tasks else "Generated images"
+    title = title if tasks or found["generated"] else "No finished run"
     sections = [tag("header", tag("h1", title))] if tasks else []
     sections += [_task(task, k) for k, task in enumerate(tasks)]
     for k, (numbers, manifest) in enumerate(zip(found["generated"], of.generated, strict=True)):
@@ -74,7 +75,7 @@ def _table(task: dict, rows: list[dict], id: str) -> Markup:
         lines.append(
             [
                 name(row["label"]),
-                (str(row["shots"]), row["shots"] if row["shots"] != "all" else 1e9),
+                (str(row["shots"]), row["shots"] if isinstance(row["shots"], int) else 1e9),
                 *(_shown(row["scores"].get(key)) for key in keys),
                 (str(len(row["seeds"])), len(row["seeds"])),
                 (number(row["parameters"], 0), row["parameters"]),

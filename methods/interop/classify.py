@@ -73,18 +73,26 @@ class Classifier:
 
     def classify(self, paths: Iterable[str | Path]) -> Iterator[Answer]:
         """The answers for images and for folders of images, in this order."""
-        files = [file for path in paths for file in pictures_in(Path(path))]
+        batches = self._encoded([file for path in paths for file in pictures_in(Path(path))])
+        if self.method.transductive:  # it labels all jointly
+            batches = map(_joined, [batches])
+        while answers := self._next(batches):
+            yield from answers
+
+    def _next(self, batches: Iterator) -> list[Answer]:
+        """The answers for the next batch; [] after the last. Between batches, the caller's settings
+        of gradients and autocast are in force.
+        """
         device, how = self.method.clip.device, PRECISIONS[self.precision]
         with self.method.inference(), torch.autocast(device.type, **how):
-            batches: Iterable = self._encoded(files)
-            if self.method.transductive:  # it labels all jointly
-                batches = [_joined(list(batches))] if files else []
-            for read, x in batches:
-                rows: Iterator[Tensor] = iter(())
-                if x is not None:
-                    rows = iter(self.method.classify(x).float().softmax(dim=-1))  # (B, K)
-                for path, why in read:
-                    yield Answer(path, [], [], why) if why else self._answer(path, next(rows))
+            read, x = next(batches, ([], None))
+            rows: Iterator[Tensor] = iter(())
+            if x is not None:
+                rows = iter(self.method.classify(x).float().softmax(dim=-1))  # (B, K)
+            return [
+                Answer(path, [], [], why) if why else self._answer(path, next(rows))
+                for path, why in read
+            ]
 
     def _answer(self, path: Path, row: Tensor) -> Answer:
         best = row.topk(min(TOP, len(row)))
@@ -112,7 +120,8 @@ class Classifier:
             yield [(path, why) for path, _, why in batch], x
 
 
-def _joined(batches: list) -> tuple[list, Tensor | None]:
+def _joined(batches: Iterable) -> tuple[list, Tensor | None]:
+    batches = list(batches)
     encoded = [x for _, x in batches if x is not None]
     return [one for read, _ in batches for one in read], torch.cat(encoded) if encoded else None
 

@@ -97,6 +97,19 @@ def test_halves_are_tested_again_too(root):
         assert again.tests[part].batches.labels.tolist() == test.batches.labels.tolist()
 
 
+def test_a_half_without_its_test_images_is_one_line(root):
+    (root / "rose").rename(root / "Rosa")
+    for name in ("aster", "zinnia"):
+        (root / name).mkdir()
+        for file in (root / "iris").iterdir():
+            (root / name / file.name).write_bytes(file.read_bytes() + name.encode())
+    task = trained(root, "base-novel")
+    for file in files(task.tests["novel"].batches):
+        file.write_bytes(file.read_bytes() + b"changed")
+    with pytest.raises(UserError, match="no test images of the novel classes were found"):
+        retest(root, task.record(""), seed=5, classes="base-novel")
+
+
 def test_a_picture_that_has_changed_its_class_is_not_the_one_it_was(root):
     record = trained(root).record(str(root))
     file = root / record["test"][0][0]

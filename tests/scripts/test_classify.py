@@ -52,6 +52,16 @@ def is_close(row: dict, expected: list[tuple[str, float]]) -> bool:
     return float(row["margin"]) == pytest.approx(expected[0][1] - expected[1][1], abs=4e-6)
 
 
+def test_between_answers_gradients_and_autocast_are_the_callers(trained, pictures):
+    one, other = (open_run(trained.path) for _ in range(2))
+    for _ in zip(one.classify([pictures]), other.classify([pictures]), strict=True):
+        assert torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+    both = zip(one.classify([pictures]), one.classify([pictures]), strict=True)  # of one model
+    assert all(a == b for a, b in both)
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("ending", ["csv", "json"])
 def test_a_folder_becomes_a_table(ending, script, trained, pictures, expected, tmp_path):
     file = tmp_path / f"out.{ending}"

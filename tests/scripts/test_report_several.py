@@ -81,6 +81,96 @@ def test_runs_of_one_method_with_other_settings_are_told_apart(script, folder, t
     assert [row["label"] for row in task["rows"]] == ["lora (lr 0.001)", "lora (lr 0.25)"]
 
 
+@pytest.fixture
+def copied(folder, tmp_path):
+    """(name, change(config, results), seed) -> a copy of LoRA's run, changed."""
+
+    def copy(name: str, change=lambda config, results: None, seed: int = 1) -> Path:
+        path = shutil.copytree(folder / f"noise/tiny/lora-s4-seed{seed}", tmp_path / name)
+        both = [json.loads((path / f"{file}.json").read_text()) for file in ("config", "results")]
+        change(*both)
+        for file, content in zip(("config", "results"), both, strict=True):
+            (path / f"{file}.json").write_text(json.dumps(content))
+        return path
+
+    return copy
+
+
+def test_jointly_labelled_images_stand_in_a_table_of_their_own(copied, script, tmp_path):
+    def jointly(config, results):
+        config["method"], config["settings"] = "transclip", {"tasks": 200, "queries": 75}
+        results["zero_shot"] = {"base": 1.0, "novel": 2.0, "hm": 1.3, "all": None}
+        results["parts"] = {part: {"tasks": 200, "interval95": 1.0} for part in HALVES}
+
+    found = told(script, copied("a"), copied("b", jointly), "--out", tmp_path / "o.json")
+    rows = [[row["method"] for row in task["rows"]] for task in found["tasks"]]
+    assert rows == [["lora"], ["transclip"]]
+    assert found["tasks"][0]["zero_shot"]["base"]["mean"] != 1.0
+
+
+def test_a_copy_of_a_run_is_no_other_seed(copied, script, tmp_path):
+    runs = copied("a"), copied("again"), copied("c", seed=2)
+    found = told(script, *runs, "--out", tmp_path / "o.json")
+    ((row,),) = [task["rows"] for task in found["tasks"]]
+    assert row["seeds"] == [1, 2]
+    assert found["left_out"] == {str(runs[1]): f"{runs[1]}: is the run of {runs[0]} once more"}
+
+
+def test_rows_that_differ_have_different_labels(copied, script, tmp_path):
+    def precision(config, results):
+        config["experiment"]["precision"] = "bf16"
+
+    def texts(config, results):
+        config["settings"]["prompts"] = {"rose": ["a rose in a garden " * 50]}
+
+    runs = copied("a"), copied("b", precision), copied("c", texts)
+    (task,) = told(script, *runs, "--out", tmp_path / "o.json")["tasks"]
+    labels = [row["label"] for row in task["rows"]]
+    assert len(set(labels)) == 3
+    assert max(map(len, labels)) < 200
+
+
+def test_other_classes_are_another_task(copied, script, tmp_path):
+    def added(config, results):
+        config["classnames"]["novel"].append("a new one")
+
+    found = told(script, copied("a"), copied("b", added), "--out", tmp_path / "o.json")
+    assert len(found["tasks"]) == 2
+
+
+def test_zero_shots_validation_is_given_only_if_it_is_one(copied, script, tmp_path):
+    def shots(config, results):
+        config["experiment"]["shots"], results["zero_shot"]["val"] = 16, 12.5
+
+    for name, change in (("a", lambda *_: None), ("b", shots)):
+        copied(name, change)
+    (task,) = told(script, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "o.json")["tasks"]
+    assert "val" not in task["zero_shot"]
+
+
+def test_a_file_of_shots_is_named(copied, script, tmp_path):
+    def drawn(config, results):
+        config["experiment"] |= {"shots": "all", "shots_file": "draws/four-3.jsonl"}
+
+    (task,) = told(script, copied("a", drawn), copied("b"), "--out", tmp_path / "o.json")["tasks"]
+    assert {row["shots"] for row in task["rows"]} == {"four-3", 4}
+
+
+def test_only_unfinished_runs_are_no_generated_images(folder, script, tmp_path):
+    half = shutil.copytree(folder / "noise/tiny/coop-s1-seed3", tmp_path / "runs/a")
+    shutil.copytree(half, tmp_path / "runs/b")
+    assert script("report", tmp_path / "runs", "--out", tmp_path / "o.html").code == 0
+    assert "<title>No finished run" in (tmp_path / "o.html").read_text()
+
+
+def test_a_folder_with_old_in_its_name_is_read(folder, script, tmp_path):
+    for n in (1, 2):
+        run = folder / f"noise/tiny/lora-s4-seed{n}"
+        shutil.copytree(run, tmp_path / f"photos.old-town/lora-s4-seed{n}")
+    (task,) = told(script, tmp_path / "photos.old-town", "--out", tmp_path / "o.json")["tasks"]
+    assert task["rows"][0]["seeds"] == [1, 2]
+
+
 def test_other_tasks_stand_in_other_tables(script, folder, tmp_path):
     other = make(tmp_path / "other", HALVES, dataset="dtd")
     out = tmp_path / "two.json"
