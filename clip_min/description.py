@@ -6,7 +6,8 @@ The wrong one costs some percent of accuracy without any error, so it is read fr
 
     header                    in a file that this code saved
     open_clip_config.json     open_clip's: model_cfg and preprocess_cfg
-    config.json               Hugging Face's, with preprocessor_config.json
+    config.json               Hugging Face's, with processor_config.json (transformers 5) or
+                              preprocessor_config.json
 
 If both of the latter exist, the name of the weights file decides which one counts; a note says if
 the other contradicts it. Without a description, OpenAI's values are assumed, with a note. Other
@@ -34,7 +35,7 @@ _TELL_SIZES = {  # tensors that show a CLIP's sizes, and their number of dimensi
     "token_embedding.weight": 2,
 }
 OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
-PROCESSOR = "preprocessor_config.json"
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the first counts
 UNTOLD = ("activation", "mean", "std", "resize", "interpolation")  # not visible in tensors
 # Keys of open_clip's vision_cfg and text_cfg that a plain CLIP may have, and the values allowed.
 _PLAIN = {
@@ -123,15 +124,19 @@ def _beside(config: CLIPConfig, path: Path) -> tuple[str, dict]:
     """The file beside the weights that describes them, and its values; notes name assumptions."""
     names, found = [HUGGING_FACE, OPEN_CLIP], {}
     for name in reversed(names) if path.name.startswith("open_clip") else names:
-        content = plain(path.with_name(name))
-        if content is not None:
-            read = _open_clip if name == OPEN_CLIP else _hugging_face
-            found[name] = read(content, config, path.with_name(name))
+        file, read = path.with_name(name), _open_clip if name == OPEN_CLIP else _hugging_face
+        try:
+            if (content := plain(file)) is not None:
+                found[name] = read(content, config, file)
+        except UserError as error:
+            if not found:  # else it is not the one that belongs to these weights
+                raise
+            _note(f"{error}; {next(iter(found))} beside it is used")
     pictures = "OpenAI's preprocessing of images is assumed"
     if not found:
         wide = 80 if config.vision_width == 1280 else 64  # ViT-H/14's, and all others'
         told = {"vision_heads": max(1, config.vision_width // wide)}
-        alone = not (processor := _processor(path.with_name(PROCESSOR), config.image_size))
+        alone = not (processor := _processor(path, config.image_size))
         _note(
             f"{path}: no {HUGGING_FACE} or {OPEN_CLIP} beside it describes the model; "
             f"QuickGELU and heads {wide} wide are assumed{'; ' + pictures if alone else ''}; "
@@ -210,32 +215,38 @@ def _hugging_face(found: dict, config: CLIPConfig, file: Path) -> dict:
     expect(found, {"vision_config": dict, "text_config": dict}, str(file))
     acts: list[str] = []
     told: dict = {}
-    for tower, heads in (("vision", config.vision_heads), ("text", config.text_heads)):
-        part: dict = {
+    for tower, heads in (("vision", 12), ("text", 8)):
+        part: dict = {  # the values of transformers, if it has none
             "hidden_act": "quick_gelu",
             "num_attention_heads": heads,
             "layer_norm_eps": 1e-5,
         }
-        part |= found[f"{tower}_config"]  # OpenAI's values, if it has none
+        part |= found[f"{tower}_config"] | (found.get(f"{tower}_config_dict") or {})
         kind = {"hidden_act": str, "num_attention_heads": int, "layer_norm_eps": float}
         expect(part, kind, str(file), f"{tower}_config")
         _only(part, file, layer_norm_eps=(1e-5,))
         told[f"{tower}_heads"] = part["num_attention_heads"]
         acts.append(part["hidden_act"])
     told["activation"] = acts[0] if acts[0] == acts[1] else " and ".join(acts)
-    return told | _processor(file.with_name(PROCESSOR), config.image_size)
+    return told | _processor(file, config.image_size)
 
 
-def _processor(file: Path, size: int) -> dict:
-    """The preprocessing of images in Hugging Face's file, if there is one."""
-    if not file.exists():
-        return {}
-    found = {"size": size, "do_center_crop": True} | read_json(file, "")
+def _processor(beside: Path, size: int) -> dict:
+    """The preprocessing of images in Hugging Face's file beside another, if there is one."""
+    new, old = map(beside.with_name, PROCESSORS)
+    file, content = new, read_json(new, "").get("image_processor") if new.exists() else None
+    if not isinstance(content, dict):
+        if not old.exists():
+            return {}
+        file, content = old, read_json(old, "")
+    found = {"size": size, "do_center_crop": True} | content
     short, whole = (size, {"shortest_edge": size}), {"height": size, "width": size}
     _only(found, file, do_resize=(True,), do_rescale=(True,), do_normalize=(True,))
-    _only(found, file, size=(*short, whole), crop_size=(size, whole), resample=(2, 3))
+    _only(found, file, size=(*short, whole), resample=(2, 3), rescale_factor=(1 / 255,))
     if found["size"] in short:
         _only(found, file, do_center_crop=(True,))
+    if found["do_center_crop"]:
+        _only(found, file, crop_size=(size, whole))
     asked = {"mean": found.get("image_mean"), "std": found.get("image_std")}
     asked["resize"] = "shortest" if found["size"] in short else "squash"
     asked["interpolation"] = "bilinear" if found.get("resample") == 2 else "bicubic"  # Pillow's 3

@@ -25,7 +25,7 @@ from clip_min.errors import UserError
 from clip_min.files import new_folder, write_json, write_safetensors, write_text
 from clip_min.model import CLIP, CLIPConfig
 from clip_min.names import to_hugging_face, to_openai_names
-from clip_min.tokenizer import END, START, tokenizer
+from clip_min.tokenizer import END, START, VOCAB_SIZE, tokenizer
 
 
 def save_openai(clip: CLIP, path: str | Path, about: dict | None = None) -> None:
@@ -125,8 +125,9 @@ def hugging_face_config(config: CLIPConfig) -> dict:
             "num_attention_heads": config.text_heads,
             "max_position_embeddings": config.context_length,
             "vocab_size": config.vocab_size,
-            "bos_token_id": config.vocab_size - 2,
-            "eos_token_id": config.vocab_size - 1,  # the text feature is read at this token
+            # The text feature is read at the end token; the model may know more than the tokenizer.
+            "bos_token_id": min(config.vocab_size, VOCAB_SIZE) - 2,
+            "eos_token_id": min(config.vocab_size, VOCAB_SIZE) - 1,
         },
     }
 

@@ -6,16 +6,17 @@
     locate("ViT-B-16.pt")                 a file, as it is
     locate("folder")                      the weights in a folder of Hugging Face's or open_clip's
 
-Downloads go into the cache of the hub's client; from then on no network is used. The files that
-describe a model are downloaded first, so that another architecture is refused before gigabytes of
-weights are fetched. Of the weights, safetensors are preferred.
+Downloads go into the cache of the hub's client; once all files are there, no network is used. The
+files that describe a model are downloaded first, so that another architecture is refused before
+gigabytes of weights are fetched. Of the weights, safetensors are preferred.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_min.description import HUGGING_FACE, OPEN_CLIP, PROCESSOR, plain
+from clip_min.description import HUGGING_FACE, OPEN_CLIP, PROCESSORS, plain
 from clip_min.errors import UserError, first_line
 from clip_min.files import sha256_of
 
@@ -163,16 +164,16 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
     advice = f"or give a file: --model path/to/{own}"
     if sha256:
         advice += "; to try things without a download, use --model demo"
-    beside = () if sha256 else (OPEN_CLIP, HUGGING_FACE, PROCESSOR)
+    beside = () if sha256 else (OPEN_CLIP, HUGGING_FACE, *PROCESSORS)
     weights = (HUB_FILE,) if sha256 else IN_FOLDERS
     try:
+        # A path; None: the hub was not asked yet; or an object: the hub has no such file.
         cached = {
-            file: path
-            for file in (*beside, *weights)
-            if isinstance(path := try_to_load_from_cache(repo, file, revision=revision), str)
+            f: try_to_load_from_cache(repo, f, revision=revision) for f in (*beside, *weights)
         }
-        path = next((cached[file] for file in weights if file in cached), None)
-        if path is None or (beside and not {OPEN_CLIP, HUGGING_FACE} & set(cached)):
+        path = next((cached[file] for file in weights if isinstance(cached[file], str)), None)
+        better = itertools.takewhile(lambda file: cached[file] != path, weights)
+        if path is None or any(cached[file] is None for file in (*beside, *better)):
             url = hf_hub_url(repo, (*beside, *weights)[0], revision=revision)
             try:  # a single request: a download would retry for half a minute without a network
                 get_hf_file_metadata(url)
@@ -181,13 +182,17 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
             except HfHubHTTPError:
                 raise
             except Exception as error:
+                if path is not None:  # what is in the cache must do
+                    return Path(path)
                 here = "" if sha256 else "there is no such file or folder here, and "
                 raise UserError(
                     f"{name}: {here}{repo} is not in the hub's cache and the hub cannot be reached "
                     f"({first_line(error)}); connect to the internet once to download it, {advice}"
                 ) from None
-            path = None
+            path, fits, refused = None, False, None
             for file in (*beside, *weights):
+                if file in weights and refused and not fits:
+                    raise refused  # before gigabytes of weights
                 try:
                     found = hf_hub_download(repo, file, revision=revision)
                 except LocalEntryNotFoundError:  # the hub cannot be reached any more
@@ -197,8 +202,11 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
                 if file in weights:
                     path = found
                     break
-                if file != PROCESSOR:
-                    plain(Path(found))
+                if file not in PROCESSORS:
+                    try:
+                        fits |= plain(Path(found)) is not None
+                    except UserError as error:
+                        refused = error
             if path is None:
                 raise UserError(
                     f"{name}: {repo} has no {' or '.join(weights)} (404), which are the files that "

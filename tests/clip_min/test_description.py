@@ -18,7 +18,8 @@ from clip_min.names import to_openai_names
 
 CLOSE = 1e-5
 HF, OPEN, PROCESSOR = "config.json", "open_clip_config.json", "preprocessor_config.json"
-BARE = {"vision_config": {}, "text_config": {"num_attention_heads": 1}}
+P5 = "processor_config.json"  # of transformers 5
+BARE = {"vision_config": {"num_attention_heads": 2}, "text_config": {"num_attention_heads": 1}}
 GELU = {"vision_cfg": {}, "text_cfg": {"heads": 1}}
 QUICK = {"model_cfg": GELU | {"quick_gelu": True}}
 
@@ -77,11 +78,11 @@ SQUARE = {"height": 32, "width": 32}
             {"vision_heads": 4},
         ),
         (
-            {HF: {"vision_config": {"num_attention_heads": 4}, "text_config": {}}},
+            {HF: BARE | {"vision_config_dict": {"num_attention_heads": 4}}},  # which counts
             {"vision_heads": 4},
         ),
         (
-            {HF: {f"{t}_config": {"hidden_act": "gelu"} for t in ("vision", "text")}},
+            {HF: {key: of | {"hidden_act": "gelu"} for key, of in BARE.items()}},
             {"activation": "gelu"},
         ),
         ({OPEN: QUICK | {"preprocess_cfg": {"mean": [0.5] * 3, "std": 0.5}}}, INCEPTION),
@@ -95,6 +96,19 @@ SQUARE = {"height": 32, "width": 32}
         ({HF: BARE, PROCESSOR: {"resample": 2}}, {"interpolation": "bilinear"}),
         ({PROCESSOR: {"size": SQUARE, "do_center_crop": False}}, {"resize": "squash"}),
         ({HF: BARE, PROCESSOR: {"size": SQUARE, "crop_size": SQUARE}}, {"resize": "squash"}),
+        (  # as transformers writes it, whose crop_size is not used
+            {PROCESSOR: {"size": SQUARE, "do_center_crop": False, "crop_size": {"height": 224}}},
+            {"resize": "squash"},
+        ),
+        (
+            {HF: BARE, P5: {"image_processor": {"image_mean": [0.5] * 3, "image_std": 0.5}}},
+            INCEPTION,
+        ),
+        ({P5: {"image_processor": {"resample": 2}}, PROCESSOR: {}}, {"interpolation": "bilinear"}),
+        (
+            {P5: {"processor_class": "CLIPProcessor"}, PROCESSOR: {"resample": 2}},
+            {"interpolation": "bilinear"},
+        ),
         # OpenAI's own way in other words.
         ({OPEN: QUICK | {"preprocess_cfg": {"size": [32, 32]}}}, {}),
         ({OPEN: QUICK | {"preprocess_cfg": {"std": [0.2686, 0.2613, 0.2758]}}}, {}),
@@ -191,6 +205,42 @@ def test_tensors_of_a_tower_with_wider_mlps_are_refused(model):
         state["visual.transformer.resblocks.0.mlp.c_fc.bias"] = torch.zeros(hidden)
     with pytest.raises(ValueError, match=f"{hidden} wide, .*ViT-g/14 and ViT-bigG/14"):
         infer_config(state)
+
+
+def test_heads_without_a_value_are_those_of_transformers(beside, tmp_path):
+    width = {"hidden_size": 384, "num_hidden_layers": 1, "intermediate_size": 1536}
+    vision = width | {"image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=width | {"vocab_size": 1000})
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    told = json.loads((tmp_path / HF).read_text())
+    for tower in ("vision", "text"):
+        told[f"{tower}_config"].pop("num_attention_heads", None)  # as older versions leave it out
+    (tmp_path / HF).write_text(json.dumps(told))
+    ours = load(tmp_path / "model.safetensors").config
+    theirs = transformers.CLIPConfig.from_pretrained(tmp_path)
+    heads = theirs.vision_config.num_attention_heads, theirs.text_config.num_attention_heads
+    assert (ours.vision_heads, ours.text_heads) == heads == (12, 8)
+
+
+@torch.no_grad()
+def test_a_whole_processor_of_transformers_is_read(tmp_path):
+    formats.save_hugging_face(load("demo"), tmp_path / "demo")
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "demo")
+    processor.image_processor.image_mean = [0.5, 0.4, 0.3]
+    (tmp_path / "demo/preprocessor_config.json").unlink()
+    processor.save_pretrained(tmp_path / "demo")
+    loaded = load(tmp_path / "demo/model.safetensors")
+    assert loaded.config.mean == (0.5, 0.4, 0.3)
+
+
+def test_a_description_of_another_model_beside_is_noted(beside):
+    files = {OPEN: {"model_cfg": GELU}, HF: {"model_type": "siglip", "vision_config": {}}}
+    config, notes = beside(files, "open_clip_model.safetensors")
+    assert config == dataclasses.replace(SMALL, activation="gelu")
+    assert "model_type is 'siglip'" in notes[0]
+    assert "open_clip_config.json beside it is used" in notes[0]
+    with pytest.raises(UserError, match="model_type is 'siglip'"):
+        beside(files, "model.safetensors")
 
 
 def test_what_nothing_tells_is_said(beside):

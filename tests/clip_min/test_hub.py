@@ -263,7 +263,7 @@ def publish(server, monkeypatch):
 
 def asked() -> set[str]:
     """The files that were asked for since the last call."""
-    files = {line.split()[1].split("/")[-1] for line in Hub.asked}
+    files = {line.split()[1].split("/")[-1] for line in Hub.asked if "/resolve/" in line}
     Hub.asked.clear()
     return files
 
@@ -287,15 +287,44 @@ def test_a_repository_is_read_as_its_folder_and_then_from_the_cache(
     assert asked() == set()
 
 
+def test_what_another_library_left_out_of_the_cache_is_fetched(publish, fetch, server, tmp_path):
+    """CLIPModel.from_pretrained fetches no preprocessing."""
+    from huggingface_hub import hf_hub_download
+
+    formats.save_hugging_face(load("demo"), tmp_path / "folder")
+    told = tmp_path / "folder/preprocessor_config.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"image_mean": [0.5, 0.4, 0.3]}))
+    publish(tmp_path / "folder")
+    fetch("nobody/nothing")  # which sets the client to this server
+    for file in ("config.json", "model.safetensors"):
+        hf_hub_download(OTHER, file)
+    assert fetch(OTHER, endpoint="http://127.0.0.1:9").returncode == 0  # what is there must do
+    assert load(tmp_path / "out.safetensors").config.mean != (0.5, 0.4, 0.3)
+    for endpoint in (server.url, "http://127.0.0.1:9"):
+        assert fetch(OTHER, endpoint).returncode == 0
+        assert load(tmp_path / "out.safetensors").config.mean == (0.5, 0.4, 0.3)
+
+
+def test_a_foreign_description_beside_one_that_fits_is_no_reason_to_refuse(
+    publish, fetch, tmp_path
+):
+    formats.save_open_clip(load("demo"), tmp_path / "folder")
+    other = {"model_type": "another", "vision_config": {}}
+    (tmp_path / "folder/config.json").write_text(json.dumps(other))
+    publish(tmp_path / "folder")
+    result = fetch(OTHER)
+    assert result.returncode == 0, result.stderr
+    assert load(tmp_path / "out.safetensors").config == CONFIGS["demo"]
+
+
 def test_safetensors_come_first_else_a_bin_file(publish, fetch, theirs, state, tmp_path):
     (tmp_path / "folder").mkdir()
     torch.save(theirs.state_dict(), tmp_path / "folder" / "open_clip_pytorch_model.bin")
     publish(tmp_path / "folder")
     assert fetch(OTHER).returncode == 0
     assert_holds(load(tmp_path / "out.safetensors"), state)
-    assert asked() == {*hub.IN_FOLDERS[:3], "open_clip_config.json", "config.json"} | {
-        "preprocessor_config.json"
-    }
+    beside = {"open_clip_config.json", "config.json", "processor_config.json"}
+    assert asked() == {*hub.IN_FOLDERS[:3], *beside, "preprocessor_config.json"}
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"no safetensors")
     publish(tmp_path / "folder", "laion/both")
     assert_one_line_error(fetch("laion/both"), "not a complete safetensors file")
