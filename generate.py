@@ -9,12 +9,15 @@ Only training pictures of the classes to learn are used. The command may be kill
 started again, it continues. `train.py --method disef` learns from the images.
 """
 
+import contextlib
 import gc
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from clip_min import UserError, weights
+from clip_min import CLIP, UserError, weights
+from clip_min.errors import first_line
 from fewshot import cache, ranks
 from fewshot.batches import Batches
 from fewshot.experiment import Experiment, peak_memory_mb, run_script
@@ -51,7 +54,7 @@ def main() -> None:
     default = default_folder(given.get("out", "runs"), experiment, options.plan, filter)
     folder = Path(given.get("synthetic", default))
     stage = given.get("stage", "all")
-    manifest = generate(experiment, task, options, filter, folder, stage)
+    manifest = generate(experiment, clip, task, options, filter, folder, stage)
     if ranks.rank:
         return
     if stage in ("all", "filter"):
@@ -66,6 +69,7 @@ def main() -> None:
 
 def generate(
     experiment: Experiment,
+    clip: CLIP,
     task: Task,
     options: Generation,
     filter: str,
@@ -80,10 +84,10 @@ def generate(
         raise UserError("--offload: moves models off the GPU, but there is no GPU; leave it out")
     if options.offload and ranks.size > 1:
         raise UserError("--offload: works only in a single process; leave it out, or start one")
-    judge = load_filter(filter, experiment, task)
+    judge = load_filter(filter, clip, task)
     f1 = None
     if options.plan != "uniform":
-        model = judge if options.f1_of == "filter" else load_filter("zero_shot", experiment, task)
+        model = judge if options.f1_of == "filter" else load_filter("zero_shot", clip, task)
         predicted = predict(model.method, task.val).argmax(dim=1)
         f1 = per_class(predicted, task.val.labels.cpu(), len(task.classnames))[1] / 100
     settings = {
@@ -123,18 +127,29 @@ def generate(
 def load_captioner(options: Generation, device: str):
     if options.captioner == "demo":
         return DemoCaptioner()
-    return Llava(options.captioner, options, device)
+    with _packages("--captioner"):
+        return Llava(options.captioner, options, device)
 
 
 def load_painter(options: Generation, device: str):
     if options.painter == "demo":
         return DemoPainter(options.strength)
-    return Diffusion(options.painter, options, device)
+    with _packages("--painter"):
+        return Diffusion(options.painter, options, device)
 
 
-def load_filter(name: str, experiment: Experiment, task: Task) -> Filter:
-    """Zero-shot CLIP, or the method of a run, for the task's classes; with its own CLIP."""
-    clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
+@contextlib.contextmanager
+def _packages(flag: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{flag}: a package is missing ({first_line(error)}); pip install -e '.[gen]'"
+        ) from None
+
+
+def load_filter(name: str, clip: CLIP, task: Task) -> Filter:
+    """Zero-shot CLIP, or the method of a run, for the task's classes."""
     if name == "zero_shot":
         method = METHODS[name].plain(clip, task.classnames, task.template)
         return Filter(method, name, weights.fingerprint(clip))
@@ -148,7 +163,12 @@ def load_filter(name: str, experiment: Experiment, task: Task) -> Filter:
 
 
 def add_synthetic(
-    settings: DISEFSettings, experiment: Experiment, task: Task, out: Path, filter: str
+    settings: DISEFSettings,
+    experiment: Experiment,
+    clip: CLIP,
+    task: Task,
+    out: Path,
+    filter: str,
 ) -> tuple[DISEFSettings, Batches, dict]:
     """-> settings, the training pictures with synthetic ones, and a summary of the latter.
 
@@ -159,7 +179,7 @@ def add_synthetic(
     folder = Path(settings.synthetic or default)
     if experiment.dataset == "demo":
         options = Generation(per_class=settings.per_class, plan=settings.plan, batch_size=64)
-        manifest = generate(experiment, task, options, filter, folder)
+        manifest = generate(experiment, clip, task, options, filter, folder)
     else:
         manifest = finished(folder, experiment, task, settings, filter)
     summary = {

@@ -202,7 +202,7 @@ def train(plan: Plan, world: World) -> dict:
         with torch.random.fork_rng(gpu):  # keeps training's random numbers independent of it
             if (filter := settings.filter) == "lora":
                 filter = lora_run(plan, world)
-            made = add_synthetic(settings, experiment, task, plan.out, filter)
+            made = add_synthetic(settings, experiment, world.clip, task, plan.out, filter)
             settings, joined, made = made
         task = replace(task, train=joined)
         method.settings = settings  # with the folder of these images

@@ -6,10 +6,14 @@ captions without an error. On a GPU the language model's weights are 4-bit (nf4,
 GB in all instead of 14; the small image tower stays in 16 bits.
 """
 
+from pathlib import Path
+
 import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_min import UserError
+from clip_min.files import read_json
 from gen.pretrained import locate, quiet
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -31,10 +35,12 @@ class Llava:
         )
         self.name, self.options = name, options
         cuda = torch.device(device).type == "cuda"
-        placed = {}
-        if cuda:
-            placed["device_map"] = "auto" if options.offload else device
-            placed["quantization_config"] = four_bits(options.offload)
+        kind = read_json(Path(folder) / "config.json", "").get("model_type")
+        if kind != "llava":
+            raise UserError(
+                f"--captioner {name}: is a model of type {kind!r}, expected llava (1.5)"
+            )
+        placed = {"device_map": device, "quantization_config": four_bits()} if cuda else {}
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
         self.processor.tokenizer.padding_side = "left"  # so that all answers start together
         self.model = transformers.LlavaForConditionalGeneration.from_pretrained(
@@ -70,7 +76,7 @@ class Llava:
         return [" ".join(text.split()) for text in texts]
 
 
-def four_bits(offload: bool = False):
+def four_bits():
     """LLaVA on a GPU: nf4 for the linear layers in the blocks of its language model."""
     import transformers
 
@@ -80,7 +86,6 @@ def four_bits(offload: bool = False):
         bnb_4bit_compute_dtype=torch.float16,
         # Patterns of full names; without them everything but lm_head would be 4-bit.
         llm_int8_skip_modules=[".*vision_tower", ".*multi_modal_projector", "lm_head"],
-        llm_int8_enable_fp32_cpu_offload=offload,
     )
 
 

@@ -28,6 +28,8 @@ class Diffusion:
         self.pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(
             folder, dtype=torch.float16 if cuda else torch.float32
         )
+        if hasattr(self.pipe, "safety_checker"):  # it would paint false alarms black
+            self.pipe.safety_checker = None
         if hasattr(self.pipe, "unet"):  # newer families have a solver of their own
             self.pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
                 self.pipe.scheduler.config, algorithm_type="dpmsolver++"
@@ -38,7 +40,8 @@ class Diffusion:
             self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         network = self.pipe.unet if hasattr(self.pipe, "unet") else self.pipe.transformer
-        self.size = network.config.sample_size * self.pipe.vae_scale_factor  # pixels
+        side = getattr(network.config, "sample_size", None) or self.pipe.default_sample_size
+        self.size = side * self.pipe.vae_scale_factor  # pixels
 
     def __call__(
         self, images: list[Image.Image], prompts: list[str], seeds: list[int]

@@ -52,7 +52,7 @@ class Generation(BaseSettings):
     strength: Annotated[float, "share of the steps to repaint; 0 keeps the real image"] = 0.75
     guidance: Annotated[float, "weight of the prompt (classifier-free guidance)"] = 8.0
     batch_size: Annotated[int, "images to caption or paint at once"] = 8
-    offload: Annotated[bool, "move parts of the models between GPU and memory: slower, smaller"] = (
+    offload: Annotated[bool, "move the painter's parts between GPU and memory: slower, smaller"] = (
         False
     )
 

@@ -1,5 +1,9 @@
 """LLaVA and Stable Diffusion, the libraries' real classes with few random weights."""
 
+import json
+from pathlib import Path
+
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -102,6 +106,26 @@ def test_as_on_a_gpu_the_language_model_is_4_bit_and_the_image_tower_16(tiny_lla
     captions = captioner(pictures, NAMES, SEEDS)
     assert captions == captioner(pictures, NAMES, SEEDS)
     assert len(set(captions)) == 3
+
+
+def test_another_kind_of_captioner_is_one_line(tiny_llava, tmp_path):
+    config = json.loads((Path(tiny_llava) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llava_next"}))
+    with pytest.raises(UserError, match="is a model of type 'llava_next', expected llava"):
+        Llava(str(tmp_path), Generation(), "cpu")
+
+
+def test_false_alarms_are_not_painted_black(tiny_diffusion, monkeypatch):
+    kind = diffusers.AutoPipelineForImage2Image
+    read = kind.from_pretrained
+
+    def with_checker(*given, **options):
+        pipe = read(*given, **options)
+        pipe.safety_checker = torch.nn.Identity()
+        return pipe
+
+    monkeypatch.setattr(kind, "from_pretrained", with_checker)
+    assert Diffusion(str(tiny_diffusion), OPTIONS, "cpu").pipe.safety_checker is None
 
 
 def test_the_sampler_draws_from_the_softmax():

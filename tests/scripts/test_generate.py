@@ -24,6 +24,7 @@ from clip_min import UserError
 from fewshot import demo
 from gen import diffuse
 from gen.books import Manifest, slugs
+from gen.settings import Generation
 from methods import METHODS
 
 TWO = ("--per-class", 2)  # as `synthetic` has them
@@ -579,6 +580,17 @@ def test_the_f1_variant_trains_its_filter_first(script, tmp_path, monkeypatch, i
     monkeypatch.setitem(METHODS["lora"].recipes["demo"], "epochs", 3)
     other = script("train", "--method", "disef_f1", *short)
     assert is_one_line(other, "lora-s1-seed1: is the run that filters", "epochs 1, not 3")
+
+
+@pytest.mark.parametrize("kind", ["captioner", "painter"])
+def test_a_missing_package_is_one_line(kind, monkeypatch):
+    def missing(*_):
+        raise ImportError("No module named 'diffusers'\nand more")
+
+    monkeypatch.setattr(generate, {"captioner": "Llava", "painter": "Diffusion"}[kind], missing)
+    options = Generation(captioner="a/b", painter="a/b")
+    with pytest.raises(UserError, match=f"--{kind}: a package is missing .*diffusers.*gen"):
+        getattr(generate, f"load_{kind}")(options, "cpu")
 
 
 def test_offloading_without_a_gpu_is_refused_before_any_work(script, tmp_path):
