@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from clip_min import CLIP, UserError, weights
 from clip_min.errors import first_line
 from fewshot import cache, ranks
@@ -27,7 +29,7 @@ from fewshot.run import Run
 from fewshot.task import Task
 from gen.books import Manifest
 from gen.caption import Llava
-from gen.diffuse import Diffusion
+from gen.diffuse import Diffusion, find_painter
 from gen.filter import Filter
 from gen.painter import DemoCaptioner, DemoPainter
 from gen.plan import plan
@@ -85,17 +87,21 @@ def generate(
     if options.offload and ranks.size > 1:
         raise UserError("--offload: works only in a single process; leave it out, or start one")
     judge = load_filter(filter, clip, task)
-    f1 = None
-    if options.plan != "uniform":
-        model = judge if options.f1_of == "filter" else load_filter("zero_shot", clip, task)
-        predicted = predict(model.method, task.val).argmax(dim=1)
-        f1 = per_class(predicted, task.val.labels.cpu(), len(task.classnames))[1] / 100
     settings = {
         **made_from(experiment, task),
         **options.fixed(judge.name),
         "filter": judge.name,
         "filter_revision": judge.revision,
     }
+    f1 = None
+    if options.plan != "uniform":
+        before = Manifest.measured(folder) or {}  # measured anew, it might plan other images
+        if before.keys() == set(task.classnames):
+            f1 = torch.tensor([before[name] for name in task.classnames], dtype=torch.float64)
+        else:
+            model = judge if options.f1_of == "filter" else load_filter("zero_shot", clip, task)
+            predicted = predict(model.method, task.val).argmax(dim=1)
+            f1 = per_class(predicted, task.val.labels.cpu(), len(task.classnames))[1] / 100
     manifest = Manifest.start(folder, settings, plan(options, task.classnames, f1))
     studio = Studio(manifest, task.train.pictures, options, experiment.seed)
     print(f"{folder}: {manifest.missing()} images to make, filter {judge.name}")
@@ -106,6 +112,9 @@ def generate(
         )
 
     if stage in ("all", "caption") and studio.captions_missing():
+        if stage == "all" and options.painter != "demo":  # an error before hours of captions
+            with ranks.first_alone(), _packages("--painter"):
+                find_painter(options.painter)
         with ranks.first_alone():  # it downloads missing files
             captioner = load_captioner(options, experiment.device)
         studio.caption(captioner)

@@ -37,6 +37,7 @@ from clip_min.files import (
     write_json,
     write_text,
 )
+from clip_min.typed import expect
 from fewshot import cache, ranks
 from fewshot.pictures import Pictures, digests
 
@@ -160,6 +161,17 @@ class Manifest:
                 "for the classes of settings.json"
             )
         return cls(folder, settings, plan)
+
+    @classmethod
+    def measured(cls, folder: Path) -> dict[str, float] | None:
+        """The F1 of each class by which the folder's images were planned, if there are any."""
+        if not (folder / "plan.json").is_file() or not (folder / "settings.json").is_file():
+            return None
+        manifest = cls.open(folder)
+        f1 = manifest.plan.get("f1") if manifest.captions or manifest.attempts else None
+        if f1 is not None:
+            expect(f1, dict[str, float], f"{folder}/plan.json", "f1")
+        return f1
 
     def check_settings(self, settings: dict) -> None:
         """UserError, if the settings differ from the folder's."""

@@ -6,10 +6,25 @@ of N, and denoised from there under a prompt with DPM-Solver++ (Lu et al., arXiv
 strength s = 15/20 little more than the layout of x remains.
 """
 
+from pathlib import Path
+
 import torch
 from PIL import Image, ImageOps
 
+from clip_min import UserError
 from gen.pretrained import locate, quiet
+
+
+def find_painter(name: str) -> tuple[str, str]:
+    """-> (folder, revision), downloaded if necessary."""
+    import diffusers
+
+    folder, revision = locate("--painter", name, diffusers.DiffusionPipeline.download)
+    if not (Path(folder) / "model_index.json").is_file():
+        raise UserError(
+            f"--painter {name}: has no model_index.json, so it is no diffusion pipeline"
+        )
+    return folder, revision
 
 
 class Diffusion:
@@ -22,7 +37,7 @@ class Diffusion:
         import diffusers
 
         quiet()
-        folder, self.revision = locate("--painter", name, diffusers.DiffusionPipeline.download)
+        folder, self.revision = find_painter(name)
         self.name, self.options = name, options
         cuda = torch.device(device).type == "cuda"
         self.pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(

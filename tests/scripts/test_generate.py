@@ -582,6 +582,28 @@ def test_the_f1_variant_trains_its_filter_first(script, tmp_path, monkeypatch, i
     assert is_one_line(other, "lora-s1-seed1: is the run that filters", "epochs 1, not 3")
 
 
+def test_f1_is_measured_once_for_a_folder(script, tmp_path, monkeypatch):
+    """Else another precision or device could change the plan of images that are there already."""
+    flags = ("--shots", 1, "--plan", "f1", "--per-class", 1, "--synthetic", tmp_path / "images")
+    assert script("generate", *flags).code == 0
+    before = json.loads((tmp_path / "images/plan.json").read_text())
+    monkeypatch.setattr(generate, "predict", None)
+    result = script("generate", *flags)
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "images/plan.json").read_text()) == before
+    (tmp_path / "images/plan.json").write_text(json.dumps(before | {"f1": {"rose": "high"}}))
+    assert "plan.json: f1.rose is 'high'" in script("generate", *flags).err
+
+
+def test_a_wrong_painter_is_found_before_the_captions(script, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = ("--captioner", "demo", "--painter", tmp_path / "empty")
+    result = script("generate", *flags, "--shots", 1, "--synthetic", tmp_path / "images")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "has no model_index.json" in result.err
+    assert not (tmp_path / "images/captions.jsonl").exists()
+
+
 @pytest.mark.parametrize("kind", ["captioner", "painter"])
 def test_a_missing_package_is_one_line(kind, monkeypatch):
     def missing(*_):
