@@ -175,7 +175,6 @@ def _both(features: dict, draw) -> Markup:
     return tag("div", drawn, class_="charts")
 
 
-MOST = 120  # classes in a matrix: more cells would be too small to see
 NUMBERED = 30  # classes whose rows and columns have room for a number
 
 
@@ -183,14 +182,8 @@ def matrix(scope: dict) -> Markup:
     """The confusion matrix: a cell for each pair that occurs, darker for a larger share."""
     names, order = scope["names"], scope["order"]
     totals: dict[int, int] = {}
-    wrong: dict[int, int] = {}
-    for i, j, times in scope["confusions"]:
+    for i, _, times in scope["confusions"]:
         totals[i] = totals.get(i, 0) + times
-        if i != j:
-            wrong[i], wrong[j] = wrong.get(i, 0) + times, wrong.get(j, 0) + times
-    if len(order) > MOST:
-        worst = {*sorted(range(len(names)), key=lambda c: -wrong.get(c, 0))[:MOST]}
-        order = [c for c in order if c in worst]
     place = {c: k for k, c in enumerate(order)}
     n, cells = len(order), []
     for i, j, times in scope["confusions"]:

@@ -72,15 +72,21 @@ def scores_by_class(predicted: Tensor, labels: Tensor, count: int) -> list[dict]
     ]
 
 
-def cluster_order(matrix: Tensor) -> list[int]:
-    """An order of the classes that puts confused classes next to each other.
+def cluster_order(matrix: Tensor, most: int = 120) -> list[int]:
+    """An order of the classes that puts confused classes next to each other; of many classes, only
+    of the `most` with the most confusions.
 
     Average linkage on 1 - the share of mutual confusions, with optimal leaf ordering (Bar-Joseph et
-    al., Bioinformatics 17, 2001). matrix (K, K), counts.
+    al., Bioinformatics 17, 2001), whose time grows with the square of the classes or more. matrix
+    (K, K), counts.
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
+    if len(matrix) > most:
+        wrong = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
+        worst = wrong.argsort(descending=True, stable=True)[:most]
+        return worst[cluster_order(matrix[worst][:, worst], most)].tolist()
     if len(matrix) < 3:
         return list(range(len(matrix)))
     rate = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
