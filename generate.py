@@ -95,7 +95,8 @@ def generate(
     }
     f1 = None
     if options.plan != "uniform":
-        before = Manifest.measured(folder) or {}  # measured anew, it might plan other images
+        # Measured anew, it might plan other images.
+        before = ranks.same(Manifest.measured(folder) if ranks.rank == 0 else None) or {}
         if before.keys() == set(task.classnames):
             f1 = torch.tensor([before[name] for name in task.classnames], dtype=torch.float64)
         else:

@@ -122,16 +122,16 @@ def described(config: CLIPConfig, path: Path, header: str | None, known: bool) -
 
 def _beside(config: CLIPConfig, path: Path) -> tuple[str, dict]:
     """The file beside the weights that describes them, and its values; notes name assumptions."""
-    names, found = [HUGGING_FACE, OPEN_CLIP], {}
-    for name in reversed(names) if path.name.startswith("open_clip") else names:
+    found: dict[str, dict] = {}
+    for name in descriptions(path.name):
         file, read = path.with_name(name), _open_clip if name == OPEN_CLIP else _hugging_face
         try:
             if (content := plain(file)) is not None:
                 found[name] = read(content, config, file)
-        except UserError as error:
+        except UserError:
             if not found:  # else it is not the one that belongs to these weights
                 raise
-            _note(f"{error}; {next(iter(found))} beside it is used")
+            _note(f"{file} describes another model; {next(iter(found))} beside it is used")
     pictures = "OpenAI's preprocessing of images is assumed"
     if not found:
         wide = 80 if config.vision_width == 1280 else 64  # ViT-H/14's, and all others'
@@ -154,6 +154,12 @@ def _beside(config: CLIPConfig, path: Path) -> tuple[str, dict]:
     if "mean" not in found[first]:
         _note(f"{path}: {first} beside it does not describe the preprocessing; {pictures}")
     return f"{path.with_name(first)}", found[first]
+
+
+def descriptions(weights: str) -> tuple[str, str]:
+    """The name of the description that belongs to a weights file, and that of the other."""
+    both = (HUGGING_FACE, OPEN_CLIP)
+    return both[::-1] if weights.startswith("open_clip") else both
 
 
 @functools.cache  # one note for each file
@@ -221,7 +227,9 @@ def _hugging_face(found: dict, config: CLIPConfig, file: Path) -> dict:
             "num_attention_heads": heads,
             "layer_norm_eps": 1e-5,
         }
-        part |= found[f"{tower}_config"] | (found.get(f"{tower}_config_dict") or {})
+        more = found.get(f"{tower}_config_dict") or {}
+        expect(more, dict, str(file), f"{tower}_config_dict")
+        part |= found[f"{tower}_config"] | more
         kind = {"hidden_act": str, "num_attention_heads": int, "layer_norm_eps": float}
         expect(part, kind, str(file), f"{tower}_config")
         _only(part, file, layer_norm_eps=(1e-5,))
@@ -242,7 +250,10 @@ def _processor(beside: Path, size: int) -> dict:
     found = {"size": size, "do_center_crop": True} | content
     short, whole = (size, {"shortest_edge": size}), {"height": size, "width": size}
     _only(found, file, do_resize=(True,), do_rescale=(True,), do_normalize=(True,))
-    _only(found, file, size=(*short, whole), resample=(2, 3), rescale_factor=(1 / 255,))
+    _only(found, file, size=(*short, whole), resample=(2, 3))
+    if isinstance(factor := found.get("rescale_factor"), float):
+        found["rescale_factor"] = round(255 * factor, 4)
+        _only(found, file, rescale_factor=(1,))
     if found["size"] in short:
         _only(found, file, do_center_crop=(True,))
     if found["do_center_crop"]:

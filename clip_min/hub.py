@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_min.description import HUGGING_FACE, OPEN_CLIP, PROCESSORS, plain
+from clip_min.description import HUGGING_FACE, OPEN_CLIP, PROCESSORS, descriptions, plain
 from clip_min.errors import UserError, first_line
 from clip_min.files import sha256_of
 
@@ -179,23 +179,27 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
                 get_hf_file_metadata(url)
             except EntryNotFoundError:
                 pass
-            except HfHubHTTPError:
-                raise
             except Exception as error:
                 if path is not None:  # what is in the cache must do
                     return Path(path)
+                if isinstance(error, HfHubHTTPError):
+                    raise
                 here = "" if sha256 else "there is no such file or folder here, and "
                 raise UserError(
                     f"{name}: {here}{repo} is not in the hub's cache and the hub cannot be reached "
                     f"({first_line(error)}); connect to the internet once to download it, {advice}"
                 ) from None
-            path, fits, refused = None, False, None
+            have, path = path, None
+            told: dict[str, UserError | None] = {}  # a description -> what speaks against it
             for file in (*beside, *weights):
-                if file in weights and refused and not fits:
-                    raise refused  # before gigabytes of weights
+                mine = [told[name] for name in descriptions(file) if name in told]
+                if file in weights and mine and mine[0]:
+                    raise mine[0]  # before gigabytes of weights
                 try:
                     found = hf_hub_download(repo, file, revision=revision)
                 except LocalEntryNotFoundError:  # the hub cannot be reached any more
+                    if have is not None:
+                        return Path(have)
                     raise
                 except EntryNotFoundError:
                     continue
@@ -204,9 +208,10 @@ def _download(name: str, repo: str, revision: str, sha256: str | None = None) ->
                     break
                 if file not in PROCESSORS:
                     try:
-                        fits |= plain(Path(found)) is not None
+                        if plain(Path(found)) is not None:
+                            told[file] = None
                     except UserError as error:
-                        refused = error
+                        told[file] = error
             if path is None:
                 raise UserError(
                     f"{name}: {repo} has no {' or '.join(weights)} (404), which are the files that "

@@ -103,9 +103,8 @@ def resized(positions: Tensor, grid: int) -> Tensor:
     patches = F.interpolate(
         patches[None], (grid, grid), mode="bicubic", antialias=True, align_corners=False
     )[0]  # (D, grid, grid)
-    patches *= (
-        1 + 2**-40
-    )  # so that no value is halfway between two of float32, and rounds by chance
+    # No value may be halfway between two of float32: it would be rounded by chance.
+    patches *= 1 + 2**-40
     return torch.cat([positions[:1], patches.flatten(1).T.to(positions)])
 
 

@@ -246,7 +246,7 @@ class FeatureBatches(Batches):
         elif augment != "none":
             needs = f"--augment {augment} changes pictures"
         elif mirror:
-            needs = "--mirror adds mirror images"
+            needs = "--mirror (see --no-mirror) adds mirror images"
         if needs:
             raise NeedsPictures(
                 f"{type(method).__name__} needs the pictures themselves, but {made.place} holds "

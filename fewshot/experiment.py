@@ -29,7 +29,7 @@ from fewshot.task import Task, make_task, make_test
 from fewshot.transductive import Queries, evaluate_tasks
 
 BLIND = "the demo model has never seen a photo; for real pictures add --model ViT-B/16"
-THREADS = torch.get_num_threads()  # by default, before `prepare` sets another number
+THREADS = 0  # by default: the number before the first `prepare`
 SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
 
 
@@ -136,6 +136,8 @@ class Experiment:
             torch.cuda.set_device(self.device)  # "cuda" now means this device
         # By default a GPU rounds inputs of convolutions (the patch embedding) to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
+        global THREADS
+        THREADS = THREADS or torch.get_num_threads()
         small = sum(parameter.numel() for parameter in clip.parameters()) < SMALL
         torch.set_num_threads(self.threads or (1 if small else THREADS))
 

@@ -12,7 +12,6 @@ their labels.
 """
 
 import csv
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ from fewshot.folder import (
     check_classes,
     class_of,
     read_classnames,
-    read_text,
 )
 from fewshot.pictures import Pictures
 
@@ -116,31 +114,37 @@ def read_cells(
     """For each row of a CSV: where it is, and its cells in the columns `needed` and `others`, of
     which the latter may be missing (""). UserError, if `split` is no part.
     """
+    columns_read = [*needed, *(others or [])]
     try:
-        reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
-        columns = [(name or "").strip() for name in reader.fieldnames or []]
-        if missing := [name for name in needed if name not in columns]:
-            has = ", ".join(columns) or "none"
-            raise UserError(
-                f"{file}: has no column {missing[0]!r}; its first line should name "
-                f"{', '.join(needed)}, but names {has}"
-            )
-        if twice := [name for name in [*needed, *(others or [])] if columns.count(name) > 1]:
-            raise UserError(f"{file}: has two columns {twice[0]!r}; rename one")
-        reader.fieldnames = columns
-        for found in reader:
-            where = f"{file}, line {reader.line_num}"
-            if any(found.pop(None, ())):  # None: cells beyond the columns, often empty
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            columns = [(name or "").strip() for name in reader.fieldnames or []]
+            if missing := [name for name in needed if name not in columns]:
+                has = ", ".join(columns) or "none"
                 raise UserError(
-                    f"{where}: has more cells than the {len(columns)} columns of the first line; "
-                    'put text with a comma in quotes: "a, b"'
+                    f"{file}: has no column {missing[0]!r}; its first line should name "
+                    f"{', '.join(needed)}, but names {has}"
                 )
-            cells = {name: (found.get(name) or "").strip() for name in [*needed, *(others or [])]}
-            if (split := cells.get("split", "")) not in ("", *PARTS):
-                raise UserError(f"{where}: split is {split!r}; expected train, val or test")
-            yield where, cells
+            if twice := [name for name in columns_read if columns.count(name) > 1]:
+                raise UserError(f"{file}: has two columns {twice[0]!r}; rename one")
+            reader.fieldnames = columns
+            for found in reader:
+                where = f"{file}, line {reader.line_num}"
+                if any(found.pop(None, ())):  # None: cells beyond the columns, often empty
+                    raise UserError(
+                        f"{where}: has more cells than the {len(columns)} columns of the first "
+                        'line; put text with a comma in quotes: "a, b"'
+                    )
+                cells = {name: (found.get(name) or "").strip() for name in columns_read}
+                if (split := cells.get("split", "")) not in ("", *PARTS):
+                    raise UserError(f"{where}: split is {split!r}; expected train, val or test")
+                yield where, cells
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file") from None
     except csv.Error as error:
         raise UserError(f"{file}: cannot be read as CSV ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from None
 
 
 def check_listed_once(rows: list[Row]) -> None:

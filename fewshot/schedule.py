@@ -43,7 +43,8 @@ def announce(s, train: Batches, val: Batches, length: Length, done: int) -> str:
     """The remaining gradient steps and validations, in a line."""
     left = length.total - done
     sizes = [len(part) for part in train.drawn]
-    text = f"{left} gradient steps of {sum(min(s.batch_size, size) for size in sizes)} images, "
+    images = len(sizes) * min(s.batch_size, max(sizes))  # those of a smaller group repeat
+    text = f"{left} gradient steps of {images} images, "
     passes = left / length.epoch
     text += f"{passes:,.{1 if passes < 10 else 0}f} passes over {max(sizes)}"
     if length.chooses:

@@ -199,7 +199,7 @@ class Shards:
         if beyond := [number for number in self.there if number > shard]:
             raise UserError(
                 f"{self.path(min(beyond), '.json')}: the source has no more pictures for it; put "
-                "those back, or choose another --out"
+                "the missing ones back, or choose another --out"
             )
 
     def told(self, shard: int) -> dict:
@@ -231,6 +231,8 @@ class Shards:
         for name in ("classes.txt", "classes.json"):
             file = (source if source.is_dir() else source.parent) / name
             if file.is_file():
+                for old in ("classes.txt", "classes.json"):
+                    (self.folder / old).unlink(missing_ok=True)
                 write_text(self.folder / name, read_text(file))
 
     def finish(self) -> dict:

@@ -173,8 +173,8 @@ def make_test(
         tested = read(_of_classes(dataset.test, ids), reader, notes, keep=False)
         if len(tested) == 0:
             raise UserError(
-                f"no test images of the {part} classes were found, of which the first is "
-                f"{dataset.classnames[ids[0]]!r}; give their place with --data-root"
+                f"no test images of the {len(ids)} {part} classes "
+                f"({dataset.classnames[ids[0]]!r} …) are left; give data with some as --data-root"
             )
         tests[part] = Test([dataset.classnames[i] for i in ids], tested)
     learned = [dataset.classnames[i] for i in learned]

@@ -30,8 +30,8 @@ class Batcher:
     def _halve(self, tried: int) -> None:
         if tried == 1:
             raise UserError(
-                "out of GPU memory with a single image; free some, or pass --offload or smaller "
-                "models"
+                "out of GPU memory with a single image; free some, or give a smaller model (or, "
+                "for the painter, --offload)"
             )
         self.size = tried // 2
         if not self._said:

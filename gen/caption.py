@@ -35,7 +35,8 @@ class Llava:
         )
         self.name, self.options = name, options
         cuda = torch.device(device).type == "cuda"
-        kind = read_json(Path(folder) / "config.json", "").get("model_type")
+        file = Path(folder) / "config.json"
+        kind = read_json(file, "").get("model_type") if file.is_file() else None
         if kind != "llava":
             raise UserError(
                 f"--captioner {name}: is a model of type {kind!r}, expected llava (1.5)"

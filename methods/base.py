@@ -111,9 +111,9 @@ class Method(nn.Module):
         prompts, c = self.prompt_tree(), self.clip.config
         if prompts.vocabulary > c.vocab_size or prompts.context_length > c.context_length:
             raise UserError(
-                f"this model reads {c.context_length} of {c.vocab_size:,} tokens, but the prompts "
-                f"have up to {prompts.context_length} of the {prompts.vocabulary:,} of CLIP's "
-                "tokenizer; give another --model, or shorter prompts"
+                f"this model reads prompts of up to {c.context_length} tokens from a vocabulary of "
+                f"{c.vocab_size:,}, but these have up to {prompts.context_length} from CLIP's "
+                f"{prompts.vocabulary:,}; give another --model, or shorter prompts"
             )
         self.prompts = prompts.to(self.clip.device)
         self._text = None

@@ -22,7 +22,7 @@ less than 2R/D of the multiplications. `merge` forms B·A once, for evaluation o
 equal in distribution, but masks are shared: prompts that share a token (PromptTree) drop the same
 inputs of it, and q, k and v share a mask unless `--dropout-masks each` is given. CLIP-LoRA's code
 draws one for each. Its template is "a photo of a {}." on every data set: give it as `--template` if
-a data set has another default. Both papers' code computes in float16.
+a data set has another default. CLIP-LoRA's and DISEF's code compute in float16.
 """
 
 import contextlib

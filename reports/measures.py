@@ -5,6 +5,7 @@ N pictures of K classes: labels (N,), the likeliest classes (N, 5) and their pro
 
 import math
 
+import torch
 from torch import Tensor
 
 from fewshot.metrics import per_class
@@ -83,17 +84,17 @@ def cluster_order(matrix: Tensor, most: int = 120) -> list[int]:
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
+    wrong = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
+    shown = torch.arange(len(matrix))
     if len(matrix) > most:
-        wrong = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
-        worst = wrong.argsort(descending=True, stable=True)[:most]
-        return worst[cluster_order(matrix[worst][:, worst], most)].tolist()
-    if len(matrix) < 3:
-        return list(range(len(matrix)))
-    rate = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+        shown = wrong.argsort(descending=True, stable=True)[:most]
+    if len(shown) < 3:
+        return shown.tolist()
+    rate = matrix[shown][:, shown].double() / matrix.sum(1)[shown, None].clamp(min=1)
     near = (rate + rate.T) / 2
     far = (1 - near).fill_diagonal_(0)
     tree = linkage(squareform(far.numpy(), checks=False), "average", optimal_ordering=True)
-    return leaves_list(tree).tolist()
+    return shown[leaves_list(tree).tolist()].tolist()
 
 
 def most_confused(matrix: Tensor, most: int = 12) -> list[dict]:

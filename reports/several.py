@@ -54,12 +54,16 @@ def _key(run: Tested) -> str:
 def _task(runs: list[Tested], left_out: dict[str, str]) -> dict:
     groups: dict[str, list[Tested]] = defaultdict(list)
     for run in runs:
-        group = groups[json.dumps([run.config["method"], _settings(run)])]
+        what = [run.config["method"], _settings(run)]
+        group = groups[json.dumps(what)]
+        made_of = run.config["settings"].get("synthetic")
         again = [of for of in group if of.experiment["seed"] == run.experiment["seed"]]
-        if again:
-            left_out[str(run.path)] = f"{run.path}: is the run of {again[0].path} once more"
-        else:
+        if not again:
             group.append(run)
+        elif again[0].config["settings"].get("synthetic") == made_of:
+            left_out[str(run.path)] = f"{run.path}: is the run of {again[0].path} once more"
+        else:  # the same seed with other synthetic images
+            groups[json.dumps([*what, made_of])].append(run)
     rows = [_row(of) for of in groups.values()]
     _tell_apart(rows, list(groups.values()))
     # The test pictures may depend on the seed, so use one run of each. Validation pictures also

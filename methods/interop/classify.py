@@ -137,7 +137,7 @@ def open_run(
 
     classnames: names to choose from; default: all names of the run, or only the learned ones if the
     method cannot name others. model: where CLIP is, if it has moved. share: the share of the
-    learned change to keep, see methods/wise_ft.py.
+    learned change to keep, see methods/wise_ft.py. On a GPU, convolutions no longer use TF32.
     """
     run = Run.open(Path(path))
     moved = {"device": device} | ({"model": model} if model else {})

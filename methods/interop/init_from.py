@@ -104,8 +104,8 @@ def read_run(path: Path, method: Method) -> tuple[dict[str, Tensor], dict]:
         count, mine = len(run.learned), len(method.classnames)
         raise UserError(
             f"{path}: learned {count} classes ({run.learned[0]!r} …) that are not the {mine} of "
-            f"this run ({method.classnames[0]!r} …), or are in another order, and "
-            f"{type(method).__name__} cannot name others; give a run on the same classes"
+            f"this run ({method.classnames[0]!r} …), or are in another order, and what "
+            f"{type(method).__name__} learns has a row for each; give a run on the same classes"
         )
     settings = asdict(described(run)[1])
     unused = {"image": "text_", "text": "image_"}.get(settings.get("towers", ""), "no such setting")

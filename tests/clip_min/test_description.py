@@ -237,8 +237,7 @@ def test_a_description_of_another_model_beside_is_noted(beside):
     files = {OPEN: {"model_cfg": GELU}, HF: {"model_type": "siglip", "vision_config": {}}}
     config, notes = beside(files, "open_clip_model.safetensors")
     assert config == dataclasses.replace(SMALL, activation="gelu")
-    assert "model_type is 'siglip'" in notes[0]
-    assert "open_clip_config.json beside it is used" in notes[0]
+    assert "config.json describes another model; open_clip_config.json beside it is" in notes[0]
     with pytest.raises(UserError, match="model_type is 'siglip'"):
         beside(files, "model.safetensors")
 

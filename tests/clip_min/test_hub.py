@@ -305,16 +305,43 @@ def test_what_another_library_left_out_of_the_cache_is_fetched(publish, fetch, s
         assert load(tmp_path / "out.safetensors").config.mean == (0.5, 0.4, 0.3)
 
 
-def test_a_foreign_description_beside_one_that_fits_is_no_reason_to_refuse(
-    publish, fetch, tmp_path
-):
+@pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "model.safetensors"])
+def test_the_description_that_belongs_to_the_weights_decides(weights, publish, fetch, tmp_path):
     formats.save_open_clip(load("demo"), tmp_path / "folder")
+    (tmp_path / "folder/open_clip_model.safetensors").rename(tmp_path / "folder" / weights)
     other = {"model_type": "another", "vision_config": {}}
     (tmp_path / "folder/config.json").write_text(json.dumps(other))
     publish(tmp_path / "folder")
     result = fetch(OTHER)
+    if weights == "model.safetensors":
+        assert_one_line_error(result, f"{OTHER}: ", "model_type is 'another'")
+        assert weights not in asked()
+        return
     assert result.returncode == 0, result.stderr
     assert load(tmp_path / "out.safetensors").config == CONFIGS["demo"]
+
+
+@pytest.mark.parametrize("answer", [401, 429, 500])
+def test_a_hub_that_refuses_does_not_matter_if_the_weights_are_there(
+    answer, publish, fetch, server, tmp_path, monkeypatch
+):
+    from huggingface_hub import hf_hub_download
+
+    formats.save_hugging_face(load("demo"), tmp_path / "folder")
+    publish(tmp_path / "folder")
+    fetch("nobody/nothing")  # which sets the client to this server
+    for file in ("config.json", "model.safetensors"):
+        hf_hub_download(OTHER, file)
+
+    def refuse(self):
+        self.send_response(answer)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    monkeypatch.setattr(Hub, "do_HEAD", refuse)
+    monkeypatch.setattr(Hub, "do_GET", refuse)
+    result = fetch(OTHER)
+    assert result.returncode == 0, result.stderr
 
 
 def test_safetensors_come_first_else_a_bin_file(publish, fetch, theirs, state, tmp_path):

@@ -106,7 +106,7 @@ def test_a_half_without_its_test_images_is_one_line(root):
     task = trained(root, "base-novel")
     for file in files(task.tests["novel"].batches):
         file.write_bytes(file.read_bytes() + b"changed")
-    with pytest.raises(UserError, match="no test images of the novel classes were found"):
+    with pytest.raises(UserError, match="no test images of the 2 novel classes .* are left"):
         retest(root, task.record(""), seed=5, classes="base-novel")
 
 

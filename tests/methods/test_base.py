@@ -82,8 +82,8 @@ def test_gradients_reach_the_adapter_and_nothing_else(name, new_clip, images):
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"vocab_size": 1000}, "reads 77 of 1,000 tokens.* of the 49,408 of CLIP's tokenizer"),
-        ({"context_length": 9}, "reads 9 of 49,408 tokens.* up to 1[0-9] .*or shorter prompts"),
+        ({"vocab_size": 1000}, "up to 77 tokens from a vocabulary of 1,000, .* from CLIP's 49,408"),
+        ({"context_length": 9}, "up to 9 tokens .*have up to 1[0-9] from .*or shorter prompts"),
     ],
 )
 def test_prompts_that_a_model_cannot_read_are_one_line(name, sizes, said):

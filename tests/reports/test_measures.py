@@ -79,6 +79,9 @@ def test_classes_that_are_confused_stand_together():
     matrix = 2 * (group[:, None] == group[None]) + 4 * torch.eye(9, dtype=torch.long)
     found = group[measures.cluster_order(matrix)].tolist()
     assert sorted(measures.cluster_order(matrix)) == list(range(9))
+    matrix = matrix.clone()
+    matrix[0, 3] += 5
+    matrix[4, 8] += 2
     wrong = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
     for most in (2, 4, 8):  # more classes than a page can show
         shown = measures.cluster_order(matrix, most)
