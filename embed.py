@@ -17,7 +17,7 @@ from pathlib import Path
 from clip_min import UserError, weights  # isort: skip
 
 from fewshot import ranks, shards
-from fewshot.experiment import Experiment, peak_memory_mb, run_script
+from fewshot.experiment import BLIND, Experiment, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, pick
 
 READ = ("model", "image_size", "device", "precision", "threads")
@@ -28,10 +28,12 @@ def main() -> None:
     source, folder = Path(given["data"]).expanduser(), Path(given["out"]).expanduser()
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
-    experiment = Experiment(**pick(Experiment, given))
+    experiment = Experiment(**{"dataset": "folder", **pick(Experiment, given)})
     with ranks.first_alone():  # it downloads missing files
         clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
+    if experiment.model == "demo":
+        print(f"note: {BLIND}")
     config = {
         "data": str(source),
         "model": experiment.model,

@@ -189,6 +189,14 @@ class Batches:
             return (encoded[part] for part in ranks.mine(parts))
         return map(method.encode, self.stream(ranks.mine(parts)))
 
+    def stored(self) -> tuple[dict, ...]:
+        """What is stored of encoded pictures, for `restore`."""
+        return {**self._encoded}, {**self._fits}, {**self._some}
+
+    def restore(self, stored: tuple[dict, ...]) -> None:
+        """Forget what was encoded since `stored`."""
+        self._encoded, self._fits, self._some = stored
+
     def keeps(self, method) -> bool:
         """Whether encoded pictures are stored: not if no part of the method is frozen, nor if they
         take more than `room` bytes.
@@ -203,7 +211,7 @@ class Batches:
             if size > room > self.nbytes:
                 warnings.warn(
                     f"encoded training or validation images take {size / 1e9:.1f} GB, more than "
-                    f"the limit of {room / 1e9:.1f} GB (--cache-gb, or half of free memory): "
+                    f"the limit of {room / 1e9:.1f} GB (--cache-gb, or a share of free memory): "
                     "the frozen blocks are computed again in each step",
                     Note,
                     stacklevel=1,

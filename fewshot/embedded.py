@@ -23,6 +23,7 @@ from fewshot.batches import Batches, NeedsPictures
 from fewshot.folder import (
     CLASSES_FILE,
     PARTS,
+    SPLIT,
     Parts,
     check_classes,
     class_of,
@@ -72,7 +73,9 @@ class Rows:
 
     def __add__(self, other: "Rows") -> "Rows":
         both = {k: getattr(self, k) + getattr(other, k) for k in LISTS}
-        return replace(self, **both, features=self.features.joined(other.features))
+        of = dict.fromkeys([*self.precision.split(" and "), other.precision])
+        both |= {"features": self.features.joined(other.features), "precision": " and ".join(of)}
+        return replace(self, **both)
 
     def pictures(self, chosen: list[int], labels: Tensor) -> Pictures:
         """The rows with the indices `chosen`."""
@@ -151,7 +154,7 @@ def read_features(root: Path | None, seed: int) -> Parts:
         parts[part] = rows.pictures(mine, torch.tensor([keys[i][0] for i in mine]))
     notes = rows.notes(len(rows) - len(chosen)) + ([] if known else note_numbers(root, names))
     if one_tree:
-        return Parts(names, *split(parts[""], seed), notes)
+        return Parts(names, *split(parts[""], seed), [*notes, SPLIT])
     train, val, test = (parts.get(part) for part in PARTS)
     if test is None:
         test, val = val, None

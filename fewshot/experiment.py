@@ -66,7 +66,8 @@ class Experiment:
         if self.dataset not in datasets.DATASETS:
             raise unknown("--dataset", self.dataset, datasets.DATASETS)
         if self.dataset == "features" and not self.model:  # the one that made them
-            self.model, self.image_size = made_by(self.data_root)
+            self.model, size = made_by(self.data_root)
+            self.image_size = self.image_size or size  # another one than theirs is refused later
         self.model = self.model or datasets.DATASETS[self.dataset].model
         if not datasets.DATASETS[self.dataset].read:
             self.split = "coop"  # the only split

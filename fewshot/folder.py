@@ -28,6 +28,12 @@ CALLED = {"training": "train", "valid": "val", "validation": "val", "dev": "val"
 CLASSES_FILE = "classes.txt or classes.json"
 
 
+SPLIT = (
+    "there are no train/ and test/: of each class, half is for training, a fifth for validation, "
+    "and the rest is tested on, drawn by --seed"
+)
+
+
 class Parts(NamedTuple):
     """The result of every reader of a data set."""
 
@@ -50,6 +56,7 @@ def read_folder(root: Path, seed: int) -> Parts:
             )
         names, pictures = read_classes(root, known, left_out=left_out)
         found = split(pictures, seed)
+        notes.append(SPLIT)
     else:
         for path in visible(root):
             if path not in parts.values() and (path.is_dir() or path.suffix.lower() in ENDINGS):
@@ -70,8 +77,8 @@ def read_folder(root: Path, seed: int) -> Parts:
 
 
 def parts_of(root: Path) -> tuple[dict[str, Path], bool]:
-    """The folders of `root` that are parts, as "train" -> root/training; and whether there are no
-    other folders.
+    """The folders of `root` that are parts, as "train" -> root/training; and whether a single one
+    must be a part, and not a class: there are no other folders, or it holds only folders.
     """
     here = [path for path in visible(root) if path.is_dir()]
     parts: dict[str, Path] = {}
@@ -79,7 +86,10 @@ def parts_of(root: Path) -> tuple[dict[str, Path], bool]:
         part = CALLED.get(path.name.lower(), path.name.lower())
         if part in PARTS and parts.setdefault(part, path) is not path:
             raise UserError(f"{root}: has both {parts[part].name}/ and {path.name}/; keep one")
-    return parts, len(parts) == len(here)
+    inside = visible(parts["train"]) if len(parts) == 1 and "train" in parts else []
+    nested = any(path.is_dir() for path in inside)
+    nested &= not any(path.suffix.lower() in ENDINGS for path in inside)
+    return parts, len(parts) == len(here) or nested
 
 
 def val_is_test(val: str, train: str) -> str:

@@ -285,9 +285,11 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
     s = method.settings
     start = {name: t.detach().clone() for name, t in method.adapter_state().items()}
     best, seconds, points = None, 0.0, list(enumerate(s.points(), 1))
-    for some in (train, val) if ranks.size > 1 else ():  # by all, before they separate
-        if some.keeps(method):
+    both = (train, val) if ranks.size > 1 else ()
+    for some in both:  # by all, before they separate; all compute `room` together, too
+        if some.reader.room and some.keeps(method):
             some.encoded(method)
+    stored = [some.stored() for some in both]
     for number, point in ranks.mine(points):
         name = " ".join(f"{key}={value:g}" for key, value in point.items())
         print(f"grid: {name}")
@@ -302,6 +304,8 @@ def search(method, train: Batches, val: Batches, run: Run, seed: int) -> float:
         if best is None or found > best[0]:
             kept = {name: t.detach().clone().cpu() for name, t in method.adapter_state().items()}
             best = found, -number, point, kept, part.log
+    for some, before in zip(both, stored, strict=True):  # each may have encoded with its own tower
+        some.restore(before)
     every = ranks.together((seconds, best))
     seconds = sum(of for of, _ in every)
     found, _, chosen, kept, log = max((of for _, of in every if of), key=lambda of: of[:2])

@@ -27,6 +27,7 @@ from fewshot.folder import (
     check_classes,
     class_of,
     read_classnames,
+    val_is_test,
 )
 from fewshot.pictures import Pictures
 
@@ -56,8 +57,13 @@ def read_manifest(root: Path) -> Parts:
     if whole in (files := csv_files(root)):
         rows = read_rows(whole)
     else:
-        files = dict.fromkeys([root / "train.csv", root / "test.csv", *files])
+        needed = ["train"] if root / "val.csv" in files else ["train", "test"]
+        files = dict.fromkeys([*(root / f"{part}.csv" for part in needed), *files])
         rows = [row for file in files for row in read_rows(file, file.stem)]
+    notes, there = [], {row.part for row in rows}
+    if "test" not in there and "val" in there:
+        rows = [row._replace(part="test") if row.part == "val" else row for row in rows]
+        notes = [val_is_test("val", "train")]
     check_listed_once(rows)
     check_files([row.path for row in rows], [row.where for row in rows])
 
@@ -90,7 +96,7 @@ def read_manifest(root: Path) -> Parts:
             chosen = sorted((number[spelled[row.label]], row.path) for row in mine)
             labels = torch.tensor([label for label, _ in chosen])
             parts[part] = Pictures([path for _, path in chosen], labels)
-    return Parts(names, parts["train"], parts.get("val"), parts["test"])
+    return Parts(names, parts["train"], parts.get("val"), parts["test"], notes)
 
 
 def read_rows(file: Path, part: str | None = None) -> list[Row]:

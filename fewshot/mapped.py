@@ -25,8 +25,8 @@ class Mapped:
 
     @property
     def nbytes(self) -> int:
-        """The shape of the result of `read`."""
-        return len(self) * self.tables[0][:1].nbytes if len(self) else 0
+        """Bytes of the result of `read`."""
+        return len(self) * self.tables[0].shape[1] * self.tables[0].element_size()
 
     def __getitem__(self, chosen: Tensor) -> "Mapped":
         """The features of the pictures with the indices `chosen` (m,)."""

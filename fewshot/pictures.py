@@ -49,7 +49,12 @@ LONGEST = 100  # largest ratio of a picture's sides
 TINY = 16  # pixels; smaller pictures are probably a mistake
 READERS = min(os.cpu_count() or 1, 8)  # threads: Pillow and hashes work outside Python's lock
 AHEAD = 128  # pictures that are decoded in advance: two batches
-ODD = {1: "animated, and read as their first frame", 2: f"under {TINY} pixels wide or high"}
+ODD = {
+    1: "animated, and read as their first frame",
+    2: f"under {TINY} pixels wide or high",
+    3: "marked as rotated (EXIF), which CLIP's transform ignores",
+}
+ORIENTATION = 0x0112  # EXIF's tag
 
 
 @dataclass(frozen=True)
@@ -170,9 +175,10 @@ def ahead(work: Callable, items: Iterable) -> Iterator:
 
 
 def check_memory(count: int, size: int) -> None:
-    """UserError, if `count` crops of `size` pixels do not fit in memory."""
+    """UserError, if `count` crops of `size` pixels, in each process, do not fit in memory."""
     what = f"{count:,} pictures of {size} x {size} pixels take"
-    check_room(count * 3 * size * size, free_memory(), what, "test on fewer")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine
+    check_room(processes * count * 3 * size * size, free_memory(), what, "test on fewer")
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,8 @@ class Reader:
             way = (self.prepared.resize, self.prepared.interpolation)
             way = () if way == (OPENAI.resize, OPENAI.interpolation) else way  # as ever
             name = cache.key(pictures.digests, self.size, PIL.__version__, *way)
-            kept, odd = (cache.load(self.folder, part, name) for part in (kind, "odd"))
+            old = cache.key(name, len(ODD))  # earlier versions knew fewer oddities
+            kept, odd = (cache.load(self.folder, *of) for of in ((kind, name), ("odd", old)))
         count, errors = len(pictures), {}
         shape = (count, 3, self.size, self.size) if kind == "pixels" else (count, 32)
         there = None not in (kept, odd) and (kept.shape, odd.shape) == (shape, (count,))
@@ -292,7 +299,7 @@ class Reader:
                 pictures, kept, odd = pictures[good], kept[good], odd[good]
             elif name and ranks.rank == 0:
                 cache.save(self.folder, kind, name, kept)
-                cache.save(self.folder, "odd", name, odd)
+                cache.save(self.folder, "odd", old, odd)
         for number, said in ODD.items() if files else ():
             if found := (odd == number).nonzero().flatten().tolist():
                 notes.append(f"{len(found)} images are {said}: {few(map(pictures.name, found))}")
@@ -305,8 +312,13 @@ class Reader:
         """-> the crop of picture `i`, uint8 (3, size, size), and its oddity: 0, or a key of ODD."""
         image = pictures.open(i)
         pixels = cut(image, replace(self.prepared, image_size=self.size))
-        moves = image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated
-        return pixels, 1 if moves else 2 if min(image.size) < TINY else 0
+        if image.format in ("GIF", "PNG", "WEBP", "AVIF") and image.is_animated:
+            return pixels, 1
+        if min(image.size) < TINY:
+            return pixels, 2
+        with contextlib.suppress(Exception):  # a faulty tag is of no interest
+            return pixels, 3 if image.getexif().get(ORIENTATION, 1) > 1 else 0
+        return pixels, 0
 
     def _refuse(self, errors: dict[int, UserError], count: int) -> None:
         """UserError, unless these of `count` pictures may be left out."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from clip_min import UserError
 
-WAIT = timedelta(days=1)  # for each other: rank 0 may download, or make images, for hours
+WAIT = timedelta(days=30)  # for each other: one may download, make images, or train whole runs
 # What `wait` sends. It is never freed: gloo frees the last tensor in a thread of its own, and (seen
 # with torch 2.6) may then wait for Python forever, which waits for that thread to end.
 SIGNAL = torch.zeros(1)

@@ -48,7 +48,7 @@ from fewshot.folder import parts_of, read_text
 from fewshot.manifest import csv_files, is_manifest, read_cells
 from fewshot.pictures import ENDINGS, ahead, cut, digest, open_image
 
-LABELS = (".cls", ".txt")  # files beside a picture in a tar file, with its class
+LABELS = (".cls", ".json", ".txt")  # files beside a picture in a tar file; the first has its class
 SHARD = {"names": list[str], "labels": list[str], "parts": list[str], "unreadable": list[list[str]]}
 SHARD["digest"] = str  # of all names that there were
 
@@ -116,7 +116,8 @@ def _in_csv(file: Path, part: str = "") -> Iterator[Item]:
 
 def _in_tar(file: Path) -> Iterator[Item]:
     """Pictures of a tar file, read once from beginning to end."""
-    name, label, picture = "", "", None
+    name, picture = "", None
+    said: dict[str, str] = {}  # ending -> the label in a file beside the picture
     try:
         with tarfile.open(file, "r|*") as tar:
             for member in tar:
@@ -125,18 +126,23 @@ def _in_tar(file: Path) -> Iterator[Item]:
                 stem, ending = os.path.splitext(member.name)
                 if stem != os.path.splitext(name)[0]:  # the next picture begins
                     if picture is not None:
-                        yield Item(f"{file.name}/{name}", label, file / name, picture)
-                    name, label, picture = member.name, "", None
+                        yield Item(f"{file.name}/{name}", _best(said), file / name, picture)
+                    name, picture, said = member.name, None, {}
                 if ending.lower() in ENDINGS:
                     name, picture = member.name, tar.extractfile(member).read()
-                elif ending in LABELS:
-                    label = tar.extractfile(member).read().decode(errors="replace").strip()
                 elif ending == ".json":
-                    label = label or _label_in(tar.extractfile(member).read())
+                    said[ending] = _label_in(tar.extractfile(member).read())
+                elif ending in LABELS:
+                    said[ending] = tar.extractfile(member).read().decode(errors="replace").strip()
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UserError(f"{file}: cannot be read as a tar file ({error})") from None
     if picture is not None:
-        yield Item(f"{file.name}/{name}", label, file / name, picture)
+        yield Item(f"{file.name}/{name}", _best(said), file / name, picture)
+
+
+def _best(said: dict[str, str]) -> str:
+    """The label of a picture, from the files beside it: .txt may also be a caption."""
+    return next((said[ending] for ending in LABELS if said.get(ending)), "")
 
 
 def _label_in(text: bytes) -> str:
@@ -188,11 +194,14 @@ class Shards:
         each = itertools.groupby(enumerate(source), key=lambda pair: pair[0] // self.size)
         for shard, pairs in each:
             if shard in self.there:
-                digest = digest_of(item.name for _, item in pairs)
-                if self.told(shard)["digest"] != digest:
+                rows, told = [item for _, item in pairs], self.told(shard)
+                bad = {name for name, *_ in told["unreadable"]}
+                kept = [row for item in rows if (row := told_of(item))[0] not in bad]
+                same = kept == [*zip(told["names"], told["labels"], told["parts"], strict=True)]
+                if told["digest"] != digest_of(item.name for item in rows) or not same:
                     raise UserError(
-                        f"{self.path(shard, '.json')}: was made from other pictures than those in "
-                        "the source; put those back, or choose another --out"
+                        f"{self.path(shard, '.json')}: was made from other pictures, labels or "
+                        "parts than those in the source; put those back, or choose another --out"
                     )
             elif shard % ranks.size == ranks.rank:
                 yield from ((shard, item) for _, item in pairs)
@@ -214,11 +223,12 @@ class Shards:
         self, shard: int, features: Tensor, made: list[str], rows: list[tuple[Item, str]]
     ) -> None:
         """Write features (n, E) and the sha256 `made` of each file, for the readable rows."""
+        good = [told_of(item) for item, why in rows if not why]
         told = {
-            "names": [item.name for item, why in rows if not why],
-            "labels": [item.label for item, why in rows if not why],
-            "parts": [item.part for item, why in rows if not why],
-            "unreadable": [[item.name, why] for item, why in rows if why],
+            "names": [name for name, _, _ in good],
+            "labels": [label for _, label, _ in good],
+            "parts": [part for _, _, part in good],
+            "unreadable": [[told_of(item)[0], printable(why)] for item, why in rows if why],
             "digest": digest_of(item.name for item, _ in rows),
         }
         write_text(self.path(shard, ".json"), json.dumps(told, ensure_ascii=False) + "\n")
@@ -251,6 +261,16 @@ class Shards:
 def _early(path: Path) -> bool:
     """Whether a process killed before it wrote config.json can have left this file."""
     return HALF_WRITTEN.fullmatch(path.name) is not None
+
+
+def told_of(item: Item) -> tuple[str, str, str]:
+    """The name, label and part of a picture, as they are written."""
+    return printable(item.name), printable(item.label), item.part
+
+
+def printable(text: str) -> str:
+    """Text in which bytes of file names that are not UTF-8 are escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def digest_of(names: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from fewshot.batches import Batches
 from fewshot.coop_split import FEW_VAL  # validation pictures of a class, if they must be few
 from fewshot.datasets import Dataset
 from fewshot.embedded import read
+from fewshot.folder import SPLIT
 from fewshot.pictures import Pictures, Reader, check_memory, few
 from fewshot.record import Record, rows, unseen
 
@@ -128,9 +129,10 @@ def twice(learned: list[Batches], tested: list[Batches]) -> list[str]:
         for b in (*learned, *tested)
     ]
     known = {one for of in each[: len(learned)] for one in of}
-    notes = []
+    features = any(b.pictures.features is not None for b in learned)
+    notes, alike = [], "byte" if features else "pixel"  # of features, files are compared
     if count := sum(one in known for of in each[len(learned) :] for one in of):
-        notes = [f"{count} test images are also training or validation images, pixel for pixel"]
+        notes = [f"{count} test images are also training or validation images, {alike} for {alike}"]
     for some in (learned, tested):
         first: dict[str, Path] = {}
         files = {
@@ -164,7 +166,7 @@ def make_test(
     run's test pictures, even if the split has changed.
     """
     learned, parts = halves(dataset, classes, base)
-    notes = list(dataset.notes)
+    notes = [note for note in dataset.notes if not (record and again and note == SPLIT)]
     if record:
         test, more = unseen(dataset, record, again)
         dataset, notes = replace(dataset, test=test), notes + more

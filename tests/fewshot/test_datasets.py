@@ -157,6 +157,7 @@ BOTH = {"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1}
         ({"a": 5, "b": 2}, "b: 2 images; a class needs 3 or more"),
         ({"a": 5, "A": 5, "b": 5}, "'A' and 'a' are one class to CLIP"),
         ({"Train/a": 1, "Train/b": 1}, "has Train/ alone; expected"),
+        ({"train/a": 1, "train/b": 1, "holdout/a": 1}, "has train/ alone; expected"),
         ({"test/a": 5, "test/b": 5, "validation/a": 5}, "has test/, validation/ alone; expected"),
         ({"val/a": 1, "Valid/a": 1} | BOTH, "has both Valid/ and val/; keep one"),
     ],

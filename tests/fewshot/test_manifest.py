@@ -50,6 +50,15 @@ def load(root: Path, seed: int = 1) -> datasets.Dataset:
     return datasets.load("folder", root, seed)
 
 
+def test_without_a_test_part_val_is_tested_on(root):
+    whole = load(root)
+    (root / "test.csv").unlink()
+    data = load(root)
+    assert listed(data, data.test, root) == listed(whole, whole.val, root)
+    assert data.val is None
+    assert any("there is no test" in note for note in data.notes)
+
+
 def listed(data, part, root) -> list[tuple[str, str]]:
     """(file, class name) in the order they were read."""
     names = [data.classnames[k] for k in part.labels.tolist()]
@@ -196,7 +205,10 @@ def repeat_a_row(root: Path) -> None:
         (replace("train.csv", "path,label", "path,class"), "train.csv: has no column 'label'"),
         (text("train.csv", ""), "should name path, label, but names none"),
         (text("train.csv", "path,label\n"), "train.csv: lists no pictures"),
-        (lambda root: (root / "test.csv").unlink(), "test.csv: there is no such file"),
+        (
+            lambda root: [(root / f"{p}.csv").unlink() for p in ("val", "test")],
+            "test.csv: there is",
+        ),
         (replace("test.csv", ",rose", ","), "test.csv, line "),
         (replace("test.csv", ",rose", ""), "its label is empty"),
         (replace("test.csv", ",rose", ",roze"), "test.csv (test): its classes are not those of"),

@@ -352,13 +352,19 @@ def test_odd_pictures_are_noted_from_files_and_from_the_cache(noise, tmp_path):
     frames = [Image.new("L", (40, 40), grey) for grey in (0, 200)]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
     noise(tmp_path / "tiny.png", 2, (40, 15))
-    pictures = Pictures([still, tmp_path / "moves.gif", tmp_path / "tiny.png"], torch.arange(3))
+    for name, tag in (("turned", 6), ("upright", 1)):
+        (exif := Image.Exif())[0x0112] = tag
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{name}.jpg", exif=exif)
+    names = ("moves.gif", "tiny.png", "turned.jpg", "upright.jpg")
+    pictures = Pictures([still, *(tmp_path / name for name in names)], torch.arange(5))
     for _ in range(2):
         notes = []
         read(pictures, 32, folder=tmp_path / "cache", notes=notes)
         assert notes == [
             f"1 images are animated, and read as their first frame: {tmp_path}/moves.gif",
             f"1 images are under 16 pixels wide or high: {tmp_path}/tiny.png",
+            "1 images are marked as rotated (EXIF), which CLIP's transform ignores: "
+            f"{tmp_path}/turned.jpg",
         ]
 
 

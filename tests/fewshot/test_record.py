@@ -10,6 +10,7 @@ import torch
 
 from clip_min import UserError
 from fewshot import datasets
+from fewshot.folder import SPLIT
 from fewshot.pictures import Reader
 from fewshot.record import kept, summary
 from fewshot.task import make_task, make_test
@@ -132,7 +133,7 @@ def test_on_another_split_of_the_same_pictures_those_it_has_seen_are_left_out(ro
     said = (
         f"{out} of 18 test images are left out: they are training or validation images of the run"
     )
-    assert again.notes == ([said] if out else [])
+    assert again.notes == [SPLIT, *([said] if out else [])]  # others than its own: says which
 
 
 def test_where_nothing_else_is_left_it_is_an_error(root):

@@ -1,6 +1,7 @@
 """Features in shards are those of each picture alone, whatever they come from, and once."""
 
 import io
+import os
 import tarfile
 
 import pytest
@@ -119,6 +120,38 @@ def test_other_pictures_than_before_are_refused(clip, folder, tmp_path, noise):
         make(clip, folder, tmp_path / "out")
     with pytest.raises(UserError, match="was started with shard_size 5, not 6"):
         make(clip, folder, tmp_path / "out", size=6)
+
+
+@pytest.mark.parametrize("which", ["label", "split"])
+def test_a_list_that_was_corrected_is_refused(which, clip, folder, tmp_path):
+    """Else labels and parts would stay those of before."""
+    rows = [f"photos/{f.relative_to(folder)},a,train" for f in sorted(folder.rglob("*.png"))]
+    (file := tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    make(clip, file, tmp_path / "out").finish()
+    rows[3] = rows[3].replace(",a,train", {"label": ",b,train", "split": ",a,test"}[which])
+    file.write_text("\n".join(["path,label,split", *rows]))
+    with pytest.raises(UserError, match=r"00000\.json: .* labels or parts"):
+        make(clip, file, tmp_path / "out")
+
+
+def test_a_name_that_is_no_utf8_does_not_end_the_work(clip, folder, tmp_path):
+    odd = folder / "a" / os.fsdecode(b"caf\xe9.png")
+    (folder / "a/deep/00.png").rename(odd)
+    for _ in range(2):  # and what is there is not refused
+        _, names, _, unreadable = read(make(clip, folder, tmp_path / "out"))
+        assert "a/caf\\udce9.png" in names
+        assert len(names) + len(unreadable) == COUNT
+
+
+def test_a_class_beside_a_picture_comes_before_its_caption(tmp_path):
+    files = {"7.cls": b"rose", "7.png": b"", "7.txt": b"a photo of a red rose", "8.png": b""}
+    files |= {"8.txt": b"tulip", "9.json": b'{"label": 3}', "9.png": b"", "9.txt": b"a photo"}
+    with tarfile.open(tmp_path / "x.tar", "w") as out:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    assert [item.label for item in items(tmp_path / "x.tar")] == ["rose", "tulip", "3"]
 
 
 def test_a_folder_of_other_things_is_left_alone(clip, folder, tmp_path):

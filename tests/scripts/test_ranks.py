@@ -109,21 +109,18 @@ def test_a_run_is_tested_again_by_two_processes(both, torchrun, script):
 
 def test_whole_runs_are_spread_and_are_those_of_one_process(script, many, flags_for, tmp_path):
     """Runs of several seeds, and the points of a grid: each by one process, to the bit."""
-    seeds = ("--seeds", "1,2,3")
-    points = ("--grid", "weight_decay=0.1,0.2,0.3")
-    for name, more in (("seeds", seeds), ("points", points)):
-        result = script("train", *flags_for("coop", *more, "--out", tmp_path / "one" / name))
+    each = {
+        "seeds": ("coop", "--seeds", "1,2,3"),
+        "points": ("coop", "--grid", "weight_decay=0.1,0.2,0.3"),
+        "towers": ("two_stage", "--grid", "weight_decay=0.1,0.2"),  # encodes with its own towers
+    }
+    for name, more in each.items():
+        result = script("train", *flags_for(*more, "--out", tmp_path / "one" / name))
         assert result.code == 0, result.err
-    printed = many(
-        2,
-        [
-            flags_for("coop", *more, "--out", tmp_path / "two" / name)
-            for name, more in (("seeds", seeds), ("points", points))
-        ],
-    )
-    assert "2 processes take separate runs" in printed
+    two = [flags_for(*more, "--out", tmp_path / "two" / name) for name, more in each.items()]
+    assert "2 processes take separate runs" in many(2, two)
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("adapter.*")]
-    assert len(files) == 3 + 1 + 3  # three seeds; a grid and its points
+    assert len(files) == 3 + (1 + 3) + (1 + 2)  # three seeds; two grids and their points
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     for table in (tmp_path / "one").rglob("*-grid-*.json"):
