@@ -113,11 +113,11 @@ def generate(
         )
 
     if stage in ("all", "caption") and studio.captions_missing():
+        with ranks.first_alone():  # it downloads missing files
+            captioner = load_captioner(options, experiment.device)
         if stage == "all" and options.painter != "demo":  # an error before hours of captions
             with ranks.first_alone(), _packages("--painter"):
                 find_painter(options.painter)
-        with ranks.first_alone():  # it downloads missing files
-            captioner = load_captioner(options, experiment.device)
         studio.caption(captioner)
         del captioner  # they need not fit in memory together
         gc.collect()

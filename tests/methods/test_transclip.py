@@ -9,7 +9,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clip_min import CLIP, CLIPConfig
+from clip_min import CLIP, CLIPConfig, PromptTree, tokenize
 from fewshot.transductive import Queries
 from methods import transclip
 from methods.transclip import (
@@ -251,7 +251,7 @@ def test_memory_is_linear_in_the_images(clip, monkeypatch):
     """5,000 images of 1,000 classes: nothing is larger than z; N x N would be 5 times as much."""
     rng, names = torch.Generator().manual_seed(0), [f"flower {k}" for k in range(1000)]
     text = torch.randn(1000, E, generator=rng)
-    monkeypatch.setattr(TransCLIP, "prompt_tree", lambda self: torch.nn.Identity())
+    monkeypatch.setattr(TransCLIP, "prompt_tree", lambda self: PromptTree(tokenize(["one"])))
     monkeypatch.setattr(TransCLIP, "class_features", lambda self: text)
     method = TransCLIP(clip, names, "{}", TransCLIPSettings(iterations=1, z_steps=2))
     with Largest() as largest:
