@@ -409,7 +409,7 @@ def test_loading_takes_hardly_more_memory_than_the_model(root, stored, names, su
     for dtype in wanted:
         command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(file), dtype]
         run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-        assert 0.9 < float(run.stdout) <= 1.15
+        assert 0.9 < float(run.stdout) <= 1.3  # a second copy of the weights would be 2
 
 
 @torch.no_grad()
