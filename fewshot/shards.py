@@ -241,9 +241,9 @@ class Shards:
         for name in ("classes.txt", "classes.json"):
             file = (source if source.is_dir() else source.parent) / name
             if file.is_file():
-                for old in ("classes.txt", "classes.json"):
-                    (self.folder / old).unlink(missing_ok=True)
                 write_text(self.folder / name, read_text(file))
+                for other in {"classes.txt", "classes.json"} - {name}:
+                    (self.folder / other).unlink(missing_ok=True)
 
     def finish(self) -> dict:
         """Write index.json for all shards -> its content."""

@@ -39,7 +39,7 @@ class Llava:
         kind = read_json(file, "").get("model_type") if file.is_file() else None
         if kind != "llava":
             raise UserError(
-                f"--captioner {name}: is a model of type {kind!r}, expected llava (1.5)"
+                f"--captioner {name}: is a model of type {kind!r}, expected llava; give a LLaVA-1.5"
             )
         placed = {"device_map": device, "quantization_config": four_bits()} if cuda else {}
         self.processor = transformers.AutoProcessor.from_pretrained(folder)

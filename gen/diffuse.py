@@ -21,9 +21,7 @@ def find_painter(name: str) -> tuple[str, str]:
 
     folder, revision = locate("--painter", name, diffusers.DiffusionPipeline.download)
     if not (Path(folder) / "model_index.json").is_file():
-        raise UserError(
-            f"--painter {name}: has no model_index.json, so it is no diffusion pipeline"
-        )
+        raise UserError(f"--painter {name}: has no model_index.json; give a pipeline of diffusers")
     return folder, revision
 
 

@@ -83,14 +83,20 @@ def test_after_pictures_have_come_a_run_is_tested_on_what_it_was_tested_on(root,
     assert (gone in again.notes) == bool(removed)
 
 
-def test_halves_are_tested_again_too(root):
+@pytest.fixture
+def five(root):
+    """The same pictures with two classes more, so that each half has two or more."""
     (root / "rose").rename(root / "Rosa")
     for name in ("aster", "zinnia"):
         (root / name).mkdir()
         for file in (root / "iris").iterdir():
             (root / name / file.name).write_bytes(file.read_bytes() + name.encode())
-    task = trained(root, "base-novel")
-    again = retest(root, task.record(""), seed=5, classes="base-novel")
+    return root
+
+
+def test_halves_are_tested_again_too(five):
+    task = trained(five, "base-novel")
+    again = retest(five, task.record(""), seed=5, classes="base-novel")
     assert again.classnames == task.classnames
     for part, test in task.tests.items():
         assert again.tests[part].classnames == test.classnames
@@ -98,17 +104,12 @@ def test_halves_are_tested_again_too(root):
         assert again.tests[part].batches.labels.tolist() == test.batches.labels.tolist()
 
 
-def test_a_half_without_its_test_images_is_one_line(root):
-    (root / "rose").rename(root / "Rosa")
-    for name in ("aster", "zinnia"):
-        (root / name).mkdir()
-        for file in (root / "iris").iterdir():
-            (root / name / file.name).write_bytes(file.read_bytes() + name.encode())
-    task = trained(root, "base-novel")
+def test_a_half_without_its_test_images_is_one_line(five):
+    task = trained(five, "base-novel")
     for file in files(task.tests["novel"].batches):
         file.write_bytes(file.read_bytes() + b"changed")
     with pytest.raises(UserError, match="no test images of the 2 novel classes .* are left"):
-        retest(root, task.record(""), seed=5, classes="base-novel")
+        retest(five, task.record(""), seed=5, classes="base-novel")
 
 
 def test_a_picture_that_has_changed_its_class_is_not_the_one_it_was(root):
