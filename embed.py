@@ -11,6 +11,7 @@ python train.py --method linear_probe --dataset features --data-root features
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 # Before torch: clip_min sets how threads wait.
@@ -44,15 +45,20 @@ def main() -> None:
     }
     made = shards.Shards(folder, config, given.get("shard_size", 4096))
     started = time.perf_counter()
-    items = shards.items(source)
+    left_out: Counter[str] = Counter()
+    items = shards.items(source, left_out)
     count = shards.embed(clip, items, made, config["batch_size"], experiment.precision)
     seconds, count = time.perf_counter() - started, sum(ranks.together(count))
     if ranks.rank:
         return
     made.keep_names(source)
     index = made.finish()
+    others = ", ".join(f"{number:,} {what}" for what, number in left_out.items())
     if not index["shards"]:
-        raise UserError(f"--data {source}: holds no pictures; give a folder or list with some")
+        besides = f" (but {others})" if others else ""
+        raise UserError(
+            f"--data {source}: holds no pictures{besides}; give a folder or list with some"
+        )
     before = index["features"] + len(index["unreadable"]) - count
     print(
         f"{count:,} pictures in {seconds:.1f} s, {count / seconds:,.0f} a second, "
@@ -62,6 +68,8 @@ def main() -> None:
         print(f"note: {why}")
     if len(index["unreadable"]) > 5:
         print(f"note: {len(index['unreadable'])} pictures could not be read; index.json lists them")
+    if others:
+        print(f"note: left out {others}")
     print(f"{index['features']:,} features: {folder / 'index.json'}")
 
 

@@ -73,7 +73,7 @@ class Run:
         """Start a new run; an earlier run in its folder is renamed."""
         if ranks.rank == 0:  # only rank 0 writes
             if path.exists():
-                _claim(path)
+                claim(path)
                 remove_half_written(path)
                 if not path.is_dir() or any(path.iterdir()):  # else killed before any write
                     config = {**config, "earlier_run": set_aside(path, "run").name}
@@ -82,7 +82,7 @@ class Run:
             except OSError as error:
                 why = f"{path}: could not be created ({error}); choose another place with --out"
                 raise UserError(why) from None
-            _claim(path)
+            claim(path)
             write_json(path / "config.json", config)
         if ranks.size > 1:
             ranks.wait()
@@ -109,7 +109,7 @@ class Run:
                     "give the same flags, or start a new run without --resume"
                 )
         if ranks.rank == 0:
-            _claim(path)
+            claim(path)
         run._go_on()
         run._note_other_bits(config)
         return run
@@ -315,8 +315,8 @@ def _read_config(path: Path, kind: dict) -> dict:
     return config
 
 
-def _claim(path: Path) -> None:
-    """Lock this folder until this process ends or starts another run.
+def claim(path: Path, doing: str = "training") -> None:
+    """Lock this folder until this process ends or claims another.
 
     Two trainings in one folder could leave the config of one beside the adapter of the other. The
     system removes the lock when the process ends for any reason.
@@ -330,7 +330,7 @@ def _claim(path: Path) -> None:
         fcntl.flock(_claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"{path}: another process is training there; wait for it, or choose another --out"
+            f"{path}: another process is {doing} there; wait for it, or choose another --out"
         ) from None
     except OSError:
         pass  # a file system without locks; or no folder, an error at the first write

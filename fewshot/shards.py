@@ -22,7 +22,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -47,7 +47,9 @@ from fewshot.batches import PRECISIONS
 from fewshot.folder import parts_of, read_text
 from fewshot.manifest import csv_files, is_manifest, read_cells
 from fewshot.pictures import ENDINGS, ahead, cut, digest, open_image
+from fewshot.run import claim
 
+NAMES = ("classes.txt", "classes.json")  # of a folder's classes
 LABELS = (".cls", ".json", ".txt")  # files beside a picture in a tar file; the first has its class
 SHARD = {"names": list[str], "labels": list[str], "parts": list[str], "unreadable": list[list[str]]}
 SHARD["digest"] = str  # of all names that there were
@@ -64,17 +66,21 @@ class Item:
     part: str = ""  # train, val or test, if the source has parts
 
 
-def items(source: Path) -> Iterator[Item]:
-    """The pictures of a folder, of tar files or of a CSV file, always in the same order."""
+def items(source: Path, left_out: Counter[str] | None = None) -> Iterator[Item]:
+    """The pictures of a folder, of tar files or of a CSV file, always in the same order.
+
+    left_out: what it counts in here is not read, as ".heic files".
+    """
+    left_out = Counter() if left_out is None else left_out
     if source.suffix == ".tar":
-        yield from _in_tar(source)
+        yield from _in_tar(source, left_out)
     elif source.suffix == ".csv":
         yield from _in_csv(source)
     elif not source.is_dir():
         raise UserError(f"--data {source}: expected a folder, a .tar file or a .csv file")
     elif tars := sorted(source.glob("*.tar")):
         for tar in tars:
-            yield from _in_tar(tar)
+            yield from _in_tar(tar, left_out)
     elif is_manifest(source):
         for file in csv_files(source):
             yield from _in_csv(file, "" if file.stem == "data" else file.stem)
@@ -82,10 +88,12 @@ def items(source: Path) -> Iterator[Item]:
         parts, alone = parts_of(source)
         split = alone or "train" in parts and len(parts) > 1  # one may be a class: a train
         parts = {path.name: part for part, path in parts.items()} if split else {}
-        yield from _in_folder(source, source, parts)
+        yield from _in_folder(source, source, parts, left_out)
 
 
-def _in_folder(root: Path, folder: Path, parts: dict[str, str], depth: int = 0) -> Iterator[Item]:
+def _in_folder(
+    root: Path, folder: Path, parts: dict[str, str], left_out: Counter[str], depth: int = 0
+) -> Iterator[Item]:
     """Pictures below a folder. The label is the name of the folder in `root` or, with `parts`
     (folder -> train, val, test), in the part. Pictures outside have none.
     """
@@ -94,10 +102,14 @@ def _in_folder(root: Path, folder: Path, parts: dict[str, str], depth: int = 0) 
     for name, is_dir in entries:
         path = folder / name
         if is_dir and depth > bool(parts) and path.is_symlink():
-            continue  # as in fewshot/folder.py: links below a class could form a circle
-        if is_dir:
-            yield from _in_folder(root, path, parts, depth + 1)
-        elif path.suffix.lower() in ENDINGS:
+            # As in fewshot/folder.py: links below a class could form a circle.
+            left_out["linked folders"] += 1
+        elif is_dir:
+            yield from _in_folder(root, path, parts, left_out, depth + 1)
+        elif path.suffix.lower() not in ENDINGS:
+            if folder != root or name not in NAMES:
+                left_out[f"{path.suffix or 'other'} files"] += 1
+        else:
             *folders, _ = (inside := path.relative_to(root)).parts
             part = parts.get(folders.pop(0)) if parts and folders else ""
             label = folders[0] if folders and part is not None else ""
@@ -114,7 +126,7 @@ def _in_csv(file: Path, part: str = "") -> Iterator[Item]:
         yield Item(path, cells["label"], file.parent / path, part=part or cells["split"])
 
 
-def _in_tar(file: Path) -> Iterator[Item]:
+def _in_tar(file: Path, left_out: Counter[str]) -> Iterator[Item]:
     """Pictures of a tar file, read once from beginning to end."""
     name, picture = "", None
     said: dict[str, str] = {}  # ending -> the label in a file beside the picture
@@ -134,6 +146,8 @@ def _in_tar(file: Path) -> Iterator[Item]:
                     said[ending] = _label_in(tar.extractfile(member).read())
                 elif ending in LABELS:
                     said[ending] = tar.extractfile(member).read().decode(errors="replace").strip()
+                else:
+                    left_out[f"{ending or 'other'} files"] += 1
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UserError(f"{file}: cannot be read as a tar file ({error})") from None
     if picture is not None:
@@ -177,6 +191,7 @@ class Shards:
                 raise UserError(f"{folder}: holds other files; choose another --out")
             else:
                 write_json(kept, config)
+            claim(folder, "making features")
             remove_half_written(folder)
         ranks.wait()
         there = {path.stem for path in folder.glob("*.safetensors")}
@@ -238,11 +253,11 @@ class Shards:
 
     def keep_names(self, source: Path) -> None:
         """Copy the file of class names, if there is one beside the pictures."""
-        for name in ("classes.txt", "classes.json"):
+        for name in NAMES:
             file = (source if source.is_dir() else source.parent) / name
             if file.is_file():
                 write_text(self.folder / name, read_text(file))
-                for other in {"classes.txt", "classes.json"} - {name}:
+                for other in {*NAMES} - {name}:
                     (self.folder / other).unlink(missing_ok=True)
 
     def finish(self) -> dict:

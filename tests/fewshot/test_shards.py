@@ -1,5 +1,6 @@
 """Features in shards are those of each picture alone, whatever they come from, and once."""
 
+import fcntl
 import io
 import os
 import tarfile
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from clip_min import CLIP, CLIPConfig, UserError, crop, normalize
+from fewshot.run import claim
 from fewshot.shards import Item, Shards, embed, items
 
 COUNT = 23
@@ -120,6 +122,21 @@ def test_other_pictures_than_before_are_refused(clip, folder, tmp_path, noise):
         make(clip, folder, tmp_path / "out")
     with pytest.raises(UserError, match="was started with shard_size 5, not 6"):
         make(clip, folder, tmp_path / "out", size=6)
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone(clip, folder, tmp_path):
+    """Else each would remove the other's half-written files."""
+    make(clip, folder, tmp_path / "out")
+    half = tmp_path / "out/.clip_min-00000.json-abcdefgh"
+    half.touch()
+    other = os.open(tmp_path / "out", os.O_RDONLY)
+    claim(tmp_path)  # gives the first folder back
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(UserError, match="another process is making features there"):
+        make(clip, folder, tmp_path / "out")
+    assert half.exists()
+    os.close(other)
+    make(clip, folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("which", ["label", "split"])

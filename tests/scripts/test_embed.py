@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +102,30 @@ def test_mistakes_are_one_line(flags, said, script, is_one_line):
 def test_a_source_without_pictures(script, model, is_one_line, tmp_path):
     (tmp_path / "empty").mkdir()
     flags = ("--model", model, "--data", tmp_path / "empty", "--out", tmp_path / "out")
-    assert is_one_line(script("embed", *flags), "holds no pictures")
+    assert is_one_line(script("embed", *flags), "holds no pictures; give")
+    (tmp_path / "empty/phone.MOV").write_bytes(b"")
+    assert is_one_line(script("embed", *flags), "holds no pictures (but 1 .MOV files); give")
+
+
+def test_what_is_left_out_is_counted(script, model, tmp_path, pictures):
+    photos = tmp_path / "photos"
+    (photos / "a/deep").mkdir(parents=True)
+    for name in ("a/1.png", "a/deep/2.png"):
+        Image.new("RGB", (40, 40)).save(photos / name)
+    for name in ("a/3.avi", "a/deep/4.avi", "a/classes.txt", "5", "classes.txt"):
+        (photos / name).write_text("one")
+    (photos / "a/link").symlink_to(photos / "a/deep")
+    out = script("embed", "--model", model, "--data", photos, "--out", tmp_path / "out").out
+    assert "note: left out 1 other files, 2 .avi files, 1 .txt files, 1 linked folders\n" in out
+    assert "2 features" in out
+    shutil.rmtree(photos)
+    photos.mkdir()
+    shutil.copy(pictures(3), photos / "1.tar")
+    with tarfile.open(photos / "1.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("000002.npy"))
+    out = script("embed", "--model", model, "--data", photos, "--out", tmp_path / "tar").out
+    assert "note: left out 1 .npy files\n" in out
+    assert "3 features" in out
 
 
 def test_features_are_of_the_model_that_is_named(script, model, new_model, is_one_line, tmp_path):
