@@ -39,7 +39,7 @@ def load(
         raise unknown("--dataset", name, DATASETS)
     entry = DATASETS[name]
     split = split if entry.read else "coop"
-    root = (root or Path("data")) if entry.folders else root
+    root = _parent(entry, root or Path("data")) if entry.folders else root
     if split_file and split != "coop":
         raise UserError(f"--split-file {split_file}: works only with --split coop; add that")
     try:
@@ -87,6 +87,14 @@ def check_names(where: str, names: list[str], notes: list[str] | None = None) ->
                 f"{where}: {other!r} and {name!r} are one class to CLIP, which reads lower case "
                 "and plain letters; rename or remove one"
             )
+
+
+def _parent(entry: Entry, root: Path) -> Path:
+    """--data-root; its parent, if it is the folder of this data set itself."""
+    if any((root / folder).is_dir() for folder in entry.folders):
+        return root
+    own = {Path(folder).parts[0] for folder in entry.folders}
+    return root.absolute().parent if root.absolute().name in own else root
 
 
 def _read_coop(name: str, root: Path | None, seed: int, file: Path | None) -> Parts:

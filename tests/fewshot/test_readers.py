@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import torch
 import torchvision.datasets
 from torchvision.datasets import utils
 
@@ -356,6 +357,18 @@ def test_an_official_split_is_read_from_coops_folder_too(name, request, tmp_path
             there = [(made / theirs / f, k) for f, k in listed(getattr(found, part), root / coops)]
             part = getattr(expected, part)
             assert there == list(zip(part.source, part.labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_folder_of_one_data_set_may_be_the_data_root(name, request, monkeypatch):
+    fixture, *_, theirs = OFFICIAL[name]
+    root = request.getfixturevalue(fixture)
+    expected = load(name, root)
+    monkeypatch.chdir(root / Path(theirs).parts[0])
+    for given in (root / Path(theirs).parts[0], Path()):
+        found = load(name, given)
+        assert [file.resolve() for file in found.train.source] == expected.train.source
+        assert torch.equal(found.test.labels, expected.test.labels)
 
 
 @pytest.mark.parametrize("name", [*OFFICIAL, "imagenet", "imagenet_a"])
