@@ -229,6 +229,8 @@ def train(plan: Plan, world: World) -> dict:
         run = Run.resume(path, config)
         if plan.several and (path / "results.json").exists():
             print("finished before")
+            if plan.report and not (path / "report.html").exists():
+                print(f"it has no page yet: python report.py {shlex.quote(str(path))}")
             return grid.read_results(path / "results.json")
 
     resume = run is not None

@@ -214,8 +214,10 @@ def test_several_data_sets_are_the_runs_alone_their_table_and_one_json(
     adapter = tmp_path / "food101-all/tiny/lora-s4-seed2/adapter.safetensors"
     before = adapter.read_bytes()
     (adapter.parent / "results.json").unlink()
-    again = script("train", *several, "--resume")
+    again = script("train", *several, "--resume", "--report")
     assert again.out.count("finished before") == 3
+    assert again.out.count("it has no page yet: python report.py ") == 3
+    assert (adapter.parent / "report.html").exists()
     assert again.out.splitlines()[-5:] == result.out.splitlines()[-5:]
     assert adapter.read_bytes() == before
 
