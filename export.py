@@ -83,6 +83,7 @@ def main() -> None:
         names = [name for part in run.config["classnames"].values() for name in part]
     else:
         names = method.classnames
+    base = None if size else HUGGING_FACE.get(model)  # which has the size it was trained with
     about, logits = {"classnames": names, **written(method, names)}, SCALED
     about |= {} if share is None else {"keep_share": share}
     if name in MERGED:
@@ -91,12 +92,12 @@ def main() -> None:
             print("note: this classifies by prompts only; the learned rows of the base classes are")
             print("      in --format classifier")
     elif name == "peft":
-        save_peft(method, out, HUGGING_FACE.get(model), about)
+        save_peft(method, out, base, about)
     else:
         logits = save_classifier(run, method, out, about)
     of = "" if share is None else f", keep-share {shown(share)},"
     print(f"{out}: {run.config['method']}{of} as {name}. To use it:")
-    base = HUGGING_FACE.get(model, "FOLDER: a zero_shot run exported as huggingface")
+    base = base or "FOLDER: a zero_shot run exported as huggingface"
     print(USE[name].format(out=out, base=base, logits=logits))
 
 

@@ -1,5 +1,6 @@
 """What a run becomes elsewhere: the real libraries load it and compute our logits."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -221,6 +222,23 @@ def test_a_peft_adapter_gives_our_logits_on_the_untuned_clip(name, script, runs,
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     found = model(pixel_values=IMAGES, input_ids=tokens(BASE)).logits_per_image
     torch.testing.assert_close(found, our_logits(runs[name], BASE), atol=1e-4, rtol=0)
+
+
+def test_a_peft_adapter_names_its_base_only_at_the_size_that_this_was_trained_with(
+    script, runs, data, model64, tmp_path, monkeypatch
+):
+    """At another size, the model of that name has other positions, and other logits."""
+    monkeypatch.setitem(importlib.import_module("export").HUGGING_FACE, str(model64), "openai/b")
+    flags = ["--method", "lora", "--dataset", "folder", "--data-root", data, "--model", model64]
+    flags += ["--shots", 2, "--epochs", 0, "--image-size", 48, "--out", tmp_path / "runs"]
+    assert script("train", *flags).code == 0
+    (larger,) = (tmp_path / "runs").glob("*/*/*")
+    for run, named in ((runs["lora"], True), (larger, False)):
+        out = tmp_path / f"out{named}"
+        result = script("export", "--run", run, "--format", "peft", out)
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == ("openai/b" if named else None)
+        assert ("openai/b" in result.out) == named
 
 
 @pytest.mark.parametrize(
