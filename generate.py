@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+# Before torch: clip_min sets how threads wait.
+from clip_min import CLIP, UserError, weights  # isort: skip
+
 import torch
 
-from clip_min import CLIP, UserError, weights
 from clip_min.errors import first_line
 from fewshot import cache, ranks
 from fewshot.batches import Batches

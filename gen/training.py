@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -12,6 +13,10 @@ from fewshot.pictures import Pictures
 from fewshot.task import Task
 from gen.books import Manifest, fingerprint
 
+# The flags that decide which task it is.
+TASK = ("dataset", "data_root", "model", "image_size", "shots", "shots_file", "seed", "classes")
+TASK += ("base_classes", "split", "split_file", "template")
+
 
 def finished(folder: Path, experiment: Experiment, task: Task, settings, filter) -> Manifest:
     """The records of a complete folder of images, made from this task's training images.
@@ -19,13 +24,12 @@ def finished(folder: Path, experiment: Experiment, task: Task, settings, filter)
     settings: DISEF's; its plan, filter and per_class must be the folder's, since a run records
     them. filter: "zero_shot", or the folder of a run that filters, for a message.
     """
-    root = f"--data-root {experiment.data_root} " if experiment.data_root else ""
-    command = (
-        f"python generate.py --dataset {experiment.dataset} {root}--model {experiment.model} "
-        f"--shots {experiment.shots} --seed {experiment.seed} --classes {experiment.classes} "
-        f"--per-class {settings.per_class} --plan {settings.plan} --filter {filter} "
-        f"--synthetic {folder}"
-    )
+    given = {name: getattr(experiment, name) for name in TASK}
+    given = {name: value for name, value in given.items() if value != getattr(Experiment, name)}
+    given |= {"per_class": settings.per_class, "plan": settings.plan, "filter": filter}
+    given["synthetic"] = folder
+    flags = [f"--{name.replace('_', '-')} {quote(str(v))}" for name, v in given.items()]
+    command = f"python generate.py {' '.join(flags)}"
     if not (folder / "settings.json").exists():
         raise UserError(f"{folder}: has no synthetic images yet; make them first: {command}")
     manifest = Manifest.open(folder)

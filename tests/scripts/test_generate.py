@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -509,6 +510,14 @@ def test_images_that_are_missing_unfinished_or_anothers_are_refused(
     disef = ["--method", "disef", *flags[2:], "--out", tmp_path]
     result = script("train", *disef)
     assert is_one_line(result, "has no synthetic images yet", "python generate.py --dataset")
+    template = "it's a {}."
+    result = script("train", *disef, "--template", template, "--image-size", 48)
+    command = shlex.split(result.err.partition("make them first: ")[2])[2:]
+    assert [command[command.index(flag) + 1] for flag in ("--template", "--image-size")] == [
+        template,
+        "48",
+    ]
+    assert generate.parse(command)["image_size"] == 48
     result = script("train", *disef, "--synthetic", synthetic(shots=10))
     assert is_one_line(result, "shots 10, not 4")
     unfinished = Path(shutil.copytree(synthetic(shots=4), tmp_path / "images"))
