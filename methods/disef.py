@@ -132,6 +132,12 @@ class DISEF(LoRA):
             return cross_entropy(self.classify(x), labels)
         # Both kinds go through the towers together; only then is the loss split.
         each = cross_entropy(self.classify(x), labels, reduction="none")  # (B,)
+        if (weights := self.class_weights) is not None:  # of a weighted mean for each kind
+            weights = labels @ weights if labels.ndim > 1 else weights[labels]  # (B,)
+            scale = torch.ones_like(weights)
+            for part in (~synthetic, synthetic):
+                scale[part] /= weights[part].mean()
+            each = each * scale
         _, whole = self.whole or (labels, synthetic)  # of the whole batch, over all processes
         return s.lam * _mean(each, ~synthetic, ~whole) + (1 - s.lam) * _mean(each, synthetic, whole)
 

@@ -56,6 +56,41 @@ def test_an_empty_part_is_0(new_clip, images):
         assert any(g.abs().max() > 0 for g in gradients)
 
 
+@pytest.mark.parametrize("synthetic", [SYNTHETIC, NONE, ALL])
+def test_balanced_terms_are_weighted_means(synthetic, new_clip, images):
+    """λ stays the share of the real images, whatever their weights are."""
+    method = new(new_clip(), lam=0.7, dropout=0.0)
+    weights = method.class_weights = torch.tensor([0.2, 3.0, 10.0])
+    logits = method(images)
+    real, painted = (
+        F.cross_entropy(logits[part], LABELS[part], weights) if part.any() else 0.0
+        for part in (~synthetic, synthetic)
+    )
+    found = method.loss(images, LABELS, synthetic)
+    torch.testing.assert_close(found, 0.7 * real + 0.3 * painted)
+    found.backward()
+    assert all(p.grad.isfinite().all() for p in method.adapter_state().values())
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("lam", [0.8, 1.0])
+def test_kinds_are_drawn_apart_if_that_is_asked(apart, lam, new_clip):
+    asked = []
+
+    class Train:
+        def draw_apart(self):
+            asked.append("apart")
+
+        def real(self):
+            return "real"
+
+    descended = []
+    method = new(new_clip(), lam=lam, apart=apart)
+    method.fit(train := Train(), "val", lambda *what: descended.append(what))
+    assert asked == ["apart"] * (apart and lam < 1)
+    assert descended == [(method, "real" if lam == 1 else train, "val")]
+
+
 def test_label_smoothing_is_torchs(new_clip, images):
     method = new(new_clip(), lam=0.6, label_smoothing=0.1, dropout=0.0)
     logits = method(images)
