@@ -37,7 +37,7 @@ def main() -> None:
     times = seconds({"alone": alone, "beside a busy core": beside}, rounds)
     for name, time in times.items():
         print(f"{name}: {time:.1f} s")
-    print(f"{times['beside a busy core'] / times['alone']:.2f}x; {hardware()}")
+    print(f"{times['beside a busy core'] / times['alone']:.2f}x; {hardware(threads=1)}")
 
 
 if __name__ == "__main__":

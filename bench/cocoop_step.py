@@ -145,7 +145,8 @@ def measure(way: str, classes: int, batch: int) -> None:
 
 def available_mb() -> float:
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("MemAvailable"))
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))  # KiB
+    return free * 1024 / 1e6
 
 
 def compare(classes: int, batch: int, rounds: int, unit: dict, rate: float) -> dict:

@@ -3,11 +3,11 @@
     python bench/demo_table.py [--rows "zero_shot,lora,vpt --deep"] [--seeds 1,2,3] [--out DIR]
 
 Runs `python train.py --method ROW --seed S` as a user would, one after another, and reads each
-results.json. Seconds and peak memory are of the whole command. Transductive methods, which label
-test images jointly, get a separate table, with zero-shot CLIP on the same tasks. DISEF's seconds
-include making its synthetic images, also shown in a column of their own; those of disef_f1 also
-include training its LoRA filter. A run that exists in --out is not trained again; seconds and
-memory are of the runs trained now.
+results.json. Seconds are of the whole command, peak memory is that of training and testing.
+Transductive methods, which label test images jointly, get a separate table, with zero-shot CLIP on
+the same tasks. DISEF's seconds include making its synthetic images, also shown in a column of their
+own; those of disef_f1 also include training its LoRA filter. A run that exists in --out is not
+trained again; seconds and memory are of the runs trained now.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> None:
             if zero and row is not zero and row["hm"] is not None
         }
         title = f"demo task, {len(seeds)} seeds: mean and standard deviation"
-        show(title, inductive, transductive=transductive, gains=gains)
+        show(title, inductive, threads=1, transductive=transductive, gains=gains)
 
 
 def run(row: str, seeds: list[int], out: Path) -> tuple[list[dict], list[float | None]]:

@@ -5,7 +5,8 @@
 ViT-B/16 with random weights; loss, backward and AdamW. "kept" starts from the result of `encode`,
 computed once for each image: the tokens before the first block that learns. "from images" computes
 the frozen blocks in each step. Losses and gradients of both are compared, and multiplications are
-counted (torch.utils.flop_counter, two operations each).
+counted (torch.utils.flop_counter, two operations each; without the two products inside attention,
+which it does not know on a CPU).
 """
 
 import argparse

@@ -35,6 +35,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
+import fewshot.batches
+import fewshot.pictures
 from clip_min import CLIP, CONFIGS, normalize
 from clip_min.preprocess import OPENAI
 from fewshot.batches import Batches
@@ -49,11 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2, help="ours; DataLoader has 2 workers")
+    parser.add_argument("--threads", type=int, default=2, help="of ours; workers of DataLoader")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--device", default="cpu")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
+    for module in (fewshot.batches, fewshot.pictures):
+        module.READERS = flags.threads  # threads that decode and hash
     with tempfile.TemporaryDirectory() as folder:
         if flags.stream:
             rows = stream(Path(folder), flags.images, flags.rounds, torch.device(flags.device))
@@ -61,9 +65,9 @@ def main() -> None:
             rows = [tested(Path(folder) / str(count), count) for count in (5_000, 50_000)]
             grown = rows[1]["peak MB"] - rows[0]["peak MB"]
             rows.append(named(Path(folder) / "5000", 5_000))
-            show(f"eval.py on the demo model; memory grows by {grown:.0f} MB", rows)
+            show(f"eval.py on the demo model; memory grows by {grown:.0f} MB", rows, threads=1)
             return
-        rows = measure(Path(folder), flags.images, flags.rounds)
+        rows = measure(Path(folder), flags.images, flags.rounds, flags.threads)
     show(f"loading {flags.images} JPEGs of 500 x 600", rows)
 
 
@@ -140,13 +144,13 @@ def timed(what: str, count: int, *flags: str) -> dict:
     taken = time.perf_counter() - started
     return {
         "pictures": f"{count:,} {what}",
-        "peak MB": int(done.stdout.split()[-1]) / 1e3,
+        "peak MB": int(done.stdout.split()[-1]) * 1024 / 1e6,  # from KiB
         "seconds": taken,
         "images/s": count / taken,
     }
 
 
-def measure(folder: Path, images: int, rounds: int) -> list[dict]:
+def measure(folder: Path, images: int, rounds: int, workers: int) -> list[dict]:
     make(folder / "data", images)
     cut = [transforms.Resize(SIZE, InterpolationMode.BICUBIC), transforms.CenterCrop(SIZE)]
     crops = ImageFolder(folder / "data", transforms.Compose([*cut, transforms.PILToTensor()]))
@@ -157,7 +161,7 @@ def measure(folder: Path, images: int, rounds: int) -> list[dict]:
     cache = folder / "cache"
 
     def loader(dataset):
-        return DataLoader(dataset, batch_size=BATCH, num_workers=2)
+        return DataLoader(dataset, batch_size=BATCH, num_workers=workers)
 
     def pixels(keep: Path | None = None) -> torch.Tensor:
         return Reader(SIZE, folder=keep).read(pictures, [])[1]

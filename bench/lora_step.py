@@ -46,6 +46,7 @@ class UsualAttention(nn.Module):
         )
         self.in_proj.weight.data = theirs.in_proj_weight.data
         self.in_proj.bias.data = theirs.in_proj_bias.data
+        self.in_proj.bias.requires_grad_(False)  # loralib.mark_only_lora_as_trainable
 
     def forward(self, x, _key, _value, need_weights, attn_mask):  # as in nn.MultiheadAttention
         # x (T, B, D), as openai-clip lays it out

@@ -6,8 +6,9 @@
 
 The demo model on one thread, with generated data. The measurements are:
 
-    classes     a gradient step on a batch (16 images); for methods without steps, what they
-                solve; and testing a batch, including class features
+    classes     a first gradient step on a batch (16 images), without the optimizer; for methods
+                without steps, what they solve; and testing a batch, with tokenizing the names and
+                computing class features
     shots       what a method solves or stores before its steps, for 20 classes
     images      testing pictures in memory with zero-shot CLIP
     processes   encoding the largest number of --images with 1, 2, … processes under torchrun

@@ -17,8 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-def hardware() -> str:
-    """The processor, its cores and the versions that a figure depends on, in one line."""
+def hardware(threads: int | None = None) -> str:
+    """The processor, the threads (if not given, this process's) and the versions that a figure
+    depends on, in one line.
+    """
     from clip_min.fast import processor
 
     name = platform.processor() or platform.machine()
@@ -31,7 +33,9 @@ def hardware() -> str:
         name += f" ({vendor}, family {family}, model {model})"
     if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()} / {name}"
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = threads or torch.get_num_threads()
+    many = "threads" if threads > 1 else "thread"
+    return f"{name}, {threads} {many}, torch {torch.__version__}"
 
 
 def seconds(ways: dict[str, Callable], rounds: int) -> dict[str, float]:
@@ -71,12 +75,12 @@ def first_step_mb(step: Callable) -> float:
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     step()
-    return (_status("VmHWM") - before) / 1e3
+    return (_status("VmHWM") - before) * 1024 / 1e6
 
 
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))  # kB
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))  # KiB
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -84,11 +88,11 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def show(title: str, rows: list[dict], **summary) -> None:
-    """Print rows as a table, then everything as a last line of JSON."""
-    print(f"{title}\n{hardware()}\n")
+def show(title: str, rows: list[dict], threads: int | None = None, **summary) -> None:
+    """Print rows as a table, then everything as a last line of JSON. threads: as in `hardware`."""
+    print(f"{title}\n{hardware(threads)}\n")
     print(markdown(rows))
-    print("\n" + json.dumps({"rows": rows, **summary, "hardware": hardware()}))
+    print("\n" + json.dumps({"rows": rows, **summary, "hardware": hardware(threads)}))
 
 
 def markdown(rows: list[dict]) -> str:

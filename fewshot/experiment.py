@@ -225,7 +225,8 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 1e6
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))  # KiB
+        return peak * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: in bytes
 
 

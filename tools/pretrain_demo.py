@@ -6,8 +6,8 @@ The objective is CLIP's (arXiv:2103.00020, section 2.3): in a batch of N images 
 captions, each image must pick its caption and each caption its image, a symmetric cross-entropy
 over N x N cosines. The images are drawings of the pretraining species of fewshot/demo.py. The model
 never sees a species of the demo task, or a photo. Two things make 3,000 steps enough:
-- A batch has all species of three petal colours. Colour alone does not distinguish them, so the
-  model must learn shape and eye.
+- A batch has up to 128 species of three petal colours. Colour alone does not distinguish them, so
+  the model must learn shape and eye.
 - At first all flowers have the same place, size and rotation; these vary more and more over the
   first steps.
 
