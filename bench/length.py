@@ -4,12 +4,12 @@ python bench/length.py DIR                        DIR: pictures, laid out as for
 python bench/length.py DIR --methods lora,coop --classes 2,12 --shots 4 --seeds 1,2,3
 
 For every method that learns by gradient steps, a line: test accuracy of the default recipe, and in
-brackets the gains on validation and on test images from the length that is best on validation. The
-gain on validation is an upper bound, since it is the best of several. The classes are drawn by the
-seed; the model is the demo's. Methods that learn on image features take minutes each, those that
-learn in the towers (vpt, lora, finetune) hours; --longer 3 leaves out the longest training. With
---out FILE, each training's result is kept there, a line of JSON, and what it holds already is not
-trained again.
+brackets the gains on validation and on test images from the best length. Accuracies are means over
+seeds, and the best length has the best mean on validation. Its gain there is an upper bound, since
+chance favours the best of several. The classes are drawn by the seed; the model is the demo's.
+Methods that learn on image features take minutes each, those that learn in the towers (vpt, lora,
+finetune) hours; --longer 3 leaves out the longest training. With --out FILE, each training's result
+is kept there, a line of JSON, and what it holds already is not trained again.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import io
 import json
 import random
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -59,12 +59,17 @@ def cut(whole: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
     return replace(whole, classnames=[whole.classnames[i] for i in ids], **parts)
 
 
-def train(name: str, clip, task, seed: int, times: int) -> tuple[float, float]:
-    """Train the default recipe `times` as long -> accuracy on validation and test images (%)."""
+def longer(name: str, times: int) -> TrainingSettings:
+    """The default recipe, `times` as long."""
     settings = METHODS[name].Settings(**METHODS[name].preset("default", "demo"))
-    longer = {"epochs": times * settings.epochs, "min_steps": times * settings.min_steps}
+    length = {"epochs": times * settings.epochs, "min_steps": times * settings.min_steps}
+    return replace(settings, **length)
+
+
+def train(name: str, clip, task, seed: int, settings) -> tuple[float, float]:
+    """Train -> accuracy on validation and test images (%)."""
     torch.manual_seed(seed)
-    method = METHODS[name](clip, task.classnames, "a photo of a {}.", replace(settings, **longer))
+    method = METHODS[name](clip, task.classnames, "a photo of a {}.", settings)
     nowhere = SimpleNamespace(
         save_adapter=lambda state: None,
         log_round=lambda entry: None,
@@ -76,23 +81,27 @@ def train(name: str, clip, task, seed: int, times: int) -> tuple[float, float]:
 
 
 class Kept:
-    """Results in a file of JSON lines, each under its key: what was trained, as a list."""
+    """Results in a file of JSON lines, each with its key: all that was trained with."""
 
     def __init__(self, file: Path | None):
         self.file = file
-        lines = file.read_text().splitlines() if file and file.exists() else []
-        self.results = {tuple(entry["key"]): entry["scores"] for entry in map(json.loads, lines)}
+        lines = file.read_text().splitlines(keepends=True) if file and file.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]  # else killed there
+        if file and len(entries) < len(lines):
+            file.write_text("".join(lines[: len(entries)]))
+        self.results = {json.dumps(entry["key"]): entry["scores"] for entry in entries}
 
-    def get(self, key: tuple, compute) -> tuple[float, float]:
-        if key not in self.results:
+    def get(self, key: list, compute) -> tuple[float, float]:
+        text = json.dumps(key)
+        if text not in self.results:
             start = time.perf_counter()
-            self.results[key] = compute()
-            entry = {"key": key, "scores": self.results[key]}
+            self.results[text] = compute()
+            entry = {"key": key, "scores": self.results[text]}
             entry["seconds"] = round(time.perf_counter() - start, 1)
             if self.file:
                 with self.file.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
-        return self.results[key]
+        return self.results[text]
 
 
 def main() -> None:
@@ -111,6 +120,8 @@ def main() -> None:
     kept = Kept(given.out)
     torch.set_num_threads(1)
     whole, clip = datasets.load("folder", given.folder, 1), clip_min.load("demo")
+    if max(given.classes) > (there := len(whole.classnames)):
+        parser.error(f"--classes {max(given.classes)}: {given.folder} has only {there}")
     cells = [(k, s) for k in given.classes for s in given.shots]
     heads = [f"{k} x {s}" for k, s in cells]
     print(f"{hardware()}; {len(given.seeds)} seeds; classes x shots")
@@ -119,18 +130,15 @@ def main() -> None:
     for name in given.methods:
         row = []
         for count, shots in cells:
-            default, longer = [], []  # (validation, test) of each seed
+            scores: dict[int, list] = {n: [] for n in (1, *given.longer)}  # (val, test) by seed
             for seed in given.seeds:
                 task = make_task(cut(whole, count, seed), shots, seed, "all", Reader(64))
-                tried = [
-                    kept.get(
-                        (name, count, shots, seed, n), partial(train, name, clip, task, seed, n)
-                    )
-                    for n in (1, *given.longer)
-                ]
-                default.append(tried[0])
-                longer.append(max(tried, key=lambda scores: scores[0]))
-            (val, test), best = (list(map(mean, zip(*s, strict=True))) for s in (default, longer))
+                for n, of in scores.items():
+                    settings = longer(name, n)
+                    key = [given.folder.name, name, count, shots, seed, asdict(settings)]
+                    of.append(kept.get(key, partial(train, name, clip, task, seed, settings)))
+            means = [tuple(map(mean, zip(*of, strict=True))) for of in scores.values()]
+            (val, test), best = means[0], max(means, key=lambda pair: pair[0])
             worst = [max(worst[0], best[0] - val), max(worst[1], best[1] - test)]
             row.append(f"{test:.1f} ({best[0] - val:+.1f}, {best[1] - test:+.1f})")
         print(f"| {name} | {' | '.join(row)} |", flush=True)
