@@ -81,6 +81,7 @@ class WithDepthHead(Method):
         known = row >= 0
         if not self.head or not known.any():
             return sim
+        sim = sim.float()  # of a CLIP in 16 bits; the head is float32
         both = (1 - SHARE) * sim[:, known] + SHARE * self.lin(f, "image")[:, row[known]]
         any_known = sim[:, known].logsumexp(dim=1, keepdim=True)  # (B, 1)
         return sim.masked_scatter(known, any_known + both.log_softmax(dim=1))

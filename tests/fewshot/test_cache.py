@@ -220,14 +220,30 @@ def test_features_that_vouch_for_themselves_and_do_not_fit_are_computed_again(tm
 
 
 def test_features_of_another_way_to_compute_are_computed(tmp_path, monkeypatch):
+    """Whether by clip_min.fast, the processor, torch's version or the number of threads."""
     new_batches(tmp_path).encoded(method_on(new_clip()))
-    monkeypatch.setattr(fast, "enabled", not fast.enabled)
-    with pytest.raises(AssertionError, match="were in the cache"):
-        new_batches(tmp_path).encoded(refusing(new_clip()))
-    monkeypatch.undo()
-    monkeypatch.setattr(fast, "processor", lambda: ("Another", 1, 1))
-    with pytest.raises(AssertionError, match="were in the cache"):
-        new_batches(tmp_path).encoded(refusing(new_clip()))
+    for where, what, other in (
+        (fast, "enabled", not fast.enabled),
+        (fast, "processor", lambda: ("Another", 1, 1)),
+        (torch, "__version__", "1.13.1"),
+        (torch, "get_num_threads", lambda: 97),
+    ):
+        new_batches(tmp_path).encoded(refusing(new_clip()))  # as before
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, other)
+            with pytest.raises(AssertionError, match="were in the cache"):
+                new_batches(tmp_path).encoded(refusing(new_clip()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_of_a_16_bit_tower_have_another_name(dtype):
+    """Also if the method alone is converted, and the CLIP that it was lent is not."""
+    full, again, alone = (method_on(new_clip()) for _ in range(3))
+    assert full.encoder == again.encoder
+    half = method_on(new_clip().to(dtype))
+    alone.clip.to(dtype)
+    assert alone.lent[0].visual.proj.dtype == torch.float32
+    assert len({full.encoder, half.encoder, alone.encoder}) == 3
 
 
 def test_a_crop_of_which_the_disk_took_a_part_is_not_there(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from fewshot.compare import advice, announce, mean_of_data_sets, show, summarise, table, within
+from fewshot.schedule import duration
 
 
 def scores(val, base, novel) -> dict:
@@ -98,6 +99,14 @@ def test_what_fits_in_a_time_is_the_shortest_first():
     assert announce(seconds, ["b", "c", "d"]) == (
         "about 55 s: b 5 s, c 20 s, d 30 s\nleft out, since they do not fit: a (about 50 s)"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (40, "40 s"), (400, "7 min"), (5000, "83 min"), (40000, "11.1 h")],
+)
+def test_a_duration_is_said_in_the_unit_that_suits_it(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_the_mean_of_data_sets_is_of_means_and_hm_of_these():

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from clip_min import UserError
@@ -99,18 +100,54 @@ def test_one_seed_has_a_mean_and_no_spread():
     assert "±" not in grid.table("lora", found)
 
 
-def test_a_plot_is_drawn(results, tmp_path):
+@pytest.fixture
+def drawn(monkeypatch):
+    """What plots show: label -> (shots, means, deviations); "ticks" -> (places, texts)."""
+    found = {}
+    draw, mark = Axes.errorbar, Axes.set_xticks
+
+    def errorbar(axes, x, y, yerr, *, label, **options):
+        found[label] = list(x), list(y), list(yerr)
+        return draw(axes, x, y, yerr, label=label, **options)
+
+    def set_xticks(axes, places, texts):
+        found["ticks"] = list(places), list(texts)
+        return mark(axes, places, texts)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    monkeypatch.setattr(Axes, "set_xticks", set_xticks)
+    return found
+
+
+def test_a_plot_shows_means_and_deviations_over_shots(results, drawn, tmp_path):
     grid.save_plot("lora", grid.summarise(results), tmp_path / "deep/plot.png")
     with Image.open(tmp_path / "deep/plot.png") as image:
         assert len(image.getcolors(100_000)) > 10
+    assert list(drawn) == ["base", "novel", "HM", "all names", "ticks"]
+    assert drawn["ticks"] == ([1, 16], ["1", "16"])
+    for label, part in (("base", "base"), ("novel", "novel"), ("HM", "hm"), ("all names", "hm")):
+        shots, means, deviations = drawn[label]
+        assert shots == [1, 16]
+        for i, number in enumerate(shots):
+            of = [results[number, seed] for seed in (1, 2, 5)]
+            values = [(run["joint"] if label == "all names" else run)[part] for run in of]
+            assert means[i] == pytest.approx(np.mean(values))
+            assert deviations[i] == pytest.approx(np.std(values, ddof=1))
 
 
-def test_all_shots_have_a_row_and_stand_last_in_the_plot(tmp_path):
-    results = {(s, 3): {**score(80.0, 60.0), "zero_shot": score(50.0, 50.0)} for s in (4, "all")}
+def test_all_shots_have_a_row_and_stand_last_in_the_plot(drawn, tmp_path):
+    results = {
+        (shots, 3): {**score(base, 60.0), "zero_shot": score(50.0, 50.0)}
+        for shots, base in ((4, 70.0), (16, 80.0), ("all", 90.0))
+    }
     found = grid.summarise(results)
     assert grid.table("lora", found).splitlines()[-1].startswith("lora, all shots ")
     grid.save_plot("lora", found, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").exists()
+    places, means, deviations = drawn["base"]
+    assert places[:2] == [4, 16]
+    assert places[2] > 16
+    assert (means, deviations) == ([70, 80, 90], [0, 0, 0])
+    assert drawn["ticks"] == (places, ["4", "16", "all"])
 
 
 # CoCoOp's table of zero-shot CLIP, base and novel; its row of means is 69.34, 74.22, 71.70

@@ -20,6 +20,19 @@ CONFIG = dict.fromkeys(KEYS, "toy")
 CPU = torch.device("cpu")
 
 
+# What a method adds to its logits only where it is asked for, with what it has remembered.
+ADDED = [
+    ("tip_adapter", {"alpha": 2.0, "beta": 5.0}),
+    ("tip_adapter_f", {"alpha": 2.0, "beta": 5.0}),
+    ("gda", {"alpha": 0.01}),
+    ("coop", {"depth_head": True}),
+]
+CASES = [*((name, {}) for name in METHODS), *ADDED, ("vpt", {"head": "linear"})]
+each_case = pytest.mark.parametrize(
+    ("name", "changes"), CASES, ids=["-".join([name, *changes]) for name, changes in CASES]
+)
+
+
 def batches(count: int, seed: int, precision: str = "fp32", folder=None) -> Batches:
     """Noise, brighter the larger the label, of 3."""
     rng = torch.Generator().manual_seed(seed)
@@ -41,6 +54,8 @@ def new_method(name: str, **changes):
     method = kind(clip, ["rose", "red tulip", "ox-eye daisy"], "a photo of a {}.", settings)
     if name == "linear_probe":  # it starts at 0, in any precision
         nn.init.normal_(method.head.weight)
+    if "alpha" in changes:  # the weight of what is remembered
+        method.remember(batches(6, 3))
     return method
 
 
@@ -129,9 +144,9 @@ def test_fp16_skips_steps_that_overflow_and_goes_on_after_a_kill_where_it_was(
 
 
 @pytest.mark.parametrize("precision", HALVES)
-@pytest.mark.parametrize("name", METHODS)
-def test_logits_are_float32_and_near_those_of_fp32(name, precision):
-    method = new_method(name)
+@each_case
+def test_logits_are_float32_and_near_those_of_fp32(name, changes, precision):
+    method = new_method(name, **changes)
     full, half = batches(9, 2), batches(9, 2, precision)
     expected, found = predict(method, full), predict(method, half)
     assert found.dtype == torch.float32
@@ -139,6 +154,20 @@ def test_logits_are_float32_and_near_those_of_fp32(name, precision):
     assert (found - expected).abs().max() < 0.2  # of logits up to 14
     with half.autocast():
         assert method.classify(half.inputs(method, torch.arange(9))).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "changes"), [*ADDED, ("linear_probe", {})])
+def test_what_is_added_to_logits_is_exact_under_autocast(name, changes):
+    """Of the same features: in 16 bits, near images would have equal distances."""
+    method = new_method(name, **changes)
+    x = batches(9, 2).encoded(method)
+    with method.inference():  # the text features of both are one
+        expected = method.classify(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = method.classify(x)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    plain = new_method("zero_shot").classify(x)
+    assert (expected - plain).abs().max() > 0.1  # something was added
 
 
 def test_logits_are_the_exact_product_of_the_features_under_autocast():
@@ -186,11 +215,11 @@ def test_fp16_on_a_cpu_is_told_to_be_slow(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", HALVES.values())
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_works_on_a_clip_loaded_in_16_bits(name, dtype, tmp_path):
+@each_case
+def test_every_method_works_on_a_clip_loaded_in_16_bits(name, changes, dtype, tmp_path):
     from clip_min import load, save
 
-    full = new_method(name)
+    full = new_method(name, **changes)
     save(new_method("zero_shot").clip, tmp_path / "clip.safetensors")
     clip = load(tmp_path / "clip.safetensors", dtype=dtype)
     torch.manual_seed(0)

@@ -172,6 +172,10 @@ def test_the_recipe_is_the_published_one(diffusion, pictures, monkeypatch):
     assert (given["strength"], given["num_inference_steps"]) == (15 / 20, 20)
     assert given["guidance_scale"] == 8
     assert len(steps) == 15  # of 20
+    boxes = [(10, 0, 50, 40), (0, 0, 32, 32), (0, 20, 50, 70)]  # the middle square
+    for square, picture, box in zip(given["image"], pictures, boxes, strict=True):
+        assert square.size == (32, 32)
+        assert square.tobytes() == picture.resize((32, 32), Image.Resampling.BICUBIC, box).tobytes()
     solver = diffusion.pipe.scheduler
     assert type(solver).__name__ == "DPMSolverMultistepScheduler"
     assert solver.config.algorithm_type == "dpmsolver++"

@@ -90,6 +90,12 @@ def test_the_layers_are_e_over_the_reduction_wide(reduction, hidden, new_clip):
     assert {t.shape for t in state.values()} == {(hidden, 32), (32, hidden)}
 
 
+def test_the_paper_recipe_is_the_published_one():
+    s = ClipAdapterSettings(**ClipAdapter.recipes["paper"])
+    assert (s.ratio, s.reduction, s.adapters, s.learn_ratio) == (0.2, 4, "image", False)
+    assert (s.optimizer, s.lr, s.epochs, s.augment) == ("sgd", 2e-3, 200, "crop-flip")
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_a_learned_ratio_cannot_start_where_its_gradient_is_0(ratio):
     with pytest.raises(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from clip_min import CLIP, CLIPConfig
 from methods import METHODS
@@ -36,8 +35,11 @@ def features(count: int = 5):
     return 3 * torch.randn(count, 32, generator=torch.Generator().manual_seed(2))
 
 
-def published(method, x, labels=None):
-    """logits of sim and lin, and where labels are given the loss, written down from the paper."""
+def published(method, x, labels=None, weights=(1, 1, 1, 1)):
+    """logits of sim and lin, and where labels are given the loss, written down from the paper.
+
+    weights: of each class, in a weighted mean over images and over texts.
+    """
     head, s = method.head, method.clip.logit_scale.exp()
     f, text = method.features(x)
     sim = torch.stack([s * torch.cosine_similarity(row[None], text) for row in f])
@@ -49,15 +51,23 @@ def published(method, x, labels=None):
     if labels is None:
         return sim, lin
     texts = linear(torch.stack([text[k] for k in labels.tolist()]), head["text"])
-    log_p = torch.cat([lin, texts]).log_softmax(dim=1)
-    each = [-row[k] for row, k in zip(log_p, labels.tolist() * 2, strict=True)]
-    return 0.3 * F.cross_entropy(sim, labels) + 0.7 * sum(each) / len(each)
+
+    def loss_of(logits, of):
+        each = [-row[k] * weights[k] for row, k in zip(logits.log_softmax(1), of, strict=True)]
+        return sum(each) / sum(weights[k] for k in of)
+
+    of = labels.tolist()
+    return 0.3 * loss_of(sim, of) + 0.7 * loss_of(torch.cat([lin, texts]), of + of)
 
 
 @beside
-def test_loss_and_gradients_are_those_of_the_second_writing(name, clip):
+@pytest.mark.parametrize("weights", [None, [0.5, 3.0, 1.0, 2.0]])
+def test_loss_and_gradients_are_those_of_the_second_writing(weights, name, clip):
+    """weights: of classes, for --balance."""
     method, x = new(name, clip), features()
-    loss, expected = method.loss(x, LABELS), published(method, x, LABELS)
+    method.class_weights = None if weights is None else torch.tensor(weights)
+    expected = published(method, x, LABELS, weights or [1.0] * 4)
+    loss = method.loss(x, LABELS)
     if name == "kgcoop":
         text, written = method.text_features(), method.written_features()
         expected = expected + 8.0 * (1 - torch.cosine_similarity(text, written).mean())

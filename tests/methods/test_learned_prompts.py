@@ -263,6 +263,16 @@ def test_parameter_counts_are_the_published_ones():
     assert sum(p.numel() for p in kgcoop(clip).adapter_state().values()) == 4 * 512
 
 
+def test_coops_recipes_are_the_published_ones():
+    """Few-shot: 16 random vectors; base to novel: 4 from the words. SGD, 200 epochs."""
+    for name, start in (("few-shot", (16, "")), ("paper", (4, "a photo of a"))):
+        s = CoOpSettings(**CoOp.recipes[name])
+        assert (s.n_ctx, s.ctx_init) == start
+        assert (s.epochs, s.optimizer, s.lr, s.batch_size) == (200, "sgd", 2e-3, 32)
+        assert (s.position, s.class_specific, s.augment) == ("end", False, "crop-flip")
+        assert (s.warmup_epochs, s.warmup_lr, s.weight_decay) == (1, 1e-5, 5e-4)
+
+
 def test_context_length_must_fit_the_words(clip):
     with pytest.raises(UserError, match="--n-ctx 5: --ctx-init 'a photo of a' has 4 tokens"):
         CoOp(clip, NAMES, "", CoOpSettings(n_ctx=5))

@@ -1,10 +1,13 @@
 """The probe against scikit-learn, its optimality conditions, and a naive search for C."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from fewshot.batches import Batches
 from methods import linear_probe
 from methods.linear_probe import LinearProbe, LinearProbeSettings, logistic_regression
 
@@ -19,9 +22,11 @@ def samples(n: int, embed: int, classes: int, seed: int = 0, noise: float = 2.0)
     return middles[labels] + noise * torch.randn(n, embed, generator=rng), labels
 
 
-def scikit(x, labels, c: float):
+def scikit(x, labels, c: float, balance: str | None = None):
     x = x.double().numpy()
-    model = LogisticRegression(C=c, solver="newton-cg", tol=1e-9, max_iter=1000)
+    model = LogisticRegression(
+        C=c, class_weight=balance, solver="newton-cg", tol=1e-9, max_iter=1000
+    )
     return model.fit(x, labels.numpy())
 
 
@@ -177,3 +182,19 @@ def test_a_given_c_is_used_and_validation_is_not_read(new_clip, pictures):
     method.fit(pictures(x, labels), nothing, descend=None)
     theirs = scikit(x, labels, 0.3)
     np.testing.assert_allclose(method.head.weight.detach().numpy(), theirs.coef_, atol=1e-4)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_balanced_classes_are_scikit_learns(balance, new_clip, pictures):
+    """Classes of 20, 5 and 2 images."""
+    x, labels = samples(60, 32, 3)
+    chosen = torch.cat([(labels == k).nonzero().flatten()[:n] for k, n in enumerate((20, 5, 2))])
+    train = pictures(x[chosen], labels[chosen])
+    train.real = lambda: train
+    train.class_weights = partial(Batches.class_weights, train)
+    method = probe(new_clip(), 3, c=0.3, balance=balance)
+    method.fit(train, train, descend=None)
+    plain, weighted = (scikit(x[chosen], labels[chosen], 0.3, b).coef_ for b in (None, "balanced"))
+    expected = weighted if balance else plain
+    np.testing.assert_allclose(method.head.weight.detach().numpy(), expected, atol=1e-4)
+    assert abs(weighted - plain).max() > 1e-2

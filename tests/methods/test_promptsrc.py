@@ -212,6 +212,15 @@ def test_the_mean_is_the_published_gaussian_of_20_epochs(clip):
     np.testing.assert_allclose(mine / mine.sum(), expected / expected.sum(), rtol=1e-9)
 
 
+def test_the_recipes_are_the_published_ones():
+    """Weights 25, 10 and 1; four tokens in nine blocks of each tower; 20 epochs, few-shot 50."""
+    for name, epochs in (("paper", 20), ("few-shot", 50)):
+        s = PromptSRCSettings(**PromptSRC.recipes[name])
+        assert (s.near_text, s.near_image, s.near_logits) == (25, 10, 1)
+        assert (s.depth, s.n_ctx, s.n_visual, s.ctx_init) == (9, 4, 4, "a photo of a")
+        assert (s.epochs, s.lr, s.batch_size, s.keep) == (epochs, 2.5e-3, 4, "mean")
+
+
 def test_parameter_counts_are_the_published_ones():
     """ViT-B/16: 46,080 learned numbers, whatever the classes."""
     clip = CLIP(CLIPConfig(512, 32, 16, 768, 12, 12, 512, 12, 8, vocab_size=49408))

@@ -259,7 +259,7 @@ def test_an_adapter_of_another_number_of_images_loads(kind, new_clip, pictures):
 
 @pytest.mark.parametrize("augment", ["crop-flip", "randaugment"])
 @pytest.mark.parametrize("kind", [TipAdapter, TipAdapterF])
-def test_keys_of_random_views_are_the_mean_of_their_features(kind, augment, new_clip):
+def test_keys_of_random_views_are_the_mean_of_their_features(kind, augment, new_clip, pictures):
     """Two views of three pictures; the drawing of views is replaced by known ones.
 
     The features are not normalised before the mean, as in the published code.
@@ -283,10 +283,19 @@ def test_keys_of_random_views_are_the_mean_of_their_features(kind, augment, new_
 
     asked = []
     method = tip(clip, kind, augment=augment, views=2)
-    method.remember(Views(), method.settings.views, method.settings.augment)
+    method.fit(Views(), pictures(*draw(5, 3)), descend=lambda *_: None)
     assert asked == [augment, augment]
     with torch.no_grad():
         each = [numbers(clip.encode_image(normalize(view))) for view in views]
     np.testing.assert_allclose(numbers(method.support), unit(sum(each)), atol=1e-5)
     units = unit(sum(map(unit, each)))
     assert np.abs(units - unit(sum(each))).max() > 1e-3  # else this would show nothing
+
+
+def test_the_paper_recipes_are_the_published_ones():
+    """Ten random views of an image for its key; the keys are trained in 20 epochs of AdamW."""
+    s = TipAdapter.Settings(**TipAdapter.recipes["paper"])
+    assert (s.views, s.augment, s.alpha, s.beta) == (10, "crop-flip", -1, -1)
+    s = TipAdapterF.Settings(**TipAdapterF.recipes["paper"])
+    assert (s.views, s.augment, s.alpha, s.beta) == (10, "crop-flip", -1, -1)
+    assert (s.optimizer, s.lr, s.eps, s.epochs, s.batch_size) == ("adamw", 1e-3, 1e-4, 20, 256)

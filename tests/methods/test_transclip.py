@@ -276,6 +276,27 @@ def test_gamma_is_the_first_of_the_best_on_validation(new, pictures):
     assert method.gamma.item() == pytest.approx(GAMMAS[right.index(max(right))])
 
 
+def test_of_equally_good_gammas_the_smallest_is_taken(new, pictures):
+    """Clouds far apart: with every γ all of validation is right."""
+    train, val = (pictures(*clouds(n, spread=0.02, seed=n)) for n in (12, 60))
+    for gamma in GAMMAS:
+        one = new(use_support=True, gamma=gamma, temperature=1.0)
+        one.fit(train, val, None)
+        assert torch.equal(one.classify(val.encoded(None)).argmax(1), val.labels)
+    method = new(use_support=True, temperature=1.0)
+    method.fit(train, val, None)
+    assert method.gamma.item() == pytest.approx(0.1)
+
+
+def test_the_numbers_are_those_of_the_authors_code():
+    s = TransCLIPSettings(**TransCLIP.recipes["default"])
+    assert (s.temperature, s.neighbours, s.confident) == (50, 3, 8)
+    assert (s.iterations, s.z_steps, s.text_weight, s.use_support) == (10, 5, 1, False)
+    few = TransCLIPSettings(**TransCLIP.recipes["few-shot"])
+    assert (few.use_support, few.text_weight, few.gamma) == (True, 0.5, -1)
+    assert (few.temperature, few.neighbours, few.iterations, few.z_steps) == (50, 3, 10, 5)
+
+
 def test_gammas_are_fifty_times_those_of_the_authors_code():
     assert pytest.approx([50 * gamma for gamma in (0.002, 0.01, 0.02, 0.2)]) == GAMMAS
 

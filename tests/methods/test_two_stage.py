@@ -287,8 +287,10 @@ def test_another_start_is_of_the_layer_norms(clip):
     assert not torch.equal(method.clip.ln_final.weight, clip.ln_final.weight)
 
 
-def test_how_long_training_takes_is_tried_in_each_stage(clip, train, monkeypatch):
-    method, now = new(clip), 0.0
+@pytest.mark.parametrize(("grid", "trainings"), [("", 1), ("lr=1e-3,1e-4,1e-5 eps=1e-8,1e-7", 6)])
+def test_how_long_training_takes_is_tried_in_each_stage(grid, trainings, clip, train, monkeypatch):
+    """And with a grid, counted for each of its points."""
+    method, now = new(clip, grid=grid), 0.0
     seconds = {False: 5.0, True: 2.0}  # of a gradient step in the first stage, in the second
     switch = Length.of(method.settings, train, method.first_stage).switch
     total = Length.of(method.settings, train).total
@@ -302,7 +304,7 @@ def test_how_long_training_takes_is_tried_in_each_stage(clip, train, monkeypatch
     monkeypatch.setattr(compare, "validation_seconds", lambda *_: 0.0)
     found = compare.seconds_of(method, SimpleNamespace(train=train, val=train, tests={}))
     assert 0 < switch < total
-    assert found == switch * 5 + (total - switch) * 2
+    assert found == trainings * (switch * 5 + (total - switch) * 2)
 
 
 def test_a_share_that_is_none_is_an_error_that_names_its_flag():
