@@ -66,6 +66,8 @@ def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
             )
     width, _, patch_size, _ = state["visual.conv1.weight"].shape
     grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    if grid < 1:
+        raise ValueError("visual.positional_embedding has no row for a patch")
     text_width, embed_dim = state["text_projection"].shape
     hidden = len(state.get("visual.transformer.resblocks.0.mlp.c_fc.bias", range(4 * width)))
     if hidden in (6144, 8192) and hidden != 4 * width:
@@ -97,7 +99,8 @@ def described(config: CLIPConfig, path: Path, header: str | None, known: bool) -
     if header is not None:
         where = f"{path}: its header"
         told = parse_json(header, {"vision_heads": int, "text_heads": int}, where)
-        told = {k: v for k, v in told.items() if k in UNTOLD or k.endswith("_heads")}
+        expect(told, {"activation": str} if "activation" in told else {}, where)
+        told = {k: v for k, v in told.items() if k in (*UNTOLD, "vision_heads", "text_heads")}
         told |= _pictures(told, where)
     elif not known:
         where, told = _beside(config, path)
@@ -251,8 +254,9 @@ def _processor(beside: Path, size: int) -> dict:
     short, whole = (size, {"shortest_edge": size}), {"height": size, "width": size}
     _only(found, file, do_resize=(True,), do_rescale=(True,), do_normalize=(True,))
     _only(found, file, size=(*short, whole), resample=(2, 3))
-    if isinstance(factor := found.get("rescale_factor"), float):
-        found["rescale_factor"] = round(255 * factor, 4)
+    if "rescale_factor" in found:
+        expect(found, {"rescale_factor": float}, str(file))
+        found["rescale_factor"] = round(255 * found["rescale_factor"], 4)
         _only(found, file, rescale_factor=(1,))
     if found["size"] in short:
         _only(found, file, do_center_crop=(True,))

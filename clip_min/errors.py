@@ -8,6 +8,7 @@ import zipfile
 FROM_OUTSIDE = (OSError, RecursionError, UnicodeError, zipfile.BadZipFile)
 # How PyTorch says that memory is used up, of a GPU and of the machine; both are RuntimeErrors.
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: ")
+NO_HOME = "Could not determine home directory"  # pathlib's RuntimeError
 LONGEST = 2_000  # characters of a line that is printed; of a longer one both ends
 
 
@@ -34,7 +35,8 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def is_bug(error: BaseException) -> bool:
     """Whether an error needs a traceback. Scripts print one line for others, `told(error)`."""
-    return not (isinstance(error, (UserError, *FROM_OUTSIDE)) or _out_of_memory(error))
+    outside = isinstance(error, (UserError, *FROM_OUTSIDE)) or NO_HOME in str(error)
+    return not (outside or _out_of_memory(error))
 
 
 def told(error: BaseException) -> str:
@@ -44,6 +46,8 @@ def told(error: BaseException) -> str:
         return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}"
     if _out_of_memory(error):
         return f"out of memory ({first_line(error)}); process less at once, or add memory"
+    if NO_HOME in str(error):
+        return "a path begins with ~NAME, but there is no such user; give the whole path"
     return f"{type(error).__name__}: {first_line(error)}"
 
 

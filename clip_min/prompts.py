@@ -101,7 +101,9 @@ class PromptTree(nn.Module):
         encode = clip.encode_prompts
         if max_tokens is not None and images * len(self) > max_tokens:
             # Activation checkpointing: only the inputs are stored for the backward pass.
-            encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+            # With dropout, the second time must draw what the first drew.
+            again = {"use_reentrant": False, "preserve_rng_state": clip.training}
+            encode = partial(checkpoint, encode, **again)
             if context is not None:
                 pieces = context.split(max(1, max_tokens // self.longest))
         parts = [torch.cat([encode(c, piece) for c in self.chunks], dim=1) for piece in pieces]

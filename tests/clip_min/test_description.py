@@ -154,6 +154,8 @@ def test_what_a_description_tells(files, changed, beside):
         (PROCESSOR, {"image_std": [1, 1, "x"]}, "std.2 is 'x', expected a finite number"),
         (PROCESSOR, {"resample": 1}, "resample is 1, but"),
         (PROCESSOR, {"do_center_crop": False}, "do_center_crop is False, but"),
+        (PROCESSOR, {"rescale_factor": 1}, "rescale_factor is 255, but"),
+        (PROCESSOR, {"rescale_factor": "x"}, "rescale_factor is 'x', expected a finite number"),
         (PROCESSOR, {"do_normalize": False}, "do_normalize is False, but"),
         (PROCESSOR, {"size": {"shortest_edge": 36}}, "size is {'shortest_edge': 36}, but"),
         (PROCESSOR, {"crop_size": {"height": 24, "width": 24}}, "crop_size is"),
@@ -303,8 +305,10 @@ def test_our_own_header_tells_it_all_and_an_old_one_means_openais(tmp_path):
         ({"mean": [1]}, "three numbers"),
         ({"resize": "none"}, "resize is 'none'"),
         ({"std": "x"}, "std.0 is 'x'"),
+        ({"activation": []}, r"activation is \[\], expected text"),
     ):
         with pytest.raises(UserError, match=f"a: its header: .*{said}"):
             described(SMALL, pathlib.Path("a"), json.dumps(old | told), known=False)
-    config = described(SMALL, pathlib.Path("a"), json.dumps(old), known=False)
+    header = json.dumps(old | {"foo_heads": 3, "other": 1})  # what is not known is not read
+    config = described(SMALL, pathlib.Path("a"), header, known=False)
     assert config == dataclasses.replace(SMALL, vision_heads=4)

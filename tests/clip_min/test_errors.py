@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ def test_of_many_known_names_the_first_are_shown():
     [
         (UserError("two\nlines"), "two lines"),
         (MemoryError(), "out of memory (MemoryError)"),
+        (RuntimeError("Could not determine home directory."), "begins with ~NAME, but there is no"),
         (OSError(36, "File name too long", "a.png"), "File name too long: 'a.png'"),
         (RecursionError("maximum recursion depth exceeded\nhere"), "maximum recursion depth"),
     ],
@@ -40,6 +43,12 @@ def test_memory_that_torch_cannot_have_is_told_in_a_line():
         assert not is_bug(error)
         assert told(error).startswith("out of memory (")
         assert "\n" not in told(error)
+
+
+def test_the_home_of_no_user_is_what_pathlib_says():
+    with pytest.raises(RuntimeError) as found:
+        Path("~nosuchuser/clip.pt").expanduser()
+    assert not is_bug(found.value)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), KeyError("a"), ValueError("b")])

@@ -4,10 +4,11 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import SMALL, far, gradients, openai_clip, random_tokens, same_in_ours
 from torch import Tensor
 
-from clip_min import PromptTree
+from clip_min import CLIP, PromptTree
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 CLOSE = 1e-5
@@ -182,6 +183,19 @@ def test_max_tokens_bounds_what_is_computed_at_once(ours, max_tokens):
     watch.remove()
     assert sum(images * length for images, length in seen) == 17 * len(tree)
     assert max(images * length for images, length in seen) <= max_tokens
+
+
+def test_dropout_drops_the_same_when_it_is_computed_again():
+    """Else gradients would be those of other activations."""
+    clip = CLIP(SMALL).train()
+    clip.transformer.resblocks[0].register_forward_hook(lambda _, __, x: F.dropout(x, 0.5))
+    tree, found = PromptTree(random_tokens(6, SMALL)), []
+    for max_tokens in (None, 1):
+        torch.manual_seed(0)
+        clip.zero_grad()
+        tree(clip, None, max_tokens).square().sum().backward()
+        found.append(clip.transformer.resblocks[0].mlp.c_fc.weight.grad.clone())
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
