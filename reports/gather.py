@@ -109,8 +109,10 @@ def _read_results(file: Path) -> dict:
             expect(classes, dict[str, _CLASS], str(file), f"parts.{part}.classes")
         if "interval95" in of:
             expect(results, {part: float}, str(file))
-        if "images" in of and not 0 <= of.get("top1", -1) <= 100:
+        if {"images", "top1"} & of.keys() and not 0 <= of.get("top1", -1) <= 100:
             raise UserError(f"{file}: parts.{part}.top1 is not an accuracy, expected 0 to 100")
+        if "top1" in of and of.get("images", 0) < 1:
+            raise UserError(f"{file}: parts.{part}.images is no count, expected 1 or more")
     return results
 
 
@@ -133,7 +135,7 @@ def _places(path: Path, found: Found) -> list[Path]:
         return []
     if _is_place(path):
         return [path]
-    places = []
+    places, before = [], len(found.left_out)
     for here, folders, files in os.walk(path):
         folders.sort()
         if _is_place(Path(here)):
@@ -144,7 +146,7 @@ def _places(path: Path, found: Found) -> list[Path]:
             found.left_out[here] = f"{here}: has no config.json, so it is not a run"
             folders.clear()
         folders[:] = [name for name in folders if not re.search(r"\.old\d+$", name)]
-    if not places and not found.left_out:
+    if not places and len(found.left_out) == before:
         found.left_out[str(path)] = (
             f"{path}: contains neither runs (config.json) nor generated images (settings.json); "
             "give the folder of a run"

@@ -58,10 +58,12 @@ def rollout(method, images: Tensor) -> tuple[Tensor, Tensor]:
     seen = []  # for each block: its attention (B, T, T), input and output
 
     def see(block, inputs, output):
-        x = inputs[0]
-        seen.append((attention(block.attn, block.ln_1(x)), x, output))
+        x, norm = inputs[0], block.ln_1 if hasattr(block, "ln_1") else block.ln
+        seen.append((attention(block.attn, norm(x)), x, output))
 
-    hooks = [b.register_forward_hook(see) for b in method.clip.visual.transformer.resblocks]
+    blocks = method.clip.visual.transformer.resblocks
+    blocks = [getattr(block, "block", block) for block in blocks]  # inside PromptSRC's, which
+    hooks = [block.register_forward_hook(see) for block in blocks]  # replace the learned tokens
     try:
         with method.inference():
             chosen = method.classify(method.encode(images)).softmax(-1)

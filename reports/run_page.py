@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 from reports import charts_of_run as charts
 from reports.album import Album
@@ -233,7 +234,13 @@ def _pictures(found: dict) -> Markup | None:
     if not of:
         return None
     rows = [
-        [which, *((f"{n:,}", n) for n in (len(c), sum(c), min(c), sorted(c)[len(c) // 2], max(c)))]
+        [
+            which,
+            *(
+                (f"{n:,}".removesuffix(".0"), n)
+                for n in (len(c), sum(c), min(c), median(c), max(c))
+            ),
+        ]
         for which, c in of.items()
     ]
     columns = ["set", "classes", "pictures", "smallest class", "median", "largest"]

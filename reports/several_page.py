@@ -52,8 +52,8 @@ def _task(task: dict, k: int) -> Markup:
 
 
 def best(task: dict) -> str:
-    """The score that orders the rows."""
-    return next(key for key in ("hm", "all", "base") if key in task["zero_shot"])
+    """The score that orders the rows; "", if a damaged run has none."""
+    return next((key for key in ("hm", "all", "base") if key in task["zero_shot"]), "")
 
 
 def _mean(row: dict, key: str) -> float | None:
@@ -170,9 +170,9 @@ def _against_shots(task: dict, rows: list[dict], labels: list[str]) -> Markup | 
 def _halves(task: dict, rows: list[dict], labels: list[str]) -> Markup | None:
     """Base against novel: up and to the right is better."""
     rows = [row for row in rows if _mean(row, "novel") is not None]
-    if not rows:
-        return None
     start = task["zero_shot"]
+    if not rows or not {"base", "novel"} <= start.keys():
+        return None
 
     def draw(axes):
         axes.plot([start["base"]["mean"]], [start["novel"]["mean"]], "+", color=QUIET, ms=13, mew=2)

@@ -64,6 +64,25 @@ def test_an_adapted_tower_looks_elsewhere_and_a_new_one_as_before(clip, images):
     assert not torch.allclose(rollout(method, images)[0], before, rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in METHODS), ("projection", {"head": "attention"})],
+)
+def test_every_method_has_a_rollout(name, settings, clip, images):
+    kind = METHODS[name]
+    if hasattr(kind.Settings, "image_rank"):
+        settings = {"image_rank": 2, "text_rank": 2}
+    method = kind(clip, NAMES, "a {}.", kind.Settings(**settings))
+    found, chosen = rollout(method, images)
+    assert (found.shape, chosen.shape) == ((2, 4, 4), (2, 3))
+    total = found.sum((1, 2))
+    assert ((total > 0) & (total < 1)).all()
+    if name == "promptsrc":  # tokens of this method are replaced in each block
+        assert (
+            found.sum() < rollout(METHODS["zero_shot"].plain(clip, NAMES, "a {}."), images)[0].sum()
+        )
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_learned_tokens_hold_nothing_of_the_image_when_they_enter(clip, images, deep):
     settings = METHODS["vpt"].Settings(n_tokens=3, deep=deep, dropout=0.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, f1_score
 
 from fewshot import predictions
@@ -122,6 +123,62 @@ def test_what_results_json_has_not_follows_from_the_answers(script, run):
     assert changed["gained"] == ((guess == every) & (before != every)).sum()
     assert changed["lost"] == ((guess != every) & (before == every)).sum()
     assert joint["names"] == HALVES["base"] + HALVES["novel"]
+
+
+def cells(page: str, table: str) -> list[list[str]]:
+    """The text of a table of a page, row by row."""
+    rows = re.search(f'<table[^>]*id="{table}".*?</table>', page, re.DOTALL)[0].split("<tr")[1:]
+    return [
+        [re.sub("<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", row)]
+        for row in rows
+    ]
+
+
+def test_the_page_shows_the_numbers(script, run, tmp_path):
+    assert script("report", run, "--out", tmp_path / "page.html", "--quick").code == 0
+    page, found = sound(tmp_path / "page.html"), told(script, run)
+    results = json.loads((run / "results.json").read_text())
+    for key, row in zip(("base", "novel", "hm"), cells(page, "scores")[1:], strict=False):
+        before, after = results["zero_shot"][key], results[key]
+        assert row[1:4] == [
+            f"{before:.2f}",
+            f"{after:.2f}",
+            f"{after - before:+.2f}".replace("-", "−"),
+        ]
+        if key != "hm":
+            count = results["parts"][key]["images"]
+            low, high = proportion(round(after * count / 100), count)
+            assert row[4] == f"{100 * low:.1f} to {100 * high:.1f}"
+            assert found["intervals"][key] == pytest.approx([100 * low, 100 * high], abs=1e-4)
+    changed = found["scopes"]["joint"]["zero_shot"]["changed"]
+    assert changed["gained"] != changed["lost"]
+    assert (
+        f"{changed['gained']} pictures are right that zero-shot had wrong, {changed['lost']} are"
+        in page
+    )
+
+
+def proportion(right: int, count: int) -> tuple[float, float]:
+    """SciPy's interval of Wilson."""
+    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    return interval.low, interval.high
+
+
+def test_a_confused_pair_is_shown_by_its_surest_pictures(script, run):
+    answers = predictions.read(run / predictions.FILE, HALVES)["lora"]
+    shown = 0
+    for part in HALVES:
+        of = answers[part]
+        labels, top, sure = (t.numpy() for t in (of.labels, of.top, of.probabilities))
+        for pair in told(script, run)["scopes"][part]["pairs"]:
+            ways = ((pair["a"], pair["b"]), (pair["b"], pair["a"]))
+            for (true, taken), i in zip(ways, pair["pictures"], strict=True):
+                mine = (labels == true) & (top[:, 0] == taken)
+                if mine.any():
+                    assert mine[i]
+                    assert sure[i, 0] == sure[mine, 0].max()
+                    shown += 1
+    assert shown > 3
 
 
 def test_counts_are_those_of_data_json(script, run):
@@ -276,6 +333,18 @@ def test_a_part_that_is_none_of_a_run_is_said_and_the_rest_is_shown(script, run,
     assert "parts.oovel is unknown, expected base, novel, all" in sound(copy / "report.html")
 
 
+@pytest.mark.parametrize("images", [None, -5, 0])
+def test_a_part_without_a_count_is_said_and_the_rest_is_shown(images, script, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    results = json.loads((copy / "results.json").read_text())
+    results["parts"]["base"].pop("images")
+    results["parts"]["base"] |= {} if images is None else {"images": images}
+    (copy / "results.json").write_text(json.dumps(results))
+    result = script("report", copy, "--quick")
+    assert result.code == 0, result.err
+    assert "parts.base.images is no count, expected 1 or more" in sound(copy / "report.html")
+
+
 def test_a_run_before_its_first_round_has_a_page(script, run, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(run / "config.json", tmp_path / "run")
@@ -285,6 +354,13 @@ def test_a_run_before_its_first_round_has_a_page(script, run, tmp_path):
 
 def test_what_is_no_run_is_one_line(script, is_one_line, tmp_path, run):
     (tmp_path / "empty").mkdir()
+    many = script(
+        "report", run, tmp_path / "none", tmp_path / "empty", "--out", tmp_path / "p.html"
+    )
+    assert many.code == 0
+    assert (
+        f"{tmp_path}/empty: contains neither runs" in many.out + (tmp_path / "p.html").read_text()
+    )
     assert is_one_line(script("report", tmp_path / "empty"), "contains neither runs (config.json)")
     assert is_one_line(script("report", tmp_path / "none"), "there is no such folder")
     (tmp_path / "broken").mkdir()

@@ -96,6 +96,19 @@ def copied(folder, tmp_path):
     return copy
 
 
+@pytest.mark.parametrize("lost", [("novel", "hm"), ("base", "novel", "hm", "all", "joint")])
+def test_runs_without_zero_shots_scores_are_shown(lost, copied, script, tmp_path):
+    def lose(config, results):
+        results["zero_shot"] = {
+            k: None if k in lost else v for k, v in results["zero_shot"].items()
+        }
+
+    runs = [copied(f"run{seed}", lose, seed) for seed in (1, 2)]
+    result = script("report", *runs, "--out", tmp_path / "page.html")
+    assert result.code == 0, result.err
+    assert "lora" in (tmp_path / "page.html").read_text()
+
+
 def test_jointly_labelled_images_stand_in_a_table_of_their_own(copied, script, tmp_path):
     def jointly(config, results):
         config["method"], config["settings"] = "transclip", {"tasks": 200, "queries": 75}
