@@ -34,7 +34,7 @@ class CoCoOp(LearnedContext):
     Settings = CoCoOpSettings
     settings: CoCoOpSettings
     recipes = {
-        "default": {**OWN, **DEFAULT, "min_steps": 1200, "batch_size": 16},
+        "default": {**OWN, **DEFAULT, "min_steps": 2400, "batch_size": 8},
         "notebook": {**OWN, "batch_size": 1, "patience": 4},
         "paper": {**PUBLISHED, "epochs": 10, "batch_size": 1},
         "demo": {**OWN, "batch_size": 16},

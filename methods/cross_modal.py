@@ -48,7 +48,7 @@ class CrossModal(Method):
     Settings = CrossModalSettings
     settings: CrossModalSettings
     recipes = {
-        "default": {**OWN, **DEFAULT, "min_steps": 3000},
+        "default": {**OWN, **DEFAULT, "min_steps": 9000},
         "paper": {
             "lr": 1e-3,
             "mirror": True,

@@ -54,7 +54,7 @@ class KgCoOp(CoOp):
         },
         "demo": {**OWN, "epochs": 30, "patience": 5},
     }
-    demo_model = {"lr": 1e-2}
+    demo_model = {"lr": 0.1}
 
     def loss_of(self, f: Tensor, text: Tensor, labels: Tensor) -> Tensor:
         """Image features f (B, E), text features (K, E), labels (B,) -> scalar."""

@@ -83,7 +83,7 @@ class VPT(Method):
         "mri": {"lr": 2e-3, "head": "linear", "n_tokens": 5},  # a study of brain scans, 4 classes
         "demo": DEMO,
     }
-    demo_model = {**DEMO, "lr": 0.1}
+    demo_model = {"lr": 0.1, "dropout": 0.0}
 
     def __init__(self, clip, classnames, template, settings: VPTSettings):
         super().__init__(clip, classnames, template, settings)
