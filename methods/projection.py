@@ -80,7 +80,7 @@ class Projection(Method):
     Settings = ProjectionSettings
     settings: ProjectionSettings
     recipes = {
-        "default": {**OWN, **DEFAULT, "min_steps": 3000},
+        "default": {**OWN, **DEFAULT, "min_steps": 9000},
         "attention": {**DEFAULT, "head": "attention", "lr": 1e-3},
         "towers": {**DEFAULT, "lr": 1e-3, "tower_lr": 1e-5},
         "demo": {**OWN, "lr": 1e-2},
