@@ -327,7 +327,10 @@ def parse(argv: list[str]) -> dict:
             raise UserError(f"--threshold {given['threshold']}: expected 0 to 1")
     for name in sorted(given.keys() & {"shots", "shots_file"}) if "run" not in given else ():
         flag = name.replace("_", "-")
-        raise UserError(f"--{flag}: has no effect on zero-shot CLIP, which learns nothing")
+        raise UserError(
+            f"--{flag} {given[name]}: has no effect on zero-shot CLIP, which learns nothing; "
+            "leave it out"
+        )
     for name in sorted(given.keys() & {"csv", "threshold"}) if "image" not in given else ():
         raise UserError(f"--{name}: works only with --image; leave it out")
     if "keep_share" in given and "run" not in given:

@@ -121,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     whole, clip = datasets.load("folder", given.folder, 1), clip_min.load("demo")
     if max(given.classes) > (there := len(whole.classnames)):
-        parser.error(f"--classes {max(given.classes)}: {given.folder} has only {there}")
+        parser.error(f"--classes {max(given.classes)}: {given.folder} has {there}; give fewer")
     cells = [(k, s) for k in given.classes for s in given.shots]
     heads = [f"{k} x {s}" for k, s in cells]
     print(f"{hardware()}; {len(given.seeds)} seeds; classes x shots")

@@ -67,7 +67,7 @@ def infer_config(state: dict[str, Tensor]) -> CLIPConfig:
     width, _, patch_size, _ = state["visual.conv1.weight"].shape
     grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
     if grid < 1:
-        raise ValueError("visual.positional_embedding has no row for a patch")
+        raise ValueError("visual.positional_embedding has 1 row, expected one more for each patch")
     text_width, embed_dim = state["text_projection"].shape
     hidden = len(state.get("visual.transformer.resblocks.0.mlp.c_fc.bias", range(4 * width)))
     if hidden in (6144, 8192) and hidden != 4 * width:

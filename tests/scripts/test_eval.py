@@ -461,8 +461,11 @@ def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_o
         ),
         (["--method", "zero_shot", "--image", "a.png", "--shots", "3"], "--shots: has no effect"),
         (["--method", "zero_shot", "--image", "a.png", "--seed", "3"], "--seed: has no effect"),
-        (["--method", "zero_shot", "--shots", "3"], "--shots: has no effect on zero-shot CLIP"),
-        (["--method", "zero_shot", "--shots-file", "a"], "--shots-file: has no effect on zero-sh"),
+        (["--method", "zero_shot", "--shots", "3"], "--shots 3: has no effect on zero-shot CLIP"),
+        (
+            ["--method", "zero_shot", "--shots-file", "a"],
+            "--shots-file a: has no effect on zero-sh",
+        ),
         (
             ["--method", "zero_shot", "--image", "a.png", "--split", "coop"],
             "--split: has no effect",
