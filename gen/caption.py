@@ -31,7 +31,9 @@ class Llava:
 
         quiet()
         folder, self.revision = locate(
-            "--captioner", name, lambda name: snapshot_download(name, allow_patterns=FILES)
+            "--captioner",
+            name,
+            lambda name, at: snapshot_download(name, revision=at, allow_patterns=FILES),
         )
         self.name, self.options = name, options
         cuda = torch.device(device).type == "cuda"

@@ -19,7 +19,9 @@ def find_painter(name: str) -> tuple[str, str]:
     """-> (folder, revision), downloaded if necessary."""
     import diffusers
 
-    folder, revision = locate("--painter", name, diffusers.DiffusionPipeline.download)
+    folder, revision = locate(
+        "--painter", name, lambda name, at: diffusers.DiffusionPipeline.download(name, revision=at)
+    )
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"--painter {name}: has no model_index.json; give a pipeline of diffusers")
     return folder, revision

@@ -16,8 +16,8 @@ class Filter:
     def __init__(self, method, name: str, revision: str):
         self.method, self.name, self.revision = method, name, revision
 
-    def __call__(self, images: list[Image.Image], labels: list[int]) -> tuple[list[int], list]:
-        """-> the class of the largest logit of each image, and its margin.
+    def __call__(self, images: list[Image.Image], labels: list[int]) -> list[tuple[int, float]]:
+        """-> of each image, the class of the largest logit and the margin.
 
         margin: the logit of the right class minus the largest other one; above 0 if recognised.
         """
@@ -26,7 +26,8 @@ class Filter:
         with self.method.inference():
             x = normalize(pixels.to(clip.device), config=clip.config)  # (B, 3, n, n)
             logits = self.method(x).cpu()  # (B, K)
-        return logits.argmax(dim=1).tolist(), margins(logits, torch.tensor(labels)).tolist()
+        above = margins(logits, torch.tensor(labels)).tolist()
+        return list(zip(logits.argmax(dim=1).tolist(), above, strict=True))
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A captioner or painter by name: a folder, or a repository of the Hugging Face hub."""
+"""A captioner or painter by name: a folder, or a repository of the hub, also its @REVISION."""
 
 import hashlib
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from pathlib import Path
 from clip_min import UserError
 
 
-def locate(flag: str, name: str, download: Callable[[str], str]) -> tuple[str, str]:
-    """-> (folder, revision); `download` gets a repository from the hub's cache or the hub.
+def locate(flag: str, name: str, download: Callable[[str, str | None], str]) -> tuple[str, str]:
+    """-> (folder, revision); download(repository, revision) uses the hub's cache or the hub.
 
     The revision of a repository is its commit; of a folder, a hash of the beginnings of its files.
     """
@@ -16,7 +16,8 @@ def locate(flag: str, name: str, download: Callable[[str], str]) -> tuple[str, s
         folder = Path(name).expanduser()
         return str(folder), _hash(folder)
     try:
-        folder = download(name)
+        repository, _, revision = name.partition("@")
+        folder = download(repository, revision or None)
     except Exception as error:  # missing, refused, cut off, disk full: types of four libraries
         raise UserError(
             f"{flag} {name}: neither a folder nor in the hub's cache, and it could not be "

@@ -33,9 +33,13 @@ class Generation(BaseSettings):
     ] = "zero_shot"
     f1_threshold: Annotated[float, "for --plan f1: a class is weak below this validation F1"] = 0.7
     reject_limit: Annotated[int, "accept all images of a class after so many rejected ones"] = 100
-    captioner: Annotated[str, f"demo, or a LLaVA by name or folder [{LLAVA}; demo: demo]"] = ""
+    captioner: Annotated[
+        str,
+        f"demo, or a LLaVA: its folder, or OWNER/NAME[@REVISION] of the hub [{LLAVA}; demo: demo]",
+    ] = ""
     painter: Annotated[
-        str, f"demo, or an image-to-image model by name or folder [{STABLE_DIFFUSION}; demo: demo]"
+        str,
+        f"demo, or an image-to-image model, as above [{STABLE_DIFFUSION}; demo: demo]",
     ] = ""
     question: Annotated[str, "question for the captioner; {} is the class name"] = (
         "This is a photo of a {}. Describe it in one sentence: colours, shape, background, light."
@@ -94,7 +98,11 @@ class Generation(BaseSettings):
         )
 
     def fixed(self, filter: str) -> dict:
-        """The settings that determine the images, with a filter of this name."""
+        """The settings that determine the images, with a filter of this name.
+
+        Models are named without @REVISION: each caption and image records its model's revision.
+        """
         unread = {"uniform": {"f1_of", "f1_threshold"}, "deficit": {"f1_threshold"}, "f1": set()}
         free = self.FREE | unread[self.plan] | ({"f1_of"} if filter == "zero_shot" else set())
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+        fixed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+        return fixed | {key: fixed[key].partition("@")[0] for key in ("captioner", "painter")}

@@ -43,6 +43,7 @@ class Studio:
         names = sorted(quotas, key=lambda name: not quotas[name])  # first those with work
         fours = [names[k : k + TOGETHER] for k in range(0, len(names), TOGETHER)]
         self.fours = ranks.mine(fours)  # this process's
+        self.judging = Batcher(options.batch_size)
 
     # ------------------------------------------------------------------------------- captions
 
@@ -152,7 +153,8 @@ class Studio:
         names = self.manifest.classnames
         labels = [names.index(attempt.classname) for attempt in batch]
         rejected = self.manifest.count("rejected")
-        for attempt, predicted, margin in zip(batch, *judge(images, labels), strict=True):
+        judged = self.judging(judge, images, labels)
+        for attempt, (predicted, margin) in zip(batch, judged, strict=True):
             attempt.predicted, attempt.margin = names[predicted], round(margin, 4)
             attempt.filter, attempt.filter_revision = judge.name, judge.revision
             attempt.state = "kept"
@@ -189,8 +191,10 @@ class Studio:
 
 def check_revision(model, made: set[str]) -> None:
     """UserError, if the folder has work of another version of this model."""
-    if other := made - {model.revision}:
+    if others := made - {model.revision}:
+        name, other = model.name.partition("@")[0], others.pop()
         raise UserError(
-            f"{model.name}: the folder has work of its revision {other.pop()}, but this is "
-            f"{model.revision}; use that revision, or give another folder with --synthetic"
+            f"{model.name}: the folder has work of its revision {other}, but this is "
+            f"{model.revision}; give {name}@{other} for a model of the hub, or another folder with "
+            "--synthetic"
         )

@@ -28,8 +28,8 @@ def seen():
 
 def test_predictions_and_margins_are_zero_shots(seen):
     judge, pictures, labels, logits = seen
-    predicted, found = judge(pictures, labels.tolist())
-    assert predicted == logits.argmax(dim=1).tolist()
+    predicted, found = zip(*judge(pictures, labels.tolist()), strict=True)
+    assert list(predicted) == logits.argmax(dim=1).tolist()
     for i, label in enumerate(labels.tolist()):
         others = torch.cat([logits[i, :label], logits[i, label + 1 :]])
         assert found[i] == pytest.approx((logits[i, label] - others.max()).item(), abs=1e-3)
@@ -39,9 +39,9 @@ def test_predictions_and_margins_are_zero_shots(seen):
 
 def test_one_at_a_time_is_the_same(seen):
     judge, pictures, labels, _ = seen
-    predicted, found = judge(pictures, labels.tolist())
+    predicted, found = zip(*judge(pictures, labels.tolist()), strict=True)
     for i, (picture, label) in enumerate(zip(pictures, labels.tolist(), strict=True)):
-        (one,), (margin,) = judge([picture], [label])
+        ((one, margin),) = judge([picture], [label])
         assert (one, margin) == (predicted[i], pytest.approx(found[i], abs=1e-3))
 
 

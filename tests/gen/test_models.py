@@ -194,6 +194,26 @@ def test_the_revision_of_a_folder_changes_with_its_files(tmp_path):
     assert locate("--painter", str(tmp_path), None)[1] != before[1]
 
 
+def test_a_name_with_a_revision_is_downloaded_at_that_revision(
+    tiny_llava, tiny_diffusion, monkeypatch
+):
+    asked = []
+
+    def download(folder):
+        def record(name, revision=None, **_):
+            asked.append((name, revision))
+            return str(folder)
+
+        return record
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download(tiny_llava))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download(tiny_diffusion))
+    for name in ("owner/model", "owner/model@0123abc"):
+        Llava(name, OPTIONS, "cpu")
+        Diffusion(name, OPTIONS, "cpu")
+    assert asked == [("owner/model", None)] * 2 + [("owner/model", "0123abc")] * 2
+
+
 def test_a_model_neither_cached_nor_reachable_is_one_line(tmp_path, monkeypatch):
     import huggingface_hub
 

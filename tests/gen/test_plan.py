@@ -79,6 +79,15 @@ def test_what_is_left_open_follows_from_the_data_set():
     assert (demo.captioner, demo.painter, demo.prompt) == ("demo", "demo", "{}!")
 
 
+def test_a_revision_is_no_setting_of_the_folder():
+    """Else a folder begun without one could not be continued at the revision that it records."""
+    plain = Generation(captioner="owner/llava", painter="owner/sd")
+    pinned = Generation(captioner="owner/llava@1f", painter="owner/sd@2e")
+    assert pinned.fixed("zero_shot") == plain.fixed("zero_shot")
+    other = Generation(captioner="owner/llava", painter="owner/other@2e")
+    assert other.fixed("zero_shot") != plain.fixed("zero_shot")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

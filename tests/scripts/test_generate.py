@@ -25,6 +25,7 @@ from clip_min import UserError
 from fewshot import demo
 from gen import diffuse
 from gen.books import Manifest, slugs
+from gen.filter import Filter
 from gen.settings import Generation
 from methods import METHODS
 
@@ -133,18 +134,19 @@ def test_the_same_seed_makes_the_same_images_and_another_seed_others(
     }
 
 
+@pytest.mark.parametrize("network", [diffuse.Diffusion, Filter])
 def test_out_of_gpu_memory_the_batch_is_halved_and_the_images_are_the_same(
-    painted, script, photographs, tmp_path, monkeypatch
+    network, painted, script, photographs, tmp_path, monkeypatch
 ):
     folder, _ = painted
-    real = diffuse.Diffusion.__call__
+    real = network.__call__
 
-    def small(self, images, prompts, seeds):
+    def small(self, images, *columns):
         if len(images) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(self, images, prompts, seeds)
+        return real(self, images, *columns)
 
-    monkeypatch.setattr(diffuse.Diffusion, "__call__", small)
+    monkeypatch.setattr(network, "__call__", small)
     result = script("generate", *photographs, "--synthetic", tmp_path / "a")
     assert result.code == 0, result.err
     assert result.out.count("out of GPU memory with 8 pictures at once") == 1
