@@ -191,6 +191,9 @@ def descend(
     if at.stopped:
         kept = length.place(at.best_step if "best" in s.keep else at.step)
         print(f"stopped: {at.stopped}; {'the mean to ' if s.keep == 'mean' else ''}{kept} is kept")
+    if not at.step:
+        why = "not one round of training ended; give a smaller --lr" if at.stopped else "0 steps"
+        print(f"note: nothing was learned: {why}")
     method.load_adapter(state.kept)
     run.save_adapter(state.kept)
     method.eval()

@@ -27,9 +27,7 @@ class Length:
         """
         images = max(len(part) for part in train.drawn)
         epoch = max(1, images // s.batch_size if s.drop_last else math.ceil(images / s.batch_size))
-        total = max(s.epochs * epoch, s.min_steps)
-        if s.steps_per_shot:
-            total = s.steps_per_shot * train.shots
+        total = max(s.steps_per_shot * train.shots or s.epochs * epoch, s.min_steps)
         every = math.ceil(total / s.validations) if s.validations else epoch
         chooses = "best" in s.keep or s.patience > 0
         return cls(epoch, total, max(1, every), chooses, int((first_stage or 0) * total))

@@ -201,8 +201,9 @@ def settings_of(name: str, preset: dict, given: dict) -> BaseSettings:
             raise UserError(f"--{of.replace('_', '-')} and --grid {axis}: give one of them")
     kind = METHODS[name].Settings
     settings = kind(**{**preset, **pick(kind, given)})
-    if isinstance(settings, TrainingSettings) and "epochs" in given and "min_steps" not in given:
-        settings = replace(settings, min_steps=0)  # exactly as many epochs as asked for
+    if isinstance(settings, TrainingSettings) and "epochs" in given:  # exactly as many as asked for
+        others = {"min_steps", "steps_per_shot"} - given.keys()
+        settings = replace(settings, **dict.fromkeys(others, 0))
     return settings
 
 

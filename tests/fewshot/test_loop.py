@@ -571,6 +571,8 @@ def test_nothing_is_validated_where_nothing_is_chosen_by_it(train, val, run, scr
         (14, {"epochs": 3, "min_steps": 30, "validations": 4}, 30, [8, 16, 24, 30]),
         (2, {"epochs": 3, "min_steps": 30, "validations": 3}, 30, [10, 20, 30]),
         (70, {"epochs": 3, "min_steps": 30, "validations": 2}, 54, [27, 54]),
+        (14, {"epochs": 3, "steps_per_shot": 2}, 10, [4, 8, 10]),  # 5 shots
+        (14, {"epochs": 3, "steps_per_shot": 2, "min_steps": 13}, 13, [4, 8, 12, 13]),
         (14, {"epochs": 2, "drop_last": True}, 6, [3, 6]),
         (2, {"epochs": 2, "drop_last": True}, 2, [1, 2]),  # no batch is full: one is taken
     ],
@@ -743,7 +745,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_so_far(
 
     monkeypatch.setattr(method, "loss", loss)
     descend(method, train, val, run, seed=1)
-    assert f"stopped: loss was {value} in step 15; epoch 2 is kept" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"stopped: loss was {value} in step 15; epoch 2 is kept" in said
+    assert "nothing was learned" not in said
     assert equal(method.weights(), seen[1])
     assert equal(run.load_adapter(), seen[1])
     assert [line["epoch"] for line in run.log] == [1, 2, 3]
@@ -756,7 +760,9 @@ def test_weights_that_break_in_the_last_step_of_an_epoch_are_never_the_best(
     object.__setattr__(method.settings, "lr", math.inf)
     before = method.weights()
     descend(method, train, val, run, seed=1)
-    assert "stopped: validation logits were not finite after epoch 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopped: validation logits were not finite after epoch 1" in said
+    assert "note: nothing was learned: not one round of training ended; give a smaller --lr" in said
     assert equal(method.weights(), before)
     assert equal(run.load_adapter(), before)
 
@@ -883,7 +889,7 @@ def test_resuming_a_run_that_was_over_changes_nothing(train, val, tmp_path, caps
 )
 def test_tensors_of_another_run_to_go_on_from_are_named(name, tensor, run, train, val):
     descend(Toy(settings(epochs=1)), train, val, run, seed=1)
-    tensors, position = run.load_resume()
+    tensors, position = run.load_resume({})
     run.save_resume(tensors | {name: tensor}, position)
     with pytest.raises(UserError, match=r"resume\.safetensors: its tensors do not fit this run"):
         descend(Toy(settings(epochs=1)), train, val, run, seed=1, resume=True)

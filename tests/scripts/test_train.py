@@ -602,6 +602,11 @@ def test_epochs_that_are_given_are_all_there_are():
     assert (settings.epochs, settings.min_steps) == (2, 0)
     settings = plan_of([*own, "--epochs", "2", "--min-steps", "5"]).settings
     assert (settings.epochs, settings.min_steps) == (2, 5)
+    paper = ["--method", "lora", "--recipe", "paper"]
+    assert plan_of(paper).settings.steps_per_shot == 500
+    assert plan_of([*paper, "--epochs", "2"]).settings.steps_per_shot == 0
+    settings = plan_of([*paper, "--epochs", "2", "--steps-per-shot", "3"]).settings
+    assert (settings.epochs, settings.steps_per_shot) == (2, 3)
 
 
 def test_a_flag_wins_over_the_grid_of_a_recipe():
