@@ -91,4 +91,4 @@ def parse(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, resume="run the same command again", shared=True)
+    run_script(main, shared=True)

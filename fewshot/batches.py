@@ -208,7 +208,7 @@ class Batches:
             with torch.no_grad(), self.autocast():
                 size = len(self) * method.encode(self.images(torch.tensor([0]))).nbytes
             self._fits[encoder] = size <= room
-            if size > room > self.nbytes:
+            if size > room and self.room != self.nbytes:  # the limit for test images
                 warnings.warn(
                     f"encoded training or validation images take {size / 1e9:.1f} GB, more than "
                     f"the limit of {room / 1e9:.1f} GB (--cache-gb, or a share of free memory): "

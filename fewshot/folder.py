@@ -103,8 +103,8 @@ def note_numbers(root: Path, names: list[str]) -> list[str]:
         return []
     return [
         f"the classes are called {few(names, 3)}, but CLIP reads names; give their names in "
-        f'{root}/classes.json: {{"{names[0]}": "rose", …}} (or classes.txt, a name a line from '
-        "0 on)"
+        f'{root}/classes.json: {{"{names[0]}": "rose", …}} (or in '
+        "classes.txt: its first line names class 0)"
     ]
 
 

@@ -178,7 +178,8 @@ def check_memory(count: int, size: int) -> None:
     """UserError, if `count` crops of `size` pixels, in each process, do not fit in memory."""
     what = f"{count:,} pictures of {size} x {size} pixels take"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine
-    check_room(processes * count * 3 * size * size, free_memory(), what, "test on fewer")
+    todo = "give fewer --shots, learn from features (embed.py)"
+    check_room(processes * count * 3 * size * size, free_memory(), what, todo)
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,8 @@ class Reader:
 
     @functools.cached_property
     def room(self) -> float:
-        """Bytes of memory for encoded training images, and the same for validation images: of what
-        is free when the first are encoded.
+        """Bytes that encoded training images may take in memory; validation images may take as many
+        again. A share of what is free when the first images are encoded, at most --cache-gb.
         """
         share = 3 if self.device.type == "cuda" else 3 * ranks.size
         return ranks.same(min(cache.limit, free_memory(self.device) / share))

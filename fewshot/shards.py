@@ -79,6 +79,12 @@ def items(source: Path, left_out: Counter[str] | None = None) -> Iterator[Item]:
     elif not source.is_dir():
         raise UserError(f"--data {source}: expected a folder, a .tar file or a .csv file")
     elif tars := sorted(source.glob("*.tar")):
+        beside = _in_folder(source, source, {}, Counter())
+        if one := next((item for item in beside if "/" in item.name), None):
+            raise UserError(
+                f"--data {source}: has {tars[0].name} and folders with pictures ({one.name}); move "
+                "one kind elsewhere, or give the .tar file itself"
+            )
         for tar in tars:
             yield from _in_tar(tar, left_out)
     elif is_manifest(source):
@@ -140,7 +146,9 @@ def _in_tar(file: Path, left_out: Counter[str]) -> Iterator[Item]:
                     if picture is not None:
                         yield Item(f"{file.name}/{name}", _best(said), file / name, picture)
                     name, picture, said = member.name, None, {}
-                if ending.lower() in ENDINGS:
+                if ending.lower() in ENDINGS and picture is not None:
+                    left_out["second pictures of the same name"] += 1
+                elif ending.lower() in ENDINGS:
                     name, picture = member.name, tar.extractfile(member).read()
                 elif ending == ".json":
                     said[ending] = _label_in(tar.extractfile(member).read())

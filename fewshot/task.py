@@ -226,14 +226,14 @@ def draw(
         val = pool[torch.cat(val)]
     else:
         val = _of_classes(dataset.val, classes)
-        if dataset.own:
+        if dataset.own and len(val):
             count, val = len(val), _at_most(most, val, generator)
             if len(val) < count:
                 notes.append(f"{len(val)} of {count} validation images are used, {most} per class")
     if len(val) == 0:
         raise UserError(
-            "no class has more than one training image, so none is left for validation; give more, "
-            "or a val/ folder"
+            "no image is left for validation: all are used for training, or no class has more than "
+            "one; give more, or a val/ folder"
         )
     if short:
         notes.append(_note_short(short, shots))

@@ -227,7 +227,7 @@ def six_pictures() -> Batches:
     return Batches(Pictures(pixels, torch.zeros(6, dtype=torch.int64)), pixels, Reader(8))
 
 
-@pytest.mark.parametrize("room", [6 * 2 * 192 * 4, 6 * 2 * 192 * 4 - 1])
+@pytest.mark.parametrize("room", [6 * 2 * 192 * 4, 6 * 2 * 192 * 4 - 1, 0])
 def test_encoded_images_are_kept_as_long_as_there_is_room(room):
     """And are the same in both cases; beyond the room they are computed again, and that is said."""
     few, method, chosen = six_pictures(), Encoding(times=2), torch.tensor([4, 1])

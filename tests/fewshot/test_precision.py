@@ -93,7 +93,7 @@ def test_the_forward_pass_is_16_bits_and_all_that_is_kept_is_32(name, precision,
     descend(method, batches(14, 1, precision), batches(9, 2, precision), run, seed=1)
     assert set(found) == {HALVES[precision]}
     assert {p.dtype for p in method.parameters()} == {torch.float32}
-    tensors, at = run.load_resume()
+    tensors, at = run.load_resume({})
     kinds = {n: t.dtype for n, t in tensors.items() if not n.startswith("random/")}
     assert set(kinds.values()) == {torch.float32}
     assert any(name.startswith("optimizer/") for name in kinds)
@@ -126,9 +126,9 @@ def test_fp16_skips_steps_that_overflow_and_goes_on_after_a_kill_where_it_was(
     short, long = {"epochs": 1}, {"epochs": 8}
     method, run = trained(tmp_path / "short", "lora", "fp16", **short)
     assert torch.equal(weights(method), weights(new_method("lora")))  # all skipped
-    assert run.load_resume()[1]["scaler"]["scale"] == 2.0**36  # 4 steps, each halving it
+    assert run.load_resume({})[1]["scaler"]["scale"] == 2.0**36  # 4 steps, each halving it
     whole, run = trained(tmp_path / "whole", "lora", "fp16", **long)
-    assert run.load_resume()[1]["scaler"]["scale"] < 2.0**36
+    assert run.load_resume({})[1]["scaler"]["scale"] < 2.0**36
     assert not torch.equal(weights(whole), weights(new_method("lora")))
 
     def die(*_):

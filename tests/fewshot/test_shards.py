@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import tarfile
+from collections import Counter
 
 import pytest
 import torch
@@ -169,6 +170,29 @@ def test_a_class_beside_a_picture_comes_before_its_caption(tmp_path):
             info.size = len(content)
             out.addfile(info, io.BytesIO(content))
     assert [item.label for item in items(tmp_path / "x.tar")] == ["rose", "tulip", "3"]
+
+
+def pack(file, names: list[str]) -> None:
+    with tarfile.open(file, "w") as out:
+        for name in names:
+            out.addfile(tarfile.TarInfo(name), io.BytesIO())
+
+
+def test_of_two_pictures_of_one_name_the_second_is_counted_as_left_out(tmp_path):
+    pack(tmp_path / "x.tar", ["a/1.jpg", "a/1.png", "a/2.jpg"])
+    left_out = Counter()
+    found = [item.name for item in items(tmp_path / "x.tar", left_out)]
+    assert found == ["x.tar/a/1.jpg", "x.tar/a/2.jpg"]
+    assert left_out == {"second pictures of the same name": 1}
+
+
+def test_an_archive_beside_folders_of_pictures_is_not_read_in_their_place(folder):
+    pack(folder / "photos.tar", ["1.jpg"])
+    with pytest.raises(UserError, match=r"has photos\.tar and folders with pictures \(a/deep/"):
+        list(items(folder))
+    for file in folder.rglob("*.png"):
+        file.unlink()  # other folders, such as one of features, do not matter
+    assert [item.name for item in items(folder)] == ["photos.tar/1.jpg"]
 
 
 def test_a_folder_of_other_things_is_left_alone(clip, folder, tmp_path):

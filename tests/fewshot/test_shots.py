@@ -62,6 +62,13 @@ def test_validation_is_the_data_sets_or_drawn_from_it_by_coops_rule(data, write)
     assert few.labels.bincount().tolist() == [2, 2, 2]
 
 
+def test_a_file_of_all_pictures_leaves_none_for_validation(data, write):
+    every = [(f"{p.parent.name}/{p.name}", p.parent.name) for p in data.train.source]
+    fixed = shots.fix(data, write(*every), 1)
+    with pytest.raises(UserError, match="no image is left for validation"):
+        draw(fixed, [0, 1, 2], "all", 1)
+
+
 def test_base_classes_alone_may_be_listed(data, write):
     fixed = shots.fix(data, write(*DRAW[:4]), 1)
     train, _, _ = draw(fixed, [0, 1], "all", 1)
