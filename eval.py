@@ -25,7 +25,7 @@ from clip_min.errors import unknown
 from clip_min.files import write_json, write_text
 from fewshot import cache, datasets, grid, ranks
 from fewshot.catalogue import DATASETS, GROUPS, IMPLIED
-from fewshot.experiment import BLIND, Experiment, evaluate, named, run_script
+from fewshot.experiment import BLIND, MOVED, Experiment, evaluate, named, run_script
 from fewshot.flags import Parser, add_flags, listed, pick
 from fewshot.pictures import Reader
 from fewshot.predictions import brief
@@ -43,8 +43,7 @@ from methods.interop.load import described, trained
 from methods.wise_ft import keep_share
 from reports.rollout import explain
 
-# Flags allowed with --run: where things are now, and what describes another --dataset.
-MOVED = ("device", "data_root", "split_file", "base_classes", "model")
+# Flags that describe another --dataset, allowed with --run.
 OTHER = ("dataset", "split", "template", "skip_bad_images")
 # Flags for classifying your own pictures; a run has its own values for the last six.
 PICTURES = ("image", "classes", "device", "model", "csv", "threshold", "explain")
@@ -340,7 +339,8 @@ def parse(argv: list[str]) -> dict:
     if "run" in given:
         read = {"run", "keep_share"}
         read |= {*PICTURES[:7]} if "image" in given else {"cache", "cache_gb", *MOVED}
-        read |= {*OTHER} if "dataset" in given else set()
+        if "dataset" in given:  # all of its classes are tested
+            read = read - {"base_classes"} | {*OTHER}
         for name in sorted(given.keys() - read):
             raise UserError(f"--{name.replace('_', '-')}: a run has its own; leave it out")
     kinds = ["base-novel", "all"]

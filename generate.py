@@ -27,6 +27,7 @@ from fewshot.batches import Batches
 from fewshot.experiment import Experiment, peak_memory_mb, run_script
 from fewshot.flags import Parser, add_flags, pick
 from fewshot.metrics import per_class, predict
+from fewshot.pictures import few
 from fewshot.run import Run
 from fewshot.task import Task
 from gen.books import Manifest
@@ -107,6 +108,11 @@ def generate(
             f1 = per_class(predicted, task.val.labels.cpu(), len(task.classnames))[1] / 100
     manifest = Manifest.start(folder, settings, plan(options, task.classnames, f1))
     studio = Studio(manifest, task.train.pictures, options, experiment.seed)
+    if bare := [k for k, of in studio.members.items() if manifest.plan["quotas"][k] and not of]:
+        raise UserError(
+            f"{folder}: {len(bare)} classes have no training picture to repaint: "
+            f"{few(bare, 5)}; give each at least one"
+        )
     print(f"{folder}: {manifest.missing()} images to make, filter {judge.name}")
     if single := [name for name, members in studio.members.items() if len(members) == 1]:
         print(
@@ -204,7 +210,7 @@ def add_synthetic(
 
 def default_folder(out: str | Path, experiment: Experiment, plan: str, filter: str) -> Path:
     """The folder of images: OUT/DATASET/MODEL/synthetic_PLAN_FILTER-sSHOTS-seedSEED."""
-    method = filter if filter in METHODS else Path(filter).resolve().name.split("-s")[0]
+    method = filter if filter in METHODS else Run.open(Path(filter)).config["method"]
     return Path(out) / experiment.folder(f"synthetic_{plan}_{method}")
 
 
@@ -222,4 +228,4 @@ def parse(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, resume="run the same command again", shared=True)
+    run_script(main, shared=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from clip_min import UserError
 from clip_min.files import write_text
 from fewshot import cache
-from fewshot.experiment import Experiment, run_script
+from fewshot.experiment import MOVED, Experiment, run_script
 from fewshot.flags import Parser, add_flags
 from fewshot.task import Task
 from methods import METHODS, Method
@@ -26,9 +26,6 @@ from reports import figures_of_run, generated, run_page, several, several_page
 from reports.album import Album
 from reports.features import before_and_after
 from reports.gather import Found, Tested, find, read
-
-# Where things are now, if they have moved since the run was trained.
-MOVED = ("device", "data_root", "split_file", "base_classes", "model")
 
 
 def main() -> None:

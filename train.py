@@ -322,4 +322,4 @@ def lora_run(plan: Plan, world: World) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main, shared=True)
+    run_script(main, resume="add --resume to the same command", shared=True)

@@ -104,13 +104,13 @@ class Species(NamedTuple):
         return f"{self.colour} {self.shape} with a {self.eye} eye"
 
 
-def _botany(classes: int = 102, seed: int = 0) -> tuple[list[Species], list[Species]]:
+def _botany() -> tuple[list[Species], list[Species]]:
     """-> the task's species, base before novel, and the species for pretraining."""
     left = [Species(c, s, e) for c in PETALS for s in SHAPES for e in EYES if c != e]
-    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(0))
     left = [left[i] for i in order]
     task = []
-    for half in ((classes + 1) // 2, classes // 2):
+    for half in (51, 51):
         seen = Counter()
         for _ in range(half):  # the rarest traits so far first, so that a half has equal shares
             species = min(left, key=lambda s: sum(seen[trait] ** 2 for trait in enumerate(s)))

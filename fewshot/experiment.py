@@ -33,6 +33,10 @@ THREADS = 0  # by default: the number before the first `prepare`
 SMALL = 20_000_000  # parameters; the demo model has 4 million, ViT-B/32 has 151
 
 
+# Flags that say where things are now, if they have moved since a run was trained.
+MOVED = ("device", "data_root", "split_file", "base_classes", "model")
+
+
 @dataclass
 class Experiment:
     """All settings except the method's; each field is a flag of train.py."""
@@ -41,7 +45,7 @@ class Experiment:
     data_root: Annotated[str, "folder of your pictures, or of named data sets [data]"] = ""
     model: Annotated[str, "demo, ViT-B/16, …, OWNER/NAME of the hub, a file or folder"] = ""
     image_size: Annotated[int, "image size in pixels; 0: as the model was trained"] = 0
-    shots: Annotated[int | str, "S, training images of each class, or all"] = 10
+    shots: Annotated[int | str, "training images of each class, or all"] = 10
     seed: Annotated[int, "random seed for shots, initial values and order"] = 1
     classes: Annotated[
         Literal["base-novel", "all"], "learn half of the classes and test both halves; or all"
@@ -240,7 +244,7 @@ def _show(otherwise: Callable, message: Warning, category: type, *where) -> None
 
 def run_script(
     main: Callable[[], None],
-    resume: str = "add --resume to the same command",
+    resume: str = "run the same command again",
     shared: bool = False,
 ) -> None:
     """Run a script. A user's mistake gives one line and exit code 2, never a traceback.

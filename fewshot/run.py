@@ -250,7 +250,7 @@ class Run:
         write_safetensors(self.path / "resume.safetensors", tensors, {"position": text})
         self.write_json("resume.json", position)
 
-    def load_resume(self, like: dict | None = None) -> tuple[dict[str, Tensor], dict] | None:
+    def load_resume(self, like: dict) -> tuple[dict[str, Tensor], dict] | None:
         """The data of `save_resume`; None, if the run was killed in its first round.
 
         like: a position; the saved one must have its keys and types.
@@ -266,7 +266,7 @@ class Run:
             raise UserError(
                 f"{file}: is damaged: its checksum is wrong; start the run again, without --resume"
             )
-        expect(position, {key: type(value) for key, value in (like or {}).items()}, where)
+        expect(position, {key: type(value) for key, value in like.items()}, where)
         self.write_json("resume.json", position)  # a kill may have left an older one
         return tensors, position
 

@@ -346,10 +346,13 @@ def slugs(classnames: list[str]) -> list[str]:
     """
     plain = [re.sub(r"[^\w.]+", "-", name).strip("-.")[:60] for name in classnames]
     count = Counter(slug.lower() for slug in plain)
-    return [
+    made = [
         slug if slug and count[slug.lower()] == 1 else f"{slug}-{k}".strip("-")
         for k, slug in enumerate(plain)
     ]
+    if len({slug.lower() for slug in made}) < len(made):  # "c", "c++" and "c-1": the number is one
+        made = [f"{k}-{slug}".strip("-") for k, slug in enumerate(plain)]
+    return made
 
 
 def fingerprint(pictures: Pictures) -> str:

@@ -53,9 +53,9 @@ class Generation(BaseSettings):
         str, "prompt for the painter; {} is the class name, the caption follows [A realistic …]"
     ] = ""
     steps: Annotated[int, "diffusion steps from pure noise to an image"] = 20
-    strength: Annotated[float, "share of the steps to repaint; 0 keeps the real image"] = 0.75
+    strength: Annotated[float, "share of the steps to repaint; a small one changes little"] = 0.75
     guidance: Annotated[float, "weight of the prompt (classifier-free guidance)"] = 8.0
-    batch_size: Annotated[int, "images to caption or paint at once"] = 8
+    batch_size: Annotated[int, "images to caption, paint or filter at once"] = 8
     offload: Annotated[bool, "move the painter's parts between GPU and memory: slower, smaller"] = (
         False
     )

@@ -88,7 +88,7 @@ class Studio:
     # -------------------------------------------------------------------------------- images
 
     def attempts_missing(self, painter, names: list[str]) -> Iterator[Attempt]:
-        """The next attempts at these classes: as many as each lacks images, as if all were kept."""
+        """The next attempts at these classes: as many as the images that each still lacks."""
         captions = {(c.classname, c.member, c.number): c for c in self.manifest.captions}
         made = Counter(attempt.classname for attempt in self.manifest.attempts)
         have = self.manifest.count(*DONE, "undecided")

@@ -6,6 +6,7 @@ A line of the tree has a name (or several in the same folder), a count, and a de
 folder's count includes all its Python files.
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def counted(tree: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     start = text.index("```\n", text.index("## The files")) + 4

@@ -397,7 +397,7 @@ def targets(world, model) -> dict[str, Target]:
     def resumed():
         before = (run / "log.jsonl").read_bytes()
         try:
-            return Run.resume(run, config).load_resume()
+            return Run.resume(run, config).load_resume({})
         finally:
             (run / "log.jsonl").write_bytes(before)
 

@@ -23,6 +23,7 @@ import clip_min
 import generate
 from clip_min import UserError
 from fewshot import demo
+from fewshot.experiment import Experiment
 from gen import diffuse
 from gen.books import Manifest, slugs
 from gen.filter import Filter
@@ -465,6 +466,32 @@ def test_class_names_become_names_of_folders():
     assert found[4] == "日本の花"
     assert len({slug.lower() for slug in found}) == len(names)
     assert all(slug and len(slug) < 70 and not set(slug) & set("/\\?.") for slug in found)
+    for names in (["c", "c++", "c-1"], ["0-c", "c", "c+"], ["c-1", "C", "c!"]):
+        assert len(set(slugs(names))) == 3
+
+
+def test_the_folder_of_images_is_named_after_the_filters_method(trained, tmp_path):
+    """As `train.py --method disef` looks for it, whatever the run's folder is called."""
+    experiment = Experiment(shots_file="few.json")
+    for name in ("lora-few-seed1", "mine"):
+        shutil.copytree(trained.path, tmp_path / name)
+        found = generate.default_folder("runs", experiment, "f1", str(tmp_path / name))
+        assert found == generate.default_folder("runs", experiment, "f1", "lora")
+
+
+def test_a_class_without_a_picture_is_an_error_before_any_caption(
+    script, is_one_line, data, model, tiny_llava, tiny_diffusion, tmp_path
+):
+    listed = [file for file in (data / "train").rglob("*.*") if "bell" not in file.parent.name]
+    rows = [{"path": str(f), "label": f.parent.name} for f in listed]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-2]))
+    result = script(
+        "generate",
+        *("--dataset", "folder", "--data-root", data, "--model", model, "--classes", "all"),
+        *("--captioner", tiny_llava, "--painter", tiny_diffusion, "--per-class", 1),
+        *("--shots-file", tmp_path / "few.jsonl", "--synthetic", tmp_path / "images"),
+    )
+    assert is_one_line(result, "1 classes have no training picture to repaint: blue bell")
 
 
 # ------------------------------------------------------------------------------------- training

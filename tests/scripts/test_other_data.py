@@ -355,6 +355,9 @@ def test_base_classes_by_name_are_learned_and_the_others_are_novel(
     assert is_one_line(script("eval", "--run", run), str(file), "there is no such file")
     moved = script("eval", "--run", run, "--base-classes", tmp_path / "moved.txt")
     assert last_lines(moved.out) == last_lines(again.out)
+    other = ("--dataset", "folder", "--data-root", data, "--base-classes", file)
+    result = script("eval", "--run", run, *other)  # all classes of another data set are tested
+    assert is_one_line(result, "--base-classes: a run has its own; leave it out")
 
 
 @pytest.mark.parametrize(
