@@ -158,7 +158,7 @@ def read_json(path: Path, hint: str, kind=dict) -> dict:
     hint: what was expected, for the error if there is no such file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows may add a mark
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; {hint}") from None
     except OSError as error:
@@ -173,7 +173,7 @@ def read_json_lines(path: Path, kind=dict) -> list[dict]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     if not lines[-1]:

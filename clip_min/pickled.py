@@ -49,7 +49,7 @@ def read_pickled(path: Path) -> object:
         raise
     except Exception as error:  # the readers raise a dozen unrelated types
         reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
+        if isinstance(error, pickle.UnpicklingError | KeyError) or "weights_only" in reason:
             # torch's own message would advise loading it the unsafe way
             reason = "no PyTorch file, or it holds other objects, which could run code"
         raise UserError(

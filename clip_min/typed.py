@@ -36,7 +36,8 @@ def expect(value, kind, where: str, key: str = "") -> None:
         return expect(value, inner[0], where, key)
     if not _fits(value, outer):
         at = f"{where}: {key} is" if key else f"{where}: is"
-        raise UserError(f"{at} {_SHORT.repr(value)}, expected {words(outer)}")
+        odd = " without \\0 and half characters" if isinstance(value, str) and outer is str else ""
+        raise UserError(f"{at} {_SHORT.repr(value)}, expected {words(outer)}{odd}")
     dot = "." if key else ""
     if isinstance(kind, dict):
         for name, part in kind.items():

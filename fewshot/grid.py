@@ -13,6 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
+from clip_min import UserError
 from clip_min.files import read_json, replacing, write_text
 from clip_min.typed import expect
 from fewshot.metrics import harmonic_mean
@@ -32,6 +33,9 @@ def read_results(file: Path) -> dict:
         if scores.setdefault("joint", None) is not None:
             expect(scores["joint"], JOINT, str(file), f"{place}joint")
         expect(scores.get("val"), float | None, str(file), f"{place}val")
+        for key in (*SCORES, "val"):
+            if (value := scores.get(key)) is not None and not 0 <= value <= 100:
+                raise UserError(f"{file}: {place}{key} is {value:g}, expected 0 to 100 (percent)")
     return results
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from clip_min import UserError
+from clip_min.errors import some
 from clip_min.files import (
     append_line,
     parse_json,
@@ -54,6 +55,8 @@ KEYS = {
     "fingerprint": str,
     "classnames": dict[str, list[str]],  # {"base", "novel"} or {"all"} -> names
 }
+# Keys that only a page about a run reads; old runs lack some.
+READ = {"argv": list, "versions": dict, "commit": str | None}
 LOGGED = {"step": int, "epoch": float, "loss": float, "seconds": float}  # and val, where judged
 # Keys that may differ when a run resumes: who computes, and (the last) the result.
 FREE = ("argv", "versions", "commit", "threads", "adapter_sha256")
@@ -149,10 +152,14 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """An existing run, to read; UserError, if there is none at `path`."""
-        config = _read_config(path, KEYS)
-        if not config["classnames"].keys() & {"base", "all"}:
+        config, file = _read_config(path, KEYS), f"{path}/config.json"
+        expect(config, {key: kind for key, kind in READ.items() if key in config}, file)
+        expect(config["experiment"].get("image_size", 0), int, file, "experiment.image_size")
+        names = config["classnames"]
+        if {*names} not in ({"base", "novel"}, {"base"}, {"all"}) or not all(names.values()):
             raise UserError(
-                f"{path}/config.json: not a config of a run, classnames has neither base nor all"
+                f"{file}: classnames has {some(names) or 'nothing'}, expected names of base and "
+                "novel classes, or of all; it is not a config of a run"
             )
         return cls(path, config)
 

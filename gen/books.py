@@ -160,6 +160,8 @@ class Manifest:
                 f"{folder}/plan.json: quotas.{odd[0]} is {quotas[odd[0]]}, expected numbers from 0 "
                 "for the classes of settings.json"
             )
+        if plan.get("f1") is not None:  # null: not measured
+            expect(plan["f1"], dict[str, float], f"{folder}/plan.json", "f1")
         return cls(folder, settings, plan)
 
     @classmethod
@@ -168,10 +170,7 @@ class Manifest:
         if not (folder / "plan.json").is_file() or not (folder / "settings.json").is_file():
             return None
         manifest = cls.open(folder)
-        f1 = manifest.plan.get("f1") if manifest.captions or manifest.attempts else None
-        if f1 is not None:
-            expect(f1, dict[str, float], f"{folder}/plan.json", "f1")
-        return f1
+        return manifest.plan.get("f1") if manifest.captions or manifest.attempts else None
 
     def check_settings(self, settings: dict) -> None:
         """UserError, if the settings differ from the folder's."""

@@ -47,6 +47,8 @@ def read_prompts(given: str | Prompts | None) -> Prompts | None:
     prompts: Prompts = {}
     for key, texts in given.items():
         name = spoken(key)
+        if not name:
+            raise UserError(f"{where}: {key!r} is not the name of a class; leave it out")
         if name in prompts:
             raise UserError(f"{where}: {name} occurs twice; give all its texts in one list")
         if not texts:

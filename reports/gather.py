@@ -94,7 +94,8 @@ _PART = {"images": int, "interval95": float}
 _PART |= dict.fromkeys(("top1", "top5", "macro_accuracy", "macro_f1"), float)
 _COST = dict.fromkeys(("parameters", "steps", "val_images"), int)
 _COST |= dict.fromkeys(("seconds", "peak_memory_mb"), float)
-_COST |= {"val": float | None, "train": float | None, "synthetic": dict, "parts": dict[str, dict]}
+_COST |= {"val": float | None, "train": float | None, "parts": dict[str, dict]}
+_COST |= {"synthetic": {"images": int, "attempts": int}}
 
 
 def _read_results(file: Path) -> dict:

@@ -1,6 +1,7 @@
 """The page of a folder of generated images: their sources, the filter's decisions, the classes."""
 
 from collections import Counter
+from os.path import isfile
 from pathlib import Path
 
 from clip_min import UserError
@@ -203,11 +204,10 @@ def _sources(manifest: Manifest):
         if text in known:
             pictures, i = known[text]
             return picture(pictures.open(i), alt, SIDE)
-        path = Path(text)
-        return thumbnail(path, alt, SIDE) if path.is_file() else no_picture(alt)
+        return thumbnail(Path(text), alt, SIDE) if isfile(text) else no_picture(alt)
 
     if not known and not missing:
-        gone = {a.repainted for a in manifest.attempts if not Path(a.repainted).is_file()}
+        gone = {a.repainted for a in manifest.attempts if not isfile(a.repainted)}
         if gone:
             missing.append(f"{len(gone)} real pictures are not in their place, such as {min(gone)}")
     return get, missing

@@ -28,7 +28,7 @@ DOES_NOT = [
     (float("nan"), float, "nan, expected a finite number"),
     (10**400, float, "expected a finite number"),
     ("\ud83c", str, "expected text"),
-    ("a\0", str, "expected text"),
+    ("a\0", str, r"expected text without \\0 and half characters"),
     (1, str | None, "1, expected text or null"),
     (True, Literal[1, "b"], "True, expected 1 or b"),
     ([1, "2"], list[int], "1 is '2', expected a whole number"),
@@ -71,6 +71,12 @@ def test_json_that_is_none_is_one_line(content, said, tmp_path):
                 read()
             assert len(str(error.value)) < 1000
             assert "\n" not in str(error.value)
+
+
+def test_the_mark_of_editors_on_windows_is_no_content(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json", "") == {"a": 1}
+    assert read_json_lines(tmp_path / "a.json") == [{"a": 1}]
 
 
 def test_what_cannot_be_read_is_not_said_to_be_missing(tmp_path):

@@ -286,6 +286,32 @@ def test_a_log_with_a_line_that_is_none_is_an_error_that_names_the_file(run):
         Run.resume(run.path, CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"classnames": {"base": []}}, "classnames has base, expected names of base and"),
+        ({"classnames": {"base": ["a"], "novel": []}}, "classnames has base, novel, expected"),
+        ({"classnames": {"all": ["a"], "odd": ["z"]}}, "classnames has all, odd, expected"),
+        ({"classnames": {}}, "classnames has nothing, expected"),
+        ({"argv": 5}, "argv is 5, expected a list"),
+        ({"versions": "x"}, "versions is 'x', expected an object"),
+        ({"commit": 1}, "commit is 1, expected text or null"),
+        ({"experiment": {"image_size": "x"}}, "experiment.image_size is 'x', expected a whole"),
+    ],
+)
+def test_a_config_that_pages_and_exports_cannot_read_is_one_line(run, changed, said):
+    config = json.loads((run.path / "config.json").read_text())
+    experiment = {"seed": 1, "shots": 1, "template": "a {}", "model": "demo"}
+    config |= {"experiment": experiment, "classnames": {"all": ["a", "b"]}, "settings": {}}
+    config |= dict.fromkeys(("method", "recipe", "model", "fingerprint"), "x")
+    (run.path / "config.json").write_text(json.dumps(config))
+    assert Run.open(run.path).learned == ["a", "b"]
+    changed = {k: config[k] | v if k == "experiment" else v for k, v in changed.items()}
+    (run.path / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UserError, match=f"config.json: {said}"):
+        Run.open(run.path)
+
+
 @pytest.mark.parametrize("name", ["adapter.safetensors", "resume.safetensors"])
 def test_tensors_that_are_not_whole_are_an_error_that_names_the_file(run, name):
     run.save_adapter({"w": torch.zeros(100)})

@@ -57,6 +57,14 @@ def as_process(monkeypatch):
     return call
 
 
+@pytest.mark.parametrize("f1", [5, dict.fromkeys(NAMES), dict.fromkeys(NAMES, "x"), [1], "x"])
+def test_f1_in_the_plan_is_numbers_of_classes_or_null(manifest, f1):
+    assert Manifest.open(manifest.folder).plan["f1"] is None
+    (manifest.folder / "plan.json").write_text(json.dumps({**PLAN, "f1": f1}))
+    with pytest.raises(UserError, match=r"plan\.json: f1.* is .*, expected a"):
+        Manifest.open(manifest.folder)
+
+
 def test_what_processes_wrote_is_read_and_in_the_end_is_in_one_book(manifest, as_process):
     folder, before = manifest.folder, [a.image for a in manifest.attempts]
     views = [Manifest(folder, SETTINGS, PLAN) for _ in range(2)]

@@ -124,6 +124,7 @@ def test_settings_hold_the_texts_and_not_the_name_of_their_file(file, tmp_path):
         ({"rose": "a rose."}, "own.json: rose is 'a rose.', expected a list"),
         ({"rose": ["a rose.", 3]}, "own.json: rose.1 is 3, expected text"),
         ({"rose": []}, "own.json: rose has no text"),
+        ({"rose": ["a."], " _ ": ["b."]}, "own.json: ' _ ' is not the name of a class"),
         ({"rose": ["a rose.", " "]}, "own.json: rose: ' ' is empty"),
         ({"tiger_lily": ["a."], "tiger lily": ["b."]}, "own.json: tiger lily occurs twice"),
         ('{"rose": ["a."], "rose": ["b."]}', "'rose' occurs twice"),

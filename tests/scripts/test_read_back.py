@@ -23,6 +23,9 @@ from methods import METHODS
 from methods.interop.init_from import load_into
 from methods.interop.load import described
 from methods.interop.load import trained as method_of
+from report import of_run
+from reports import generated
+from reports.gather import read
 
 DEEP = '{"a":' * 3000 + "1" + "}" * 3000
 ODD = [None, True, -1, 0, 10**30, 1.5, "", "x", "\ud800", "\0", "../x", [], [1], {}, {"x": 1}]
@@ -124,6 +127,11 @@ def test_the_files_of_a_run(run, clip, model):
         opened.load_resume({"step": 0, "best_val": -1.0, "stopped": ""})
         assert all(line["seconds"] + line["loss"] for line in opened.log)
 
+    def show():
+        of_run(read(run), None, None, None)
+
+    assert search(run / "config.json", show, 40) > 8
+    assert search(run / "results.json", show, 40) == 0  # left out of the page, with a note
     assert search(run / "config.json", open_it, 150) > 30
     assert search(run / "config.json", start_from, 60) > 15
     assert search(run / "config.json", resume, 40) > 20
@@ -147,6 +155,7 @@ def test_the_books_of_synthetic_images(synthetic, tmp_path):
         manifest.check_settings({"seed": 1, "shots": 10})
         assert all(folder in (folder / a.image).resolve().parents for a in manifest.attempts)
         table(manifest), manifest.missing(), manifest.chosen()
+        generated.write(generated.numbers(manifest), manifest)
         manifest._sweep()
 
     for name in ("manifest.jsonl", "captions.jsonl", "settings.json", "plan.json", "seconds.json"):
