@@ -222,6 +222,8 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
     if "explain" in given and len(files) != 1:
         raise UserError(f"--explain: draws one picture, but --image has {len(files)}; give one")
+    if any(same_file(Path(given.get("explain", "")), file) for file in files):
+        raise UserError(f"--explain {given['explain']}: is the picture itself; give another name")
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)
     if run is None and experiment.model == "demo":
@@ -273,6 +275,11 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
         print(f"note: skipped, {why}")
 
 
+def same_file(path: Path, other: Path) -> bool:
+    """Whether both are one file, whatever it is called."""
+    return path.exists() and other.exists() and path.samefile(other)
+
+
 def some_read(answers: Iterable[Answer]) -> Iterator[Answer]:
     """The same answers; UserError, if no picture could be read."""
     errors, count = [], 0
@@ -317,6 +324,10 @@ def parse(argv: list[str]) -> dict:
         raise UserError("--templates and --prompts: give one of them")
     if "image" in given and ranks.size > 1:
         raise UserError("--image: works in a single process; start it without torchrun")
+    if not all(given.get("image", ["."])):
+        raise UserError("--image: a name is empty; give pictures or folders of them")
+    if not given.get("explain", ".png").lower().endswith(".png"):
+        raise UserError(f"--explain {given['explain']}: expected a file name with .png")
     if "image" in given:
         for name in sorted(given.keys() - {"run", "method", "keep_share", *PICTURES}):
             raise UserError(f"--{name.replace('_', '-')}: has no effect with --image; leave it out")

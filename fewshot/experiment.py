@@ -193,8 +193,11 @@ def named(classes: str) -> list[str]:
     path = os.path.expanduser(classes)
     names = read_text(Path(path)).splitlines() if os.path.isfile(path) else classes.split(",")
     names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise UserError(f'--classes {classes}: names no class; give some, as "rose,tulip"')
+    if len(names) < 2:
+        raise UserError(
+            f"--classes {classes}: names {len(names)} classes, expected two or more; give "
+            '"rose,tulip", or a file with one on each line'
+        )
     datasets.check_names("--classes", names)
     return names
 

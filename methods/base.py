@@ -231,8 +231,11 @@ class Method(nn.Module):
 
     def for_classes(self, classnames: list[str]) -> "Method":
         """The same learned tensors, shared, for other class names."""
-        if not self.names_unseen:
-            raise UserError(f"{type(self).__name__} cannot name classes it was not trained on")
+        if not self.names_unseen and classnames != self.classnames:
+            raise UserError(
+                f"{type(self).__name__} cannot name classes it was not trained on, or just some of "
+                "its own; give all of its own (the default), or use another method"
+            )
         other = copy.copy(self)  # shares all tensors: only the tables of them are copied
         for table in ("_modules", "_parameters", "_buffers"):
             setattr(other, table, getattr(self, table).copy())
@@ -344,8 +347,8 @@ class TrainingSettings(BaseSettings):
                 numbers[name] = [kinds[name](text) for text in texts.split(",")]
         except (KeyError, ValueError):
             raise UserError(
-                f"--grid: {axis!r} is not the name of a setting with numbers; give, for example, "
-                "lr=1e-3,1e-4 or batch_size=8,32"
+                f"--grid: {axis!r} is not the name of a setting that all methods with gradient "
+                "steps have, with numbers, each once; give, for example, lr=1e-3,1e-4 batch_size=8"
             ) from None
         points = itertools.product(*numbers.values())
         return [dict(zip(numbers, point, strict=True)) for point in points]

@@ -136,6 +136,9 @@ def test_the_linear_head_knows_its_own_classes_alone(clip):
     assert method.no_weight_decay == ("head.bias",)
     with pytest.raises(UserError, match="cannot name classes"):
         method.for_classes(["sweet pea"])
+    with pytest.raises(UserError, match="or just some of its own"):
+        method.for_classes(method.classnames[:2])
+    assert method.for_classes(method.classnames).classnames == method.classnames
     assert vpt(clip).for_classes(["sweet pea"]).classnames == ["sweet pea"]
 
 

@@ -170,6 +170,9 @@ def test_one_name_has_no_second(tmp_path):
         (("--csv", "out.txt"), "--csv out.txt: expected a file name with .csv or .json"),
         (("--threshold", "1.5"), "--threshold 1.5: expected 0 to 1"),
         (("--threshold", "nan"), "--threshold nan: expected 0 to 1"),
+        (("--image", ""), "--image: a name is empty"),
+        (("--classes", "rose"), "--classes rose: names 1 classes, expected two or more"),
+        (("--classes", "no/such.txt"), "--classes no/such.txt: names 1 classes, expected two"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(more, said, script, trained, pictures, is_one_line):

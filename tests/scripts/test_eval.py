@@ -263,7 +263,7 @@ def test_names_to_choose_from_may_be_a_file(script, model, data, tmp_path, is_on
     ((_, found),) = top(result.out).items()
     assert {name for _, name in found} == {"red, or nearly", "sea", "stone"}
     (tmp_path / "names.txt").write_text("\n")
-    assert is_one_line(script(*common), "names.txt: names no class")
+    assert is_one_line(script(*common), "names.txt: names 0 classes")
 
 
 # ------------------------------------------------------------------------------- what does not fit
@@ -381,7 +381,7 @@ EXPERIMENT = {"seed": 1, "shots": 4, "template": "", "model": ""}
         (with_("method", "lorra"), "lorra: unknown; did you mean lora"),
         (with_("method", ["lora"]), "method is ['lora'], expected text"),
         (with_("classnames", BASE), "classnames is ['amber lily'"),
-        (with_("classnames", {"novel": NOVEL}), "classnames has neither base nor all"),
+        (with_("classnames", {"novel": NOVEL}), "classnames has novel, expected names of base"),
     ],
 )
 @pytest.mark.parametrize("task", [(), ("--image", "x.png")])
@@ -479,7 +479,7 @@ def test_an_adapter_that_is_not_whole_is_one_line(spoil, said, script, run, is_o
         (["--method", "lora"], "--method lora: unknown; known are zero_shot"),
         (["--method", "zero_shot", "--classes", "al"], "--classes al: unknown; did you mean all"),
         (["--method", "zero_shot", "--image", "a.png"], "needs the classes to choose from"),
-        (["--method", "zero_shot", "--image", "a.png", "--classes", " , "], "names no class"),
+        (["--method", "zero_shot", "--image", "a.png", "--classes", " , "], "names 0 classes"),
         (["--method", "zero_shot", "--image", "a.png", "--classes", "a,A"], "one class to CLIP"),
     ],
 )

@@ -1,5 +1,8 @@
 """eval.py --explain: where the class token looks, as a picture."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,3 +39,15 @@ def test_more_than_one_picture_or_none_is_one_line(script, is_one_line, trained,
     assert is_one_line(script("eval", *run, "--image", photo, photo), "draws one picture", "has 2")
     assert is_one_line(script("eval", *run), "works only with --image")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_is_not_drawn_over(script, is_one_line, trained, photo, tmp_path):
+    mine = Path(shutil.copy(photo, tmp_path / "mine.png"))
+    before = mine.read_bytes()
+    (tmp_path / "link.png").symlink_to(mine)
+    for out in (mine, tmp_path / "link.png"):
+        result = script("eval", "--run", trained.path, "--image", mine, "--explain", out)
+        assert is_one_line(result, "is the picture itself; give another name")
+    assert mine.read_bytes() == before
+    result = script("eval", "--run", trained.path, "--image", mine, "--explain", tmp_path / "a.jpg")
+    assert is_one_line(result, "a.jpg: expected a file name with .png")
