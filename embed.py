@@ -29,6 +29,8 @@ def main() -> None:
     source, folder = Path(given["data"]).expanduser(), Path(given["out"]).expanduser()
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: is a file, expected a folder; give another name")
     experiment = Experiment(**{"dataset": "folder", **pick(Experiment, given)})
     with ranks.first_alone():  # it downloads missing files
         clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
@@ -51,14 +53,14 @@ def main() -> None:
     seconds, count = time.perf_counter() - started, sum(ranks.together(count))
     if ranks.rank:
         return
-    made.keep_names(source)
-    index = made.finish()
     others = ", ".join(f"{number:,} {what}" for what, number in left_out.items())
-    if not index["shards"]:
+    if not any(folder.glob("[0-9]*.safetensors")):
         besides = f" (but {others})" if others else ""
         raise UserError(
             f"--data {source}: holds no pictures{besides}; give a folder or list with some"
         )
+    made.keep_names(source)
+    index = made.finish()
     before = index["features"] + len(index["unreadable"]) - count
     print(
         f"{count:,} pictures in {seconds:.1f} s, {count / seconds:,.0f} a second, "

@@ -62,13 +62,13 @@ def main() -> None:
     manifest = generate(experiment, clip, task, options, filter, folder, stage)
     if ranks.rank:
         return
-    if stage in ("all", "filter"):
+    if stage in ("all", "filter") and manifest.attempts:
         print(table(manifest))
         if any(manifest.plan["quotas"].values()):  # false, if no class is weak
             contact_sheet(manifest, task.train.pictures, folder / "contact_sheet.png")
             print(f"contact sheet: {folder / 'contact_sheet.png'}")
     if stage != "caption" and (missing := manifest.missing()):
-        then = "filter" if stage == "diffuse" else "diffuse"
+        then = "filter" if stage == "diffuse" else "diffuse" if manifest.captions else "caption"
         print(f"{missing} images are still missing: run --stage {then} next")
 
 
@@ -171,6 +171,8 @@ def load_filter(name: str, clip: CLIP, task: Task) -> Filter:
     if name == "zero_shot":
         method = METHODS[name].plain(clip, task.classnames, task.template)
         return Filter(method, name, weights.fingerprint(clip))
+    if not Path(name).is_dir():
+        raise UserError(f"--filter {name}: expected zero_shot, or the folder of a run of train.py")
     run = Run.open(Path(name))
     method = trained(run, clip)
     state = method.adapter_state()

@@ -189,7 +189,8 @@ class Shards:
         if ranks.rank == 0:
             if kept.exists():
                 found = read_json(kept, "")
-                for key, value in config.items():
+                begun = any(folder.glob("[0-9]*.safetensors")) or found.keys() != config.keys()
+                for key, value in config.items() if begun else ():
                     if found.get(key) != value:
                         raise UserError(
                             f"{folder}: was started with {key} {found.get(key)}, not {value}; "
@@ -197,8 +198,7 @@ class Shards:
                         )
             elif folder.exists() and not all(_early(path) for path in folder.iterdir()):
                 raise UserError(f"{folder}: holds other files; choose another --out")
-            else:
-                write_json(kept, config)
+            write_json(kept, config)
             claim(folder, "making features")
             remove_half_written(folder)
         ranks.wait()

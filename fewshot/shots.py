@@ -70,7 +70,7 @@ def read_shots(file: Path, dataset: Dataset) -> Tensor:
         if label != truth:
             raise UserError(
                 f"{where}: {path} is of class {line['label']}, but the data set says {truth} "
-                f"({names[truth]})"
+                f"({names[truth]}); correct the line, or give the draw of this data set"
             )
         if chosen.setdefault(best[0], n) != n:
             raise UserError(f"{where}: {path} is listed already, in line {chosen[best[0]]}")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from clip_min.errors import some
 from clip_min.files import replacing
 
 
@@ -51,9 +52,12 @@ MACRO = ("macro_accuracy", "macro_f1")
 
 def uneven(counts: Tensor, classnames: list[str]) -> str:
     """A line on classes with very different numbers of training images, `counts` (K,)."""
+    if none := [classnames[k] for k in (counts == 0).nonzero().flatten().tolist()]:
+        return f"note: no training image of {len(none)} classes: {some(none, 5)}"
     few, many = counts.argmin(), counts.argmax()
     ends = " to ".join(f"{counts[k]} ({classnames[k]})" for k in (few, many))
-    return f"training images per class: {ends}; --balance gives classes equal weight in the loss"
+    about = "with gradient steps, --balance gives classes equal weight in the loss"
+    return f"training images per class: {ends}; {about}"
 
 
 def doubts(steps: int, train: float) -> list[str]:

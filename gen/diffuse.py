@@ -19,6 +19,7 @@ def find_painter(name: str) -> tuple[str, str]:
     """-> (folder, revision), downloaded if necessary."""
     import diffusers
 
+    quiet()
     folder, revision = locate(
         "--painter", name, lambda name, at: diffusers.DiffusionPipeline.download(name, revision=at)
     )
@@ -36,7 +37,6 @@ class Diffusion:
     def __init__(self, name: str, options, device: str):
         import diffusers
 
-        quiet()
         folder, self.revision = find_painter(name)
         self.name, self.options = name, options
         cuda = torch.device(device).type == "cuda"

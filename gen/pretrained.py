@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clip_min import UserError
+from clip_min.hub import REPOSITORY
 
 
 def locate(flag: str, name: str, download: Callable[[str, str | None], str]) -> tuple[str, str]:
@@ -15,6 +16,10 @@ def locate(flag: str, name: str, download: Callable[[str, str | None], str]) -> 
     if Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
         return str(folder), _hash(folder)
+    if not REPOSITORY.fullmatch(name):
+        raise UserError(
+            f"{flag} {name}: expected a folder, or OWNER/NAME or OWNER/NAME@REVISION of the hub"
+        )
     try:
         repository, _, revision = name.partition("@")
         folder = download(repository, revision or None)

@@ -50,7 +50,7 @@ class ProjectionSettings(TrainingSettings, TemplateSettings):
     def __post_init__(self):
         super().__post_init__()
         if self.tower_lr and not self.lr:
-            raise UserError(f"--tower-lr {self.tower_lr}: needs --lr above 0; give --lr")
+            raise UserError(f"--tower-lr {self.tower_lr}: needs --lr above 0, also in --grid")
         if self.head == "attention" and self.activation != "none":
             raise UserError(f"--activation {self.activation}: only works with --head square")
         check_objective(self)

@@ -71,4 +71,7 @@ def test_classes_of_uneven_size_have_means_over_classes_too():
 def test_training_images_of_uneven_classes_are_told():
     names = ["rose", "tulip", "lily"]
     line = uneven(torch.tensor([7, 3, 20]), names)
-    assert line.startswith("training images per class: 3 (tulip) to 20 (lily); --balance")
+    assert line.startswith("training images per class: 3 (tulip) to 20 (lily); ")
+    assert "--balance" in line
+    line = uneven(torch.tensor([0, 3, 0]), names)
+    assert line == "note: no training image of 2 classes: rose, lily"

@@ -214,6 +214,12 @@ def test_a_name_with_a_revision_is_downloaded_at_that_revision(
     assert asked == [("owner/model", None)] * 2 + [("owner/model", "0123abc")] * 2
 
 
+@pytest.mark.parametrize("name", ["@", "a@b@c", "llava", "no/such/folder"])
+def test_a_name_that_is_none_is_not_asked_for(name):
+    with pytest.raises(UserError, match=f"^--painter {name}: expected a folder, or OWNER/NAME"):
+        locate("--painter", name, None)
+
+
 def test_a_model_neither_cached_nor_reachable_is_one_line(tmp_path, monkeypatch):
     import huggingface_hub
 

@@ -105,6 +105,13 @@ def test_a_source_without_pictures(script, model, is_one_line, tmp_path):
     assert is_one_line(script("embed", *flags), "holds no pictures; give")
     (tmp_path / "empty/phone.MOV").write_bytes(b"")
     assert is_one_line(script("embed", *flags), "holds no pictures (but 1 .MOV files); give")
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")  # nothing was made: other data are fine
+    (tmp_path / "list.csv").write_text("path\none.png\n")
+    result = script("embed", *flags[:2], "--data", tmp_path / "list.csv", *flags[4:])
+    assert result.code == 0, result.err
+    assert is_one_line(script("embed", *flags), "was started with data")
+    result = script("embed", *flags[:4], "--out", tmp_path / "one.png")
+    assert is_one_line(result, "one.png: is a file, expected a folder")
 
 
 def test_what_is_left_out_is_counted(script, model, tmp_path, pictures):

@@ -479,6 +479,15 @@ def test_the_folder_of_images_is_named_after_the_filters_method(trained, tmp_pat
         assert found == generate.default_folder("runs", experiment, "f1", "lora")
 
 
+def test_a_stage_without_work_says_which_is_next(script, is_one_line, tmp_path):
+    common = ("--shots", 1, "--per-class", 1, "--synthetic", tmp_path / "images")
+    result = script("generate", *common, "--stage", "filter")
+    assert result.out.endswith("images are still missing: run --stage caption next\n")
+    assert not (tmp_path / "images/contact_sheet.png").exists()
+    result = script("generate", *common, "--filter", "lora")
+    assert is_one_line(result, "--filter lora: expected zero_shot, or the folder of a run")
+
+
 def test_a_class_without_a_picture_is_an_error_before_any_caption(
     script, is_one_line, data, model, tiny_llava, tiny_diffusion, tmp_path
 ):

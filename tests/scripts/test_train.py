@@ -606,7 +606,7 @@ def test_epochs_that_are_given_are_all_there_are():
     assert plan_of(paper).settings.steps_per_shot == 500
     assert plan_of([*paper, "--epochs", "2"]).settings.steps_per_shot == 0
     settings = plan_of([*paper, "--epochs", "2", "--steps-per-shot", "3"]).settings
-    assert (settings.epochs, settings.steps_per_shot) == (2, 3)
+    assert settings.steps_per_shot == 3  # it is "instead of --epochs"
 
 
 def test_a_flag_wins_over_the_grid_of_a_recipe():
