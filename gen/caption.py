@@ -26,10 +26,10 @@ class Llava:
     """
 
     def __init__(self, name: str, options, device: str):
+        quiet()
         import transformers
         from huggingface_hub import snapshot_download
 
-        quiet()
         folder, self.revision = locate(
             "--captioner",
             name,

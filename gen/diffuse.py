@@ -17,9 +17,9 @@ from gen.pretrained import locate, quiet
 
 def find_painter(name: str) -> tuple[str, str]:
     """-> (folder, revision), downloaded if necessary."""
+    quiet()
     import diffusers
 
-    quiet()
     folder, revision = locate(
         "--painter", name, lambda name, at: diffusers.DiffusionPipeline.download(name, revision=at)
     )

@@ -1,6 +1,7 @@
 """A captioner or painter by name: a folder, or a repository of the hub, also its @REVISION."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def _hash(folder: Path) -> str:
 
 
 def quiet() -> None:
-    """Turn off progress bars of loading, and the warning for each truncated prompt."""
+    """Turn off progress bars of loading, the warning for each truncated prompt, and bitsandbytes'
+    warning at its import that it has no fast kernels for CPUs.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before the next lines import it
     import diffusers
     import transformers
 

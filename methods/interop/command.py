@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import typing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from clip_min import UserError
@@ -200,11 +200,9 @@ def settings_of(name: str, preset: dict, given: dict) -> BaseSettings:
         if (of := axis.split("=")[0]) in given:
             raise UserError(f"--{of.replace('_', '-')} and --grid {axis}: give one of them")
     kind = METHODS[name].Settings
-    settings = kind(**{**preset, **pick(kind, given)})
-    if isinstance(settings, TrainingSettings) and "epochs" in given:  # exactly as many as asked for
-        others = {"min_steps", "steps_per_shot"} - given.keys()
-        settings = replace(settings, **dict.fromkeys(others, 0))
-    return settings
+    if issubclass(kind, TrainingSettings) and "epochs" in given:  # exactly as many as asked for
+        preset = preset | {"min_steps": 0, "steps_per_shot": 0}
+    return kind(**{**preset, **pick(kind, given)})
 
 
 def recipe_for(method: type[Method], data: str, model: str) -> str:
