@@ -40,7 +40,7 @@ from fewshot.shards import SHARD
 CONFIG = {"data": str, "model": str, "fingerprint": str, "precision": str, "image_size": int}
 INDEX = {"features": int, "unreadable": list[list[str]], "shards": list}
 LISTS = ("names", "labels", "parts", "digests", "unreadable")
-HINT = "expected a complete folder of embed.py; run its command again"
+HINT = "expected a complete folder of embed.py: run it again, or for pictures --dataset folder"
 
 
 class Files(Sequence):

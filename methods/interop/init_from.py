@@ -28,6 +28,7 @@ from methods.lora import LoRA, block_numbers
 # Settings that change what tensors mean, beyond their shapes.
 MEANING = ["image_rank", "image_alpha", "text_rank", "text_alpha", "parts", "towers", "blocks"]
 MEANING += ["scaling", "n_ctx", "position", "class_specific", "first_block", "ratio", "activation"]
+MEANING += ["depth_head", "head", "deep", "n_tokens", "adapters", "reduction"]
 
 
 def load_into(method: Method, path: Path) -> None:

@@ -445,11 +445,12 @@ def test_settings_of_a_tower_that_does_not_learn_do_not_count(new_clip, tmp_path
     load_into(new_lora(new_clip(), towers="image", text_rank=3), tmp_path)
 
 
-def test_a_switch_to_give_is_written_as_one(new_clip, tmp_path):
-    kind = METHODS["coop"]
-    for there, flag in ((True, "--class-specific"), (False, "--no-class-specific")):
+@pytest.mark.parametrize("switch", ["class_specific", "depth_head"])
+def test_a_switch_to_give_is_written_as_one(switch, new_clip, tmp_path):
+    kind, name = METHODS["coop"], switch.replace("_", "-")
+    for there, flag in ((True, f"--{name}"), (False, f"--no-{name}")):
         made, method = (
-            kind(new_clip(), NAMES, TEMPLATE, kind.Settings(class_specific=value))
+            kind(new_clip(), NAMES, TEMPLATE, kind.Settings(**{switch: value}))
             for value in (there, not there)
         )
         write_run(made, tmp_path)
