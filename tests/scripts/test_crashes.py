@@ -13,10 +13,10 @@ NAME is a file's name, a folder of the cache (pixels, features), or * for any. C
 so that a process that runs the real script to a moment costs no import.
 """
 
-import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -30,8 +30,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from fewshot import cache, demo
-from fewshot.experiment import run_script
 
+ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("fork")
 HERE = "noise/tiny/lora-s4-seed1"
 # All that differs between equal runs; the flags, and the commit where somebody works on the code.
@@ -163,7 +163,7 @@ def child(said: Path, name: str, flags, moment: str, act) -> None:
     sys.argv = [f"{name}.py", *map(str, flags)]
     if moment:
         stop_at(moment, act)
-    run_script(importlib.import_module(name).main)
+    runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
 
 
 @pytest.fixture

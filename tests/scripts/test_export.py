@@ -396,7 +396,7 @@ def test_another_model_and_no_classes_are_one_line(script, runs, new_model, tmp_
     result = script(*common, "peft", "--model", new_model(1), tmp_path / "out")
     assert is_one_line(result, "fingerprint", "--model")
     out = tmp_path / "out.safetensors"
-    assert is_one_line(script(*common, "classifier", "--classes", " , ", out), "names no class")
+    assert is_one_line(script(*common, "classifier", "--classes", " , ", out), "names 0 classes")
     assert is_one_line(script(*common, "classifier", "--classes", "a,b,a", out), "'a' and 'a' are")
     assert list(tmp_path.iterdir()) == []
 
