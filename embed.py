@@ -29,8 +29,6 @@ def main() -> None:
     source, folder = Path(given["data"]).expanduser(), Path(given["out"]).expanduser()
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: is a file, expected a folder; give another name")
     experiment = Experiment(**{"dataset": "folder", **pick(Experiment, given)})
     with ranks.first_alone():  # it downloads missing files
         clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)

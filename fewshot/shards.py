@@ -187,6 +187,12 @@ class Shards:
         config = {**config, "shard_size": size}
         kept = folder / "config.json"
         if ranks.rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"--out {folder}: could not be created ({error}); choose another place"
+                raise UserError(why) from None
+            claim(folder, "making features")
             if kept.exists():
                 found = read_json(kept, "")
                 begun = any(folder.glob("[0-9]*.safetensors")) or found.keys() != config.keys()
@@ -196,10 +202,9 @@ class Shards:
                             f"{folder}: was started with {key} {found.get(key)}, not {value}; "
                             "give the same value, or another --out"
                         )
-            elif folder.exists() and not all(_early(path) for path in folder.iterdir()):
+            elif not all(_early(path) for path in folder.iterdir()):
                 raise UserError(f"{folder}: holds other files; choose another --out")
             write_json(kept, config)
-            claim(folder, "making features")
             remove_half_written(folder)
         ranks.wait()
         there = {path.stem for path in folder.glob("*.safetensors")}

@@ -135,6 +135,12 @@ def test_a_folder_in_which_another_process_works_is_left_alone(clip, folder, tmp
     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with pytest.raises(UserError, match="another process is making features there"):
         make(clip, folder, tmp_path / "out")
+    for shard in (tmp_path / "out").glob("0*"):  # it has not yet made a shard
+        shard.unlink()
+    before = (tmp_path / "out/config.json").read_bytes()
+    with pytest.raises(UserError, match="another process is making features there"):
+        make(clip, folder / "a", tmp_path / "out")
+    assert (tmp_path / "out/config.json").read_bytes() == before
     assert half.exists()
     os.close(other)
     make(clip, folder, tmp_path / "out")

@@ -111,7 +111,7 @@ def test_a_source_without_pictures(script, model, is_one_line, tmp_path):
     assert result.code == 0, result.err
     assert is_one_line(script("embed", *flags), "was started with data")
     result = script("embed", *flags[:4], "--out", tmp_path / "one.png")
-    assert is_one_line(result, "one.png: is a file, expected a folder")
+    assert is_one_line(result, "one.png: could not be created", "choose another place")
 
 
 def test_what_is_left_out_is_counted(script, model, tmp_path, pictures):
