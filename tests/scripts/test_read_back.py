@@ -130,8 +130,8 @@ def test_the_files_of_a_run(run, clip, model):
     def show():
         of_run(read(run), None, None, None)
 
-    assert search(run / "config.json", show, 40) > 8
-    assert search(run / "results.json", show, 40) == 0  # left out of the page, with a note
+    assert search(run / "config.json", show, 15) > 3
+    assert search(run / "results.json", show, 15) == 0  # left out of the page, with a note
     assert search(run / "config.json", open_it, 150) > 30
     assert search(run / "config.json", start_from, 60) > 15
     assert search(run / "config.json", resume, 40) > 20
