@@ -222,7 +222,7 @@ def classify(run: Run | None, experiment: Experiment, given: dict) -> None:
     files = [file for path in given["image"] for file in pictures_in(Path(path))]
     if "explain" in given and len(files) != 1:
         raise UserError(f"--explain: draws one picture, but --image has {len(files)}; give one")
-    if any(same_file(Path(given.get("explain", "")), file) for file in files):
+    if "explain" in given and same_file(Path(given["explain"]), files[0]):
         raise UserError(f"--explain {given['explain']}: is the picture itself; give another name")
     clip = weights.load(experiment.model, experiment.device, image_size=experiment.image_size)
     experiment.prepare(clip)

@@ -106,13 +106,15 @@ def generate(
             model = judge if options.f1_of == "filter" else load_filter("zero_shot", clip, task)
             predicted = predict(model.method, task.val).argmax(dim=1)
             f1 = per_class(predicted, task.val.labels.cpu(), len(task.classnames))[1] / 100
-    manifest = Manifest.start(folder, settings, plan(options, task.classnames, f1))
-    studio = Studio(manifest, task.train.pictures, options, experiment.seed)
-    if bare := [k for k, of in studio.members.items() if manifest.plan["quotas"][k] and not of]:
+    planned, there = plan(options, task.classnames, f1), {*task.train.labels.tolist()}
+    quotas = planned["quotas"]
+    if bare := [n for k, n in enumerate(task.classnames) if quotas[n] and k not in there]:
         raise UserError(
             f"{folder}: {len(bare)} classes have no training picture to repaint: "
             f"{few(bare, 5)}; give each at least one"
         )
+    manifest = Manifest.start(folder, settings, planned)
+    studio = Studio(manifest, task.train.pictures, options, experiment.seed)
     print(f"{folder}: {manifest.missing()} images to make, filter {judge.name}")
     if single := [name for name, members in studio.members.items() if len(members) == 1]:
         print(

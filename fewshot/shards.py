@@ -79,11 +79,10 @@ def items(source: Path, left_out: Counter[str] | None = None) -> Iterator[Item]:
     elif not source.is_dir():
         raise UserError(f"--data {source}: expected a folder, a .tar file or a .csv file")
     elif tars := sorted(source.glob("*.tar")):
-        beside = _in_folder(source, source, {}, Counter())
-        if one := next((item for item in beside if "/" in item.name), None):
+        if beside := next(_in_folder(source, source, {}, Counter()), None):
             raise UserError(
-                f"--data {source}: has {tars[0].name} and folders with pictures ({one.name}); move "
-                "one kind elsewhere, or give the .tar file itself"
+                f"--data {source}: has {tars[0].name} and pictures outside it ({beside.name}); "
+                "move one kind elsewhere, or give the .tar file itself"
             )
         for tar in tars:
             yield from _in_tar(tar, left_out)

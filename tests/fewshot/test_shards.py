@@ -194,7 +194,7 @@ def test_of_two_pictures_of_one_name_the_second_is_counted_as_left_out(tmp_path)
 
 def test_an_archive_beside_folders_of_pictures_is_not_read_in_their_place(folder):
     pack(folder / "photos.tar", ["1.jpg"])
-    with pytest.raises(UserError, match=r"has photos\.tar and folders with pictures \(a/deep/"):
+    with pytest.raises(UserError, match=r"has photos\.tar and pictures outside it \(a/deep/"):
         list(items(folder))
     for file in folder.rglob("*.png"):
         file.unlink()  # other folders, such as one of features, do not matter

@@ -501,6 +501,7 @@ def test_a_class_without_a_picture_is_an_error_before_any_caption(
         *("--shots-file", tmp_path / "few.jsonl", "--synthetic", tmp_path / "images"),
     )
     assert is_one_line(result, "1 classes have no training picture to repaint: blue bell")
+    assert not (tmp_path / "images").exists()
 
 
 # ------------------------------------------------------------------------------------- training
